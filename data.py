@@ -1,0 +1,1998 @@
+"""Pixels and words in: from files on disk, or from a drawn world, to batches of tensors.
+
+    BytePairTokenizer       captions to ids: CLIP's own vocabulary, or one learned from the captions
+    TrainTransform ...      images to uint8 tensors (3, size, size)
+    ShapesWorld             scenes that are drawn from (seed, split, index): what every script uses with no options
+    open_data(SPEC)         shapes | shards:A-{00000..00999}.tar | csv:FILE | folder:DIR | coco:DIR | flickr30k:DIR | ...
+    TEMPLATES_7 ...         sentences around class names
+    train_loader            batches that depend on (seed, step) only, whatever the number of processes and workers
+
+    python data.py preview --data SPEC --out grid.png       a contact sheet of samples with captions
+    python data.py check --data SPEC                        reads everything; counts and names bad records
+    python data.py bpe --data SPEC --vocab-size N TEXT      learns merges, shows how TEXT is cut
+"""
+import argparse
+import bisect
+import csv
+import functools
+import gzip
+import hashlib
+import heapq
+import html
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import sys
+import threading
+import time
+import warnings
+import zlib
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+import ftfy
+import numpy as np
+import regex
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class UserError(Exception):
+    """A mistake the user can mend, in one line: what was got, what was wanted, what to do.  Exit status 2."""
+
+
+class BadRecord(Exception):
+    """A record that cannot be used, as "reason" or "reason: particulars".  It is skipped, counted and named."""
+
+
+@dataclass
+class Sample:
+    image: PIL.Image.Image                  # any mode; perhaps only its header is read so far, for `draft`
+    captions: tuple[str, ...] = ()
+    label: int = -1                         # class index, -1 unknown
+    label_map: np.ndarray | None = None     # (H, W) uint8 class of each pixel, 255 ignored
+    objects: list[dict] | None = None       # {"box": (x1, y1, x2, y2), "category", "mask": (H, W) bool, "crowd"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image transforms: from the bytes of a file to a uint8 tensor (3, size, size)
+#
+#   open_image   reads the header and refuses what is no image, or too large to decode
+#   draft        lets a JPEG decode at a half, quarter or eighth of its size when the crop is larger than needed
+#   decode       pixels, upright, in RGB, transparent parts on white
+#   crop_box     where to crop at random; resize_crop: bicubic, torchvision's pixels to within one level
+#   center_box   where to crop for evaluation
+#   normalize    uint8 -> float32, on the device that holds the batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's red, green and blue, in 0..1
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")   # no others: reading EPS would start a program
+MAX_PIXELS = 100_000_000     # a file of a few kilobytes can claim gigabytes of pixels
+MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or counter, not a picture
+DRAFT_MARGIN = 2             # a JPEG decodes to at least this multiple of the final size: about one level off
+UPRIGHT = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTATE_180,    # EXIF orientation -> its cure
+           4: PIL.Image.Transpose.FLIP_TOP_BOTTOM, 5: PIL.Image.Transpose.TRANSPOSE, 6: PIL.Image.Transpose.ROTATE_270,
+           7: PIL.Image.Transpose.TRANSVERSE, 8: PIL.Image.Transpose.ROTATE_90}
+BICUBIC = PIL.Image.Resampling.BICUBIC
+TORCH_RESIZE = torch.backends.cpu.get_cpu_capability().startswith("AVX")   # faster than Pillow there, else slower
+
+warnings.filterwarnings("ignore", module=r"PIL\.")        # Pillow's remarks on odd files; bad ones we report ourselves
+
+
+def open_image(data: bytes) -> PIL.Image.Image:
+    """The image in a file's bytes, not decoded yet.  BadRecord: no image, or sides we do not accept."""
+    try:
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    except PIL.UnidentifiedImageError:
+        raise BadRecord(f"not an image: {len(data)} bytes, none of {', '.join(FORMATS)}") from None
+    except PIL.Image.DecompressionBombError as error:
+        raise BadRecord(f"image too large: {error}") from None
+    except Exception as error:               # Pillow's readers raise nearly everything on hostile bytes
+        raise BadRecord(f"corrupt image: {one_line(error)}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadRecord(f"image too large: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+    if min(image.size) < MIN_SIDE:
+        raise BadRecord(f"image too small: {image.width} x {image.height} pixels")
+    return image
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__} {error}".split())[:200]
+
+
+def orientation(image: PIL.Image.Image) -> int:
+    """EXIF orientation, 1 (upright) if there is none or it cannot be read; Pillow itself turns a TIFF."""
+    exif = PIL.Image.Exif()                  # not image.getexif(), which may decode, and hide that this failed
+    try:
+        exif.load(image.info.get("exif", b""))
+        return exif.get(0x0112, 1)
+    except Exception:                        # of a broken EXIF block, which need not mean a broken image
+        return 1
+
+
+def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
+    """(width, height) after `decode`."""
+    return image.size[::-1] if orientation(image) in (5, 6, 7, 8) else image.size
+
+
+def draft(image: PIL.Image.Image, shrink: float) -> int:
+    """Lets an image that is not decoded yet decode 2, 4 or 8 times smaller, at most `shrink` times; returns how many.
+
+    Only JPEGs can: a block of 8 x 8 pixels is computed as one of 4, 2 or 1.  Sides become ceil(side / times).  One that
+    EXIF turns comes out shifted by a part of a reduced pixel if its sides are no multiples.
+    """
+    times = next((times for times in (8, 4, 2) if times <= shrink), 1)
+    width, height = image.size
+    answer = image.draft("RGB", (width // times, height // times)) if times > 1 else None
+    return round(width / answer[1][2]) if answer else 1
+
+
+def decode(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Any image -> RGB, upright, its first frame, transparent parts on white.  BadRecord if the file is damaged."""
+    try:
+        turn = UPRIGHT.get(orientation(image))
+        image.load()
+        if turn is not None:
+            image = image.transpose(turn)
+            del image.info["exif"]           # which would have it turned again
+        return to_rgb(image)
+    except Exception as error:
+        raise BadRecord(f"corrupt image: {one_line(error)}") from None
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose black and white are not known")
+    if image.mode.startswith("I"):           # 16-bit gray: the upper byte, as Pillow does for 16-bit color
+        upper = np.asarray(image).clip(0, 65535) >> 8
+        image = PIL.Image.fromarray(upper.astype(np.uint8))
+    if image.has_transparency_data:
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")      # convert copies even when there is nothing to do
+
+
+def to_tensor(image: PIL.Image.Image) -> Tensor:
+    """RGB image -> uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def crop_box(width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator,
+             single_shot: bool = False) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a random crop, by torchvision's rule: an area of `scale` times the image's, with
+    width / height log-uniform in `ratio`; the largest central crop in `ratio` if ten draws do not fit.
+
+    single_shot: MAE's rule for linear probing (PAPER.md 4.2), of BYOL and TensorFlow: one draw, cut to fit the image.
+    """
+    for _ in range(1 if single_shot else 10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if single_shot:
+            w, h = min(w, width), min(h, height)
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return left, top, w, h
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def resize_crop(image: PIL.Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """The part (left, top, right, bottom) of an RGB image as uint8 tensor (3, size, size), bicubic with antialiasing.
+
+    Cropped first and then resized, as torchvision does: Image.resize(box=) would mix in pixels from outside the box.
+    """
+    if box != (0, 0, *image.size):
+        image = image.crop(box)
+    if image.size == (size, size):
+        return to_tensor(image)
+    if TORCH_RESIZE:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]       # (1, 3, h, w), a view of (h, w, 3)
+        return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
+    return to_tensor(image.resize((size, size), BICUBIC))
+
+
+def center_box(width: int, height: int, size: int, resize: int) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom), in the image's pixels, of the central size x size once the short side is `resize`.
+
+    Resizing this part alone gives the pixels of torchvision's Resize and CenterCrop up to rounding (Pillow may do rows
+    before columns then), and an image of 10000 x 2 pixels does no harm.
+    """
+    short = min(width, height)
+    wide, high = int(resize * width / short), int(resize * height / short)      # sides after Resize, which truncates
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    x, y = width / wide, height / high
+    return left * x, top * y, min((left + size) * x, width), min((top + size) * y, height)
+
+
+@dataclass
+class TrainTransform:
+    """A random part of an image, by `crop_box`, as uint8 tensor (3, size, size); with `flip` half of them mirrored.
+
+    Scale 0.5 to 1 and no flip are SLIP's, where the paper is silent (PAPER.md section 3).  The image may be decoded at
+    reduced scale: for several crops of one image pass decode(image).
+    """
+    size: int
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = False
+    single_shot: bool = False
+
+    def __call__(self, image: PIL.Image.Image, rng: np.random.Generator) -> Tensor:
+        width, height = upright_size(image)
+        left, top, w, h = crop_box(width, height, self.scale, self.ratio, rng, self.single_shot)
+        times = draft(image, min(w, h) / (DRAFT_MARGIN * self.size))
+        box = tuple(round(edge / times) for edge in (left, top, left + w, top + h))
+        pixels = resize_crop(decode(image), box, self.size)
+        return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
+
+
+@dataclass
+class EvalTransform:
+    """The center of an image as uint8 tensor (3, size, size): its short side is made `resize` (default: size) first.
+
+    squash: all of the image instead, whatever its shape; `resize` has no meaning then.
+    """
+    size: int
+    resize: int | None = None
+    squash: bool = False
+
+    def __post_init__(self):
+        self.resize = self.size if self.squash else self.resize or self.size
+        if self.resize < self.size:
+            raise UserError(f"cannot cut {self.size} x {self.size} pixels from a short side of {self.resize}: "
+                            f"resize to at least {self.size}")
+
+    def __call__(self, image: PIL.Image.Image, rng: np.random.Generator | None = None) -> Tensor:
+        width, height = upright_size(image)
+        times = draft(image, min(width, height) / (DRAFT_MARGIN * self.resize))
+        box = (0, 0, width, height) if self.squash else center_box(width, height, self.size, self.resize)
+        return to_tensor(decode(image).resize((self.size, self.size), BICUBIC, box=[edge / times for edge in box]))
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32, mean 0 and deviation 1 per channel over ImageNet, on the device of the images."""
+    images = images.float()
+    for channel, (mean, std) in enumerate(zip(MEAN, STD)):      # numbers: a tensor would be copied to the device
+        images[:, channel].sub_(255 * mean).div_(255 * std)
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Byte-pair tokenizer: CLIP's, id for id (open_clip's SimpleTokenizer with clean="lower")
+#
+#   caption    A  Dog&#39;s café!
+#   clean      a dog's café!                          garbled text and HTML repaired, spaces collapsed, lower case
+#   WORD       a | dog | 's | café | !
+#   bytes      a</w> | d o g</w> | ' s</w> | c a f Ã ©</w> | !</w>      UTF-8, a printable character a byte, end marked
+#   merges     a</w> | dog</w> | 's</w> | cafÃ©</w> | !</w>            neighbors joined, in the order learned
+#
+# Ids of every vocabulary: 256 bytes, 256 bytes at the end of a word, one symbol a merge, start token, end token.  A toy
+# corpus uses few of the 512, but with all of them there is one layout, and no caption holds an unknown symbol.
+# ---------------------------------------------------------------------------------------------------------------------
+START, END, WORD_END = "<start_of_text>", "<end_of_text>", "</w>"
+WORD = regex.compile(rf"{START}|{END}|'(?:s|t|re|ve|m|ll|d)|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
+PLAIN = re.compile("[\t\n\f\r -%'-~‘’“”–—…]*")    # ASCII but "&" and control characters; typographer's punctuation
+STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+
+# A byte that prints in Latin-1 is written as itself, the others as the characters from U+0100 on; ids keep that order.
+PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTES = PRINTS + sorted({*range(0x100)} - {*PRINTS})                           # id -> byte
+ALPHABET = [chr(byte) for byte in PRINTS] + [chr(0x100 + i) for i in range(256 - len(PRINTS))]    # id -> character
+ID_OF_BYTE = {byte: i for i, byte in enumerate(BYTES)}
+BYTE_OF_CHAR = dict(zip(ALPHABET, BYTES))
+
+CLIP_MERGES = 49152 - 256 - 2    # CLIP uses this many of the merges in its file
+
+# Characters read of a caption, because ftfy's time grows with the square of the length of some hostile texts.  A symbol
+# of CLIP's has at most 32, so these hold over 150 tokens, unless most of them are white space or for ftfy to remove.
+LONGEST = 5_000
+CACHED_CHUNKS, CACHED_LENGTH = 1 << 17, 32    # bounds of the cache: entries, characters of an entry
+
+
+def clean(text: str) -> str:
+    """Repairs garbled text and HTML entities, collapses white space, lower-cases.
+
+    PLAIN text skips ftfy, which would do no more than straighten its quotes.  Of ftfy's fixes, the one for HTML acts on
+    "&", those for terminal escapes and control characters on control characters, and those for wrong encodings,
+    ligatures, widths and surrogates on characters beyond ASCII; the few of these that are plain look wrongly encoded
+    only beside others.  Line ends stay white space.
+    """
+    if not PLAIN.fullmatch(text):
+        text = unescape(unescape(ftfy.fix_text(text)))
+    elif not text.isascii():
+        text = text.translate(STRAIGHT)
+    return " ".join(text.split()).lower()
+
+
+def unescape(text: str) -> str:
+    try:
+        return html.unescape(text)
+    except ValueError:            # "&#111...1;" with more digits than int() takes; open_clip fails here
+        return text
+
+
+def bytes_of(word: str) -> list[int]:
+    """Ids of a word's bytes, the last one marked as the end."""
+    ids = [ID_OF_BYTE[byte] for byte in word.encode()]
+    ids[-1] += len(BYTES)
+    return ids
+
+
+def join(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """Puts `new` for each occurrence of the pair, from the left."""
+    out = []
+    for i in ids:
+        if out and (out[-1], i) == pair:
+            out[-1] = new
+        else:
+            out.append(i)
+    return out
+
+
+class BytePairTokenizer:
+    """Captions to token ids and back.  Make one with from_file, train or from_state.
+
+    merges          [(left, right), ...] symbols, in the order learned; merge i makes the symbol with id 512 + i
+    vocab_size      512 + len(merges) + 2
+    sot, eot, pad   ids of start and end token, the two highest, and of padding: 0, as in CLIP, which is "!" too
+    """
+    pad = 0
+
+    def __init__(self, merges: list[tuple[str, str]]):
+        self.symbols = ALPHABET + [char + WORD_END for char in ALPHABET]
+        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        self.pairs = {}                                  # (id of left, id of right) -> id of the two joined
+        for number, merge in enumerate(merges, 1):
+            symbol = "".join(merge)
+            if len(merge) != 2 or merge[0] not in self.ids or merge[1] not in self.ids or symbol in self.ids:
+                raise UserError(f"merge {number} is {' '.join(merge)[:40]!r}, want two symbols known by then that make "
+                                "a new one: is this a list of BPE merges?")
+            self.pairs[self.ids[merge[0]], self.ids[merge[1]]] = self.ids[symbol] = len(self.symbols)
+            self.symbols.append(symbol)
+        self.merges = merges
+        self.sot, self.eot = len(self.symbols), len(self.symbols) + 1
+        self.symbols += [START, END]
+        self.ids |= {START: self.sot, END: self.eot}
+        self.vocab_size = len(self.symbols)
+        self.cache = {}                                  # what stands between two spaces -> its ids
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "BytePairTokenizer":
+        """CLIP's vocabulary from its `bpe_simple_vocab_16e6.txt.gz`, packed or not: a header, then a merge a line."""
+        wanted = f"{path}: want CLIP's bpe_simple_vocab_16e6.txt.gz, got"
+        try:
+            with open(path, "rb") as file:
+                opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+            with opener(path, "rb") as file:
+                lines = file.read(1 << 24).decode().split("\n", CLIP_MERGES + 1)[1 : CLIP_MERGES + 1]
+        except UnicodeDecodeError:
+            raise UserError(f"{wanted} a file that is not text") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{wanted} {error}") from None
+        if len(lines) < CLIP_MERGES:
+            raise UserError(f"{wanted} {len(lines)} lines after the header where {CLIP_MERGES} merges should be")
+        try:
+            return cls([tuple(line.split()) for line in lines])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BytePairTokenizer":
+        """Learns merges: time and again the most frequent pair of neighbors becomes a symbol, of equally frequent ones
+        that with the lowest ids.  Stops at `vocab_size` symbols, or sooner, when no pair occurs twice."""
+        if vocab_size < 514:
+            raise UserError(f"vocab_size {vocab_size}: want 514 (all bytes, start and end token) or more")
+        counts = Counter()
+        for text in texts:
+            counts.update(WORD.findall(clean(text[:LONGEST])))
+        words = [(bytes_of(word), n) for word, n in counts.items() if word not in (START, END)]
+        symbols, merges = cls([]).symbols[:-2], []
+
+        frequency = Counter()             # pair of ids -> how often it stands in the captions
+        holders = defaultdict(set)        # pair of ids -> places in `words` where it stands, or once did
+        for place, (ids, n) in enumerate(words):
+            for pair in zip(ids, ids[1:]):
+                frequency[pair] += n
+                holders[pair].add(place)
+        heap = [(-n, pair) for pair, n in frequency.items()]
+        heapq.heapify(heap)
+        while heap and len(symbols) + 2 < vocab_size:
+            n, best = heapq.heappop(heap)
+            if -n != frequency[best]:
+                continue                  # out of date: what changes a frequency pushes the pair again
+            if n > -2:
+                break
+            merges.append((symbols[best[0]], symbols[best[1]]))
+            symbols.append("".join(merges[-1]))
+            change = Counter()
+            for place in holders.pop(best):
+                ids, n = words[place]
+                joined = join(ids, best, len(symbols) - 1)
+                words[place] = joined, n
+                for pair in zip(ids, ids[1:]):
+                    change[pair] -= n
+                for pair in zip(joined, joined[1:]):
+                    change[pair] += n
+                    holders[pair].add(place)
+            for pair, n in change.items():
+                if n:
+                    frequency[pair] += n
+                    heapq.heappush(heap, (-frequency[pair], pair))
+        return cls(merges)
+
+    def state(self) -> dict[str, str]:
+        """What a checkpoint stores: the merges, as in CLIP's file."""
+        return {"merges": "\n".join(f"{left} {right}" for left, right in self.merges)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, str]) -> "BytePairTokenizer":
+        return cls([tuple(line.split()) for line in state["merges"].splitlines()])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text of any length, without start and end token."""
+        ids = []
+        for chunk in clean(text).split():
+            ids += self.cache.get(chunk) or self.encode_chunk(chunk)
+        return ids
+
+    def encode_chunk(self, chunk: str) -> list[int]:
+        ids = []
+        for word in [chunk] if chunk.isascii() and chunk.isalpha() else WORD.findall(chunk):
+            symbol = word if word in (START, END) else word + WORD_END
+            if word.isascii() and symbol in self.ids:    # a symbol is what its own bytes merge into
+                ids.append(self.ids[symbol])
+            else:
+                ids += self.merge(bytes_of(word))
+        if len(chunk) <= CACHED_LENGTH:
+            if len(self.cache) >= CACHED_CHUNKS:
+                self.cache.clear()
+            self.cache[chunk] = ids
+        return ids
+
+    def merge(self, ids: list[int]) -> list[int]:
+        """Joins neighbors, always the pair learned first and of its occurrences the leftmost, until no pair is known.
+
+        The symbols are a linked list and the pairs a heap of numbers, joined id * n + place of the left symbol: a word
+        of n bytes takes a time of n log n, so that one of megabytes is no trap.
+        """
+        n, pairs, ids = len(ids), self.pairs, ids + [None]         # None: a neighbor for both ends, in no pair
+        before, after = list(range(-1, n)), list(range(1, n + 2))
+        heap = [pairs[pair] * n + i for i, pair in enumerate(zip(ids, ids[1:])) if pair in pairs]
+        heapq.heapify(heap)
+        while heap:
+            joined, i = divmod(heapq.heappop(heap), n)
+            j = after[i]
+            if pairs.get((ids[i], ids[j])) != joined:
+                continue                                           # one of the two is part of a longer symbol by now
+            ids[i], ids[j] = joined, None
+            left, right = before[i], after[j]
+            after[i], before[right] = right, i
+            for place, pair in (left, (ids[left], joined)), (i, (joined, ids[right])):
+                if pair in pairs:
+                    heapq.heappush(heap, pairs[pair] * n + place)
+        return [i for i in ids if i is not None]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text with a space after each word; start and end token are spelled out, an incomplete character is U+FFFD."""
+        chars = "".join(self.symbols[i] for i in ids)
+        return bytes(BYTE_OF_CHAR[char] for char in chars).decode(errors="replace").replace(WORD_END, " ")
+
+    def length(self, text: str) -> int:
+        """Tokens of a caption with start and end; a context_length below this cuts it."""
+        return len(self.encode(text[:LONGEST])) + 2
+
+    def __call__(self, texts: str | list[str], context_length: int = 77) -> Tensor:
+        """B captions -> (B, context_length) int64: start token, caption, end token, padding.
+
+        What is too long loses words, never the end token.  Only the first LONGEST characters of a caption are read.
+        """
+        if context_length < 2:
+            raise UserError(f"context_length {context_length}: want 2 (start and end token) or more")
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = np.full((len(texts), context_length), self.pad, dtype=np.int64)
+        for row, text in zip(rows, texts):
+            ids = [self.sot, *self.encode(text[:LONGEST])[: context_length - 2], self.eot]
+            row[: len(ids)] = ids
+        return torch.from_numpy(rows)
+
+
+def trim(tokens: Tensor, eot: int, multiple: int = 1) -> Tensor:
+    """(B, L) -> (B, l): drops the padding that no caption of the batch needs, to save the text tower's time.
+
+    l is where the longest caption ends, end token included, rounded up to a multiple, and at most L.
+    """
+    used = (tokens == eot).any(dim=0).nonzero()                # (columns with an end token, 1)
+    longest = int(used[-1]) + 1 if len(used) else tokens.shape[1]
+    return tokens[:, : -(-longest // multiple) * multiple]     # (B, l)
+
+
+# ---- The Shapes world: scenes that follow from (seed, split, index), with captions, classes, masks and boxes ---------
+#
+# The same bits everywhere.  Choices come from Python's generator, cheap to seed with text, which does not use hash().
+# Images use + - * / sqrt and rounded sines only: numpy's other functions differ in the last bit between processors.
+# Places and lengths are fractions of the image side; y points down.
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
+COLORS = {"red": (214, 36, 40), "orange": (238, 132, 24), "yellow": (238, 224, 50), "green": (42, 160, 62),
+          "blue": (38, 76, 214), "purple": (142, 44, 176), "white": (237, 237, 237), "black": (18, 18, 18)}
+TEXTURES = ("plain", "striped", "checkered", "dotted", "cloudy")
+OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {} ")
+COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+REACH = 1.2          # no shape reaches further from its centre than this many radii
+MAX_NOISE = 8        # colors keep this far from 0 and 255, so that noise is never clipped
+
+
+@dataclass
+class Thing:
+    """One object.  `size` is two radii; upright shapes have angle 0, which grows clockwise, in degrees."""
+    shape: str
+    color: str
+    cx: float
+    cy: float
+    size: float
+    angle: float
+    rgb: tuple[float, ...]
+
+    @property
+    def category(self) -> int:
+        return list(COLORS).index(self.color) * len(SHAPES) + SHAPES.index(self.shape)
+
+
+@dataclass
+class Scene:
+    """All that a picture of any size is drawn from.  Later objects cover earlier ones."""
+    objects: list[Thing]
+    texture: str
+    tones: list[tuple[float, ...]]     # the two RGB colors of the texture
+    period: float                      # of the texture, like its angle (degrees) and phases (periods)
+    angle: float
+    phases: tuple[float, float]
+    noise_seed: int
+    caption: str
+
+
+def shape_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance in radii of the points (u, v) from the edge of an upright shape, negative inside; v points down.
+
+    Exact beside straight edges and arcs, too small near corners: enough for anti-aliasing.
+    """
+    x, y = np.abs(u), np.abs(v)                                  # the shapes are symmetric, the moon upside down only
+    if shape == "circle":
+        return np.sqrt(u * u + v * v) - 1
+    if shape == "ring":
+        return np.abs(np.sqrt(u * u + v * v) - 0.75) - 0.25
+    if shape == "moon":                                          # a disc less another
+        return np.maximum(np.sqrt((u - 0.25) ** 2 + v * v) - 1, 0.8 - np.sqrt((u - 0.75) ** 2 + v * v))
+    if shape == "square":
+        return np.maximum(x, y) - 0.82
+    if shape == "cross":
+        return np.maximum(np.maximum(x, y) - 1, np.minimum(x, y) - 0.34)
+    if shape == "triangle":
+        return np.maximum(0.8660254 * x - 0.5 * (v - 0.1), v - 0.1) - 0.58
+    if shape == "star":                                          # fold the five points onto half of one: 36 degrees
+        y = -v
+        for _ in range(2):
+            beyond = np.maximum(0.809017 * x - 0.5877853 * y, 0)
+            x, y = np.abs(x - 1.618034 * beyond), y + 1.1755705 * beyond
+        return 0.8967 * x + 0.4426 * (y - 1.12)
+    if shape == "heart":                                         # a lobe and the wedge that touches it
+        x, y = x - 0.46, v + 0.36
+        wedge = np.maximum(np.maximum(0.8 * x + 0.6 * y - 0.5, -y), 0.6 * x - 0.8 * y)
+        return np.minimum(np.sqrt(x * x + y * y) - 0.5, wedge)
+    raise ValueError(f"no shape {shape!r}; shapes are {', '.join(SHAPES)}")
+
+
+def turn(degrees: float) -> tuple[float, float]:
+    """Cosine and sine, rounded so that all C libraries agree."""
+    return round(math.cos(math.radians(degrees)), 6), round(math.sin(math.radians(degrees)), 6)
+
+
+def coverage(thing: Thing, size: int) -> tuple[slice, slice, np.ndarray]:
+    """Rows and columns of the object's window, and the share (rows, columns) of each of its pixels that it covers."""
+    radius, cx, cy = thing.size / 2 * size, thing.cx * size, thing.cy * size               # pixels
+    reach = REACH * radius + 1
+    x0, x1 = max(0, int(cx - reach)), min(size, int(cx + reach) + 1)
+    y0, y1 = max(0, int(cy - reach)), min(size, int(cy + reach) + 1)
+    x = (np.arange(x0, x1, dtype=np.float32) + (0.5 - cx)) / radius                        # pixel centres, in radii
+    y = (np.arange(y0, y1, dtype=np.float32)[:, None] + (0.5 - cy)) / radius
+    cos, sin = turn(thing.angle)
+    distance = radius * shape_distance(thing.shape, cos * x + sin * y, cos * y - sin * x)  # (rows, columns), pixels
+    return slice(y0, y1), slice(x0, x1), (0.5 - distance).clip(0, 1)
+
+
+def square_wave(t: np.ndarray, step: float) -> np.ndarray:
+    """Anti-aliased 0, 1, 0, 1, ... of period 1 in t, of which a pixel spans `step`."""
+    return ((np.abs(t - np.floor(t) - 0.5) - 0.25) / step + 0.5).clip(0, 1)
+
+
+def texture_map(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
+    """(size, size) in 0..1: the share of the second tone in each pixel of the background."""
+    x = (np.arange(size, dtype=np.float32) + 0.5) / size
+    y = x[:, None]
+    if scene.texture == "cloudy":                                # a coarse random grid, smoothly enlarged
+        cells = PIL.Image.frombytes("L", (7, 7), rng.randbytes(49))
+        return np.asarray(cells.resize((size, size), PIL.Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    cos, sin = turn(scene.angle)
+    if scene.texture == "plain":                                 # a faint gradient
+        return 0.5 + 0.3 * (cos * (x - 0.5) + sin * (y - 0.5))
+    step = 1 / (scene.period * size)                             # periods a pixel
+    if scene.texture == "striped":
+        return square_wave((cos * x + sin * y) / scene.period + scene.phases[0], step)
+    x, y = x / scene.period + scene.phases[0], y / scene.period + scene.phases[1]
+    if scene.texture == "checkered":
+        x, y = square_wave(x, step), square_wave(y, step)
+        return x + y - 2 * x * y
+    x, y = x - np.floor(x) - 0.5, y - np.floor(y) - 0.5          # dotted
+    return ((0.3 - np.sqrt(x * x + y * y)) / step + 0.5).clip(0, 1)
+
+
+def draw_scene(scene: Scene, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: texture, objects in order, fine noise."""
+    rng = random.Random(scene.noise_seed)
+    first, second = np.array(scene.tones, dtype=np.float32)[:, :, None, None]              # (3, 1, 1) each
+    canvas = first + (second - first) * texture_map(scene, size, rng)                      # (3, size, size)
+    for thing in scene.objects:
+        rows, columns, share = coverage(thing, size)
+        window = canvas[:, rows, columns]
+        window += share * (np.array(thing.rgb, dtype=np.float32)[:, None, None] - window)
+    canvas += np.frombuffer(rng.randbytes(size * size), dtype=np.int8).reshape(size, size) >> 4    # -8 .. 7
+    return np.stack(canvas.astype(np.uint8), axis=-1)                                      # (size, size, 3)
+
+
+def visible_masks(scene: Scene, size: int) -> list[np.ndarray]:
+    """For each object (size, size) bool: the pixels that it covers by half or more, and no later object does."""
+    masks = []
+    for thing in scene.objects:
+        rows, columns, share = coverage(thing, size)
+        covered = np.zeros((size, size), dtype=bool)
+        covered[rows, columns] = share >= 0.5
+        for earlier in masks:
+            earlier &= ~covered
+        masks.append(covered)
+    return masks
+
+
+def size_words(thing: Thing) -> tuple[str, ...]:
+    """Words that are true of an object's size; none for a middling one."""
+    return (("big", "large") if thing.size >= 0.5 else ("tiny", "small") if thing.size <= 0.2 else
+            ("small",) if thing.size <= 0.36 else ())
+
+
+def place_words(thing: Thing) -> tuple[str, ...]:
+    """Phrases that are true of an object's place; none when it is near the border between two places."""
+    across, down = (("left", "top")[k] if t <= 0.38 else ("right", "bottom")[k] if t >= 0.62 else
+                    "center" if 0.44 <= t <= 0.56 else "" for k, t in enumerate((thing.cx, thing.cy)))
+    if not across or not down:
+        return ()
+    if across == down:
+        return "in the center", "in the middle"
+    if "center" in (across, down):
+        return (f"on the {across}",) if down == "center" else (f"at the {down}",)
+    return f"at the {down} {across}", f"in the {down} {across} corner"
+
+
+def relation_words(a: Thing, b: Thing) -> tuple[str, ...]:
+    """Phrases for where a is, seen from b; none unless one direction clearly outweighs the other."""
+    dx, dy = a.cx - b.cx, a.cy - b.cy
+    if abs(dx) >= max(0.18, 1.5 * abs(dy)):
+        return ("to the left of", "left of") if dx < 0 else ("to the right of", "right of")
+    if abs(dy) >= max(0.18, 1.5 * abs(dx)):
+        return ("above",) if dy < 0 else ("below", "under")
+    return ()
+
+
+def listing(phrases: list[str]) -> str:
+    """a; a and b; a, b and c"""
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+
+
+def scene_caption(rng: random.Random, things: list[Thing], texture: str, unsaid: float) -> str:
+    """A true sentence about the scene.  Objects of one class share a phrase, "two red circles"."""
+    def chance(p):
+        return rng.random() < p
+
+    def name(group):
+        color, shape = group[0].color, group[0].shape
+        if chance(unsaid):
+            color, shape = ("", shape) if chance(0.5) else (color, "shape")
+        if len(group) > 1:
+            words = [COUNTS[len(group)], color, shape + ("es" if shape == "cross" else "s")]
+        else:
+            words = [rng.choice(size_words(group[0]) or ("",)) if chance(0.4) else "", color, shape]
+            words = ["an" if "".join(words)[0] in "aeiou" else "a", *words]
+        return " ".join(filter(None, words))
+
+    def placed(words, group):
+        places = place_words(group[0]) if len(group) == 1 and chance(2 / len(groups)) else ()
+        return f"{words} {rng.choice(places)}" if places else words
+
+    groups = {}
+    for thing in things:
+        groups.setdefault(thing.category, []).append(thing)
+    first, *others = sorted(groups.values(), key=lambda group: rng.random())
+    groups = [first, *(group for group in others if not chance(unsaid))]
+    names = [name(group) for group in groups]
+    kind = rng.random()                                          # of sentence: relation, list, list with places
+    relation = relation_words(first[0], groups[1][0]) if [len(group) for group in groups[:2]] == [1, 1] else ()
+    if kind < 0.45 and relation:
+        also = all(relation_words(first[0], thing) == relation for group in groups[2:] for thing in group)
+        end = len(names) if also else 2
+        text = f"{names[0]} {rng.choice(relation)} {listing(names[1:end])}"
+        text += ", plus " + listing(names[end:]) if names[end:] else ""
+    else:
+        text = listing([placed(*pair) for pair in zip(names, groups)] if kind > 0.55 else names)
+    text = rng.choice(OPENINGS).format("is" if len(first) == 1 else "are") + text
+    return text + rng.choice((" on a {} background", ", {} background")).format(texture) if chance(0.25) else text
+
+
+class ShapesWorld:
+    """`count` scenes of colored shapes on textured backgrounds; scene i follows from (seed, split, i) alone.
+
+    objects      fewest and most objects in a scene.  If one is allowed, a share `single` of the scenes has one, and the
+                 other numbers are equally likely.  With (1, 1), scene i is of class i % 64: exactly balanced
+    object_size  smallest and largest size of a lone object; n objects are n ** -0.4 times as large, or less to fit
+    unsaid       probability that the caption leaves out an object after the first, or an object's color or shape
+    dense        read() gives label_map and objects too
+
+    A scene is in "val" if a hash of its layout (color and shape of its objects, their places and sizes in sixteenths of
+    the side) is a multiple of 4, else in "train".  So no layout is in both, whatever the seeds and options, while both
+    have all classes: held out is where a thing is, how large, and beside which others.
+    """
+    classes = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+
+    def __init__(self, split: str = "train", count: int = 20000, size: int = 64, seed: int = 0,
+                 objects: tuple[int, int] = (1, 4), object_size: tuple[float, float] = (0.32, 0.68),
+                 single: float = 0.5, unsaid: float = 0.0, dense: bool = False):
+        if split not in ("train", "val"):
+            raise UserError(f"the Shapes world has no split {split!r}; use train or val")
+        for what, (low, high), least, most in [("objects", objects, 1, 6), ("object_size", object_size, 0.1, 0.8)]:
+            if not least <= low <= high <= most:
+                raise UserError(f"Shapes world: {what} from {low} to {high} is no range within {least} to {most}")
+        if size < 16:
+            raise UserError(f"Shapes world: size is {size} pixels; use 16 or more")
+        self.split, self.count, self.size, self.seed = split, count, size, seed
+        self.objects, self.object_size, self.single = objects, object_size, single
+        self.unsaid, self.dense = unsaid, dense
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, i: int) -> str:
+        return f"shapes-{self.split}-{self.seed}-{i}"
+
+    def layout(self, rng: random.Random, n: int, category: int | None) -> list[Thing]:
+        """n objects inside the picture that hide at most about a quarter of each other, the first of `category`."""
+        things, scale = [], n ** -0.4
+        while len(things) < n:
+            if category is None:                                 # now and then two alike
+                category = things[-1].category if things and rng.random() < 0.1 else rng.randrange(len(self.classes))
+            color, shape = self.classes[category].split()
+            size = rng.uniform(*self.object_size) * scale
+            cx, cy = rng.uniform(size / 2, 1 - size / 2), rng.uniform(size / 2, 1 - size / 2)
+            for other in things:                                 # 0.8 of the sum of the radii; 1.1 of it for one color
+                apart = (0.55 if other.color == color else 0.4) * (size + other.size)
+                if (cx - other.cx) ** 2 + (cy - other.cy) ** 2 < apart * apart:
+                    scale *= 0.98                                # too near: try elsewhere and smaller
+                    break
+            else:
+                rgb = tuple(min(max(c + rng.uniform(-10, 10), MAX_NOISE), 255 - MAX_NOISE) for c in COLORS[color])
+                things.append(Thing(shape, color, cx, cy, size, rng.uniform(-20, 20), rgb))
+                category = None
+        return things
+
+    def scene(self, i: int) -> Scene:
+        """The description of picture i, caption included."""
+        rng = random.Random(f"shapes {self.seed} {self.split} {i}")
+        fewest, most = self.objects
+        lone = fewest == 1 and (most == 1 or rng.random() < self.single)
+        n = 1 if lone else rng.randint(max(fewest, 2), most)
+        for _ in range(1000):
+            things = self.layout(rng, n, i % len(self.classes) if most == 1 else None)
+            cells = sorted((t.category, int(16 * t.cx), int(16 * t.cy), int(16 * t.size)) for t in things)
+            held_out = hashlib.blake2b(bytes(sum(cells, ()))).digest()[0] % 4 == 0
+            if held_out == (self.split == "val"):
+                break
+        else:
+            raise UserError(f"Shapes world: object_size {self.object_size} leaves {self.split} no layout; widen it")
+        texture, gray, contrast = rng.choice(TEXTURES), rng.uniform(108, 142), rng.uniform(12, 22)
+        tones = [tuple(tone + rng.uniform(-12, 12) for _ in range(3)) for tone in (gray - contrast, gray + contrast)]
+        return Scene(things, texture, tones, period=rng.uniform(0.14, 0.3), angle=rng.uniform(0, 180),
+                     phases=(rng.random(), rng.random()), noise_seed=rng.getrandbits(32),
+                     caption=scene_caption(rng, things, texture, self.unsaid))
+
+    def array(self, i: int) -> tuple[np.ndarray, str]:
+        """Image (size, size, 3) uint8, and caption."""
+        scene = self.scene(i)
+        return draw_scene(scene, self.size), scene.caption
+
+    def read(self, i: int) -> Sample:
+        scene = self.scene(i)
+        sample = Sample(PIL.Image.fromarray(draw_scene(scene, self.size)), (scene.caption,))
+        if len(scene.objects) == 1:
+            sample.label = scene.objects[0].category
+        if self.dense:
+            sample.label_map, sample.objects = np.zeros((self.size, self.size), dtype=np.uint8), []
+            for thing, visible in zip(scene.objects, visible_masks(scene, self.size)):
+                sample.label_map[visible] = thing.category + 1   # 0 is the background
+                rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
+                if len(rows):
+                    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+                    sample.objects.append({"box": box, "category": thing.category, "mask": visible, "crowd": False})
+        return sample
+
+
+def shapes_options(text: str) -> dict:
+    """What follows "shapes:" in a SPEC, or "": "train=20000,objects=1-4" -> {"train": 20000, "objects": (1, 4)}."""
+    whole, share = r"\d{1,9}", r"0?\.\d+|[01](\.0*)?"
+    forms = dict(train=whole, val=whole, size=whole, seed=whole, objects=r"\d-\d", single=share, unsaid=share)
+    options = {}
+    for item in filter(None, text.split(",")):
+        key, _, value = item.partition("=")
+        if key not in forms:
+            raise UserError(f"the Shapes world has no option {key!r}; it has {', '.join(forms)}")
+        if not re.fullmatch(forms[key], value, re.ASCII):
+            raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
+                            "seed=0, objects=1-4, single=0.5, unsaid=0.2 (the last two from 0 to 1)")
+        options[key] = (tuple(map(int, value.split("-"))) if key == "objects" else
+                        int(value) if forms[key] == whole else float(value))
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets on disk
+#
+# A data set has  len(),  name(i): a stable id,  read(i): a Sample, or BadRecord,  classes: list of names or None,  and
+# notes: lines that tell what was left out and why.  In memory are only names, captions and places in files, so that a
+# list of 15 million records fits.
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXTENSIONS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"}
+MAX_FILE = 1 << 28           # bytes of one image or caption file
+LONGEST_FIELD = 1 << 22      # characters of one csv field: more means a quote that was never closed
+
+
+class Packed:
+    """Many byte strings in two arrays, which forked workers share; of a list of str each worker would end up with a
+    copy of its own, as reading an object changes its reference count."""
+
+    def __init__(self, strings: Iterable[bytes] = ()):
+        self.blob, self.ends = bytearray(), array("q")
+        for string in strings:
+            self.append(string)
+
+    def append(self, string: bytes):
+        self.blob += string
+        self.ends.append(len(self.blob))
+
+    def extend(self, other: "Packed"):
+        ends = np.array(other.ends, dtype=np.int64) + len(self.blob)
+        self.blob += other.blob
+        self.ends.frombytes(ends.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> bytes:
+        return bytes(self.blob[self.ends[i - 1] if i else 0:self.ends[i]])
+
+
+def clean_caption(raw: bytes) -> str:
+    try:
+        text = raw.decode().removeprefix("\ufeff").strip()
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"caption is not UTF-8: {error.reason} at byte {error.start}") from None
+    if not text:
+        raise BadRecord("empty caption")
+    return text
+
+
+def as_bytes(text: str) -> bytes:
+    """UTF-8; a stray byte, or half a surrogate pair from JSON, stays as wrong as it was, for clean_caption to see."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def pick_caption(sample: Sample, rng: np.random.Generator) -> str:
+    """One of the captions at random, as training sees an image that has several."""
+    if not sample.captions:
+        raise BadRecord("no caption")
+    return sample.captions[rng.integers(len(sample.captions))]
+
+
+def progress(items: Iterable, total: int, what: str) -> Iterator:
+    """The items as they come, with a line on standard error every five seconds."""
+    last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+
+# ---- shards: tar files of images and captions -----------------------------------------------------------------------
+
+def expand_braces(pattern: str) -> list[str]:
+    """The shell's braces, here with ranges in lists too: "{000..002}", "{a,b}/{0..9}", "{00..07,12}"."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        if "{" in pattern or "}" in pattern:
+            raise UserError(f"unbalanced braces in {pattern}: wanted PATH-{{00000..00999}}.tar")
+        return [pattern]
+    before, after = pattern[:found.start()], pattern[found.end():]
+    if "{" in before or not re.search(r",|\.\.", found[1]):
+        raise UserError(f"cannot expand the braces in {pattern}: wanted {{00000..00999}} or {{a,b}}, not nested")
+    choices = []
+    for item in found[1].split(","):
+        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", item)
+        if not numbers and ".." in item:
+            raise UserError(f"cannot expand {{{item}}}: wanted a range of numbers such as {{00000..00999}}")
+        if numbers:
+            first, last = int(numbers[1]), int(numbers[2])
+            if not first <= last < first + 1_000_000:
+                raise UserError(f"range {{{item}}} does not count up, or holds more than a million shards")
+            padded = any(end.startswith("0") and len(end) > 1 for end in numbers.groups())
+            width = max(map(len, numbers.groups())) if padded else 0
+            choices += [str(n).zfill(width) for n in range(first, last + 1)]
+        else:
+            choices.append(item)
+    return [before + choice + rest for choice, rest in itertools.product(choices, expand_braces(after))]
+
+
+class Tar:
+    """An open tar file, read by offset only: reads share no position, so threads and forked processes can share it."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.size = os.fstat(self.descriptor).st_size
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self.descriptor, size, offset)
+
+    def members(self) -> Iterator[tuple[bytes, int, int]]:
+        """(name, offset, size) of each regular file, in order; links, devices and sparse files as (name, -1, 0).
+
+        A header of 512 bytes (name, size in octal, checksum, kind) stands before each member, whose bytes are padded to
+        a multiple of 512; zeros end the file.  Headers of kind L (GNU) and x (POSIX) tell more of the one that follows.
+        ValueError: where and why the walk ended too early.  Several times as fast as tarfile: it matters for millions.
+        """
+        at, long_name, more = 0, None, {}
+        while True:
+            header = self.read(at, 512)
+            if len(header) < 512:
+                raise ValueError(f"ends at byte {at:,} without an end mark")
+            if header.count(0) == 512:
+                if self.size - at > 1 << 20:
+                    raise ValueError(f"has its end mark at byte {at:,} of {self.size:,}; what follows is not read")
+                return
+            kind, data = header[156:157], at + 512
+            if sum(header) - sum(header[148:156]) + 8 * ord(" ") != tar_number(header[148:156]):
+                raise ValueError(f"is damaged at byte {at:,} of {self.size:,}")
+            size = int(more.get(b"size", tar_number(header[124:136])))
+            if kind in b"123456":                        # links, devices, folders, pipes have no data, whatever is said
+                size = 0
+            if kind == b"S":                             # sparse: its map may go on in further blocks
+                goes_on = header[482]
+                while goes_on:
+                    goes_on, data = self.read(data, 512)[504:505] == b"\1", data + 512
+            if data + size > self.size:
+                raise ValueError(f"is cut short: has {self.size:,} bytes, the member at {at:,} ends at {data + size:,}")
+            at = data + -(-size // 512) * 512
+            if kind == b"L":
+                long_name = self.read(data, min(size, 1 << 16)).rstrip(b"\0")
+            elif kind == b"x":
+                more = pax_records(self.read(data, min(size, 1 << 20)))
+            elif kind not in (b"K", b"g"):
+                name = header[:100].split(b"\0")[0]
+                if header[257:263] == b"ustar\0" and header[345]:
+                    name = header[345:500].split(b"\0")[0] + b"/" + name
+                name = more.get(b"path") or long_name or name
+                regular = kind in (b"0", b"\0", b"7") and not any(key.startswith(b"GNU.sparse") for key in more)
+                if kind != b"5" and not name.endswith(b"/"):
+                    yield (name, data, size) if regular else (name, -1, 0)
+                long_name, more = None, {}
+
+
+def tar_number(field: bytes) -> int:
+    if field[0] == 0x80:                                 # GNU: binary, for sizes of 8 GiB and more
+        return int.from_bytes(field[1:], "big")
+    digits = field.split(b"\0")[0].strip()
+    if digits.strip(b"01234567"):
+        raise ValueError(f"has {field!r} where a header should have a number")
+    return int(digits or b"0", 8)
+
+
+def pax_records(data: bytes) -> dict[bytes, bytes]:
+    """The lines "LENGTH key=value\\n" of a POSIX extended header; LENGTH counts all of the line."""
+    records = {}
+    while data.strip(b"\0"):
+        length = data.split(b" ")[0]
+        if not (length.isdigit() and len(length) < int(length) <= len(data)):
+            raise ValueError(f"has a malformed extended header: {data[:40]!r}")
+        key, _, value = data[len(length) + 1:int(length)].rstrip(b"\n").partition(b"=")
+        records[key], data = value, data[int(length):]
+    if not records.get(b"size", b"0").isdigit():
+        raise ValueError(f"has a malformed size in an extended header: {records[b'size'][:40]!r}")
+    return records
+
+
+open_tar = functools.lru_cache(maxsize=64)(Tar)          # in each process; what drops out closes once nobody reads it
+
+# Where the image and the caption of a pair are: "json" if the caption is the entry "caption" of a .json file.
+PAIR = np.dtype([("shard", "<i4"), ("json", "?"), ("image", "<i8"), ("image_size", "<i8"), ("caption", "<i8"),
+                 ("caption_size", "<i8")])
+
+
+class Shards:
+    """Tar files as img2dataset and WebDataset write them.
+
+        shards:PATH-{00000..00999}.tar       in PATH-00000.tar:  000000000.jpg    the image, or .jpeg .png .webp ...
+                                                                 000000000.txt    its caption
+                                                                 000000000.json   or its "caption", if there is no .txt
+                                                                 000000001.jpg    ...
+
+    Names are cut at the last dot; the files of a pair need not stand together.  Of two members of one name the last one
+    counts, as when tar extracts.  Each tar is walked once and its index kept in the folder `cache`, if one is given;
+    images are read from their place in the tar, nothing is ever extracted.
+    """
+    classes = None
+
+    def __init__(self, pattern: str, cache: str | Path | None = None):
+        self.paths = expand_braces(pattern)
+        missing = [path for path in self.paths if not os.path.isfile(path)]
+        if missing:
+            raise UserError(f"{len(missing)} of {len(self.paths)} shards are missing, the first is {missing[0]}")
+        self.stems = [os.path.basename(path).removesuffix(".tar") for path in self.paths]
+        open_tar.cache_clear()                           # a tar may be another one since it was opened
+        self.keys, pairs, counts, cuts, empty = Packed(), [], Counter(), [], []
+        with ThreadPoolExecutor(8) as pool:              # threads, because on a network disk the time goes in waiting
+            indices = pool.map(functools.partial(load_index, cache=cache), self.paths)
+            for path, index in zip(self.paths, progress(indices, len(self.paths), "shards indexed")):
+                index["pairs"]["shard"] = len(pairs)
+                pairs.append(index["pairs"])
+                self.keys.extend(index["keys"])
+                counts.update(index["counts"])
+                cuts += [f"{path} {index['cut']}"] if index["cut"] else []
+                empty += [path] if not len(index["pairs"]) else []
+        self.pairs = np.concatenate(pairs)
+        self.shard = self.pairs["shard"]
+        self.notes = [f"{count:,} {what}" for what, count in counts.items()] + cuts[:10]
+        if len(cuts) > 10:
+            self.notes.append(f"{len(cuts) - 10} more shards are damaged or cut short")
+        if empty:
+            self.notes.append(f"{len(empty)} of {len(self.paths)} shards hold no pair, the first is {empty[0]}")
+        if not len(self.pairs):
+            raise UserError(f"no image with a caption in {pattern}: {'; '.join(self.notes)}")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, i: int) -> str:
+        return f"{self.stems[self.shard[i]]}/{self.keys[i].decode('utf-8', 'replace')}"
+
+    def read(self, i: int) -> Sample:
+        shard, is_json, image, image_size, caption, caption_size = self.pairs[i].item()
+        text = read_member(self.paths[shard], caption, caption_size)
+        text = clean_caption(json_caption(text) if is_json else text)
+        return Sample(open_image(read_member(self.paths[shard], image, image_size)), (text,))
+
+
+def read_member(path: str, offset: int, size: int) -> bytes:
+    if size > MAX_FILE:
+        raise BadRecord(f"file too large: {size:,} bytes")
+    try:
+        data = open_tar(path).read(offset, size)
+    except OSError as error:
+        raise BadRecord(f"unreadable shard: {one_line(error)}") from None
+    if len(data) < size:
+        raise BadRecord(f"unreadable shard: {path} ends before byte {offset + size:,}: it changed after it was indexed")
+    return data
+
+
+def json_caption(data: bytes) -> bytes:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"corrupt json: {one_line(error)}") from None
+    caption = record.get("caption") if isinstance(record, dict) else None
+    if not isinstance(caption, str):
+        raise BadRecord("no caption: neither a .txt nor a text \"caption\" in the .json")
+    return as_bytes(caption)
+
+
+def index_tar(path: str) -> dict:
+    """{"pairs": (n,) PAIR, "keys": Packed, "counts": what was left out, "cut": why the walk ended too early, or ""}."""
+    files, counts, cut = {}, Counter(), ""               # files: key -> {"image" | "txt" | "json": (offset, size)}
+    try:
+        for name, offset, size in Tar(path).members():
+            if offset < 0 or name.startswith(b"/") or b".." in name.split(b"/"):
+                counts["links, devices, sparse files or paths that leave the folder, not read"] += 1
+                continue
+            key, _, extension = name.removeprefix(b"./").rpartition(b".")
+            extension = extension.lower().decode("latin-1")
+            kind = "image" if extension in EXTENSIONS else extension
+            if kind not in ("image", "txt", "json") or key.rpartition(b"/")[2].startswith(b".") or not key:
+                continue
+            members = files.setdefault(key, {})
+            counts["members repeat a name, the last one is read"] += kind in members
+            members[kind] = (offset, size)
+    except ValueError as error:
+        cut = str(error)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    keys, pairs = Packed(), []
+    for key, members in files.items():
+        caption = members.get("txt") or members.get("json")
+        if "image" in members and caption:
+            keys.append(key)
+            pairs.append((0, "txt" not in members, *members["image"], *caption))
+        counts["images without a caption"] += not caption
+        counts["captions without an image"] += "image" not in members
+    return dict(pairs=np.array(pairs, dtype=PAIR), keys=keys, counts=+counts, cut=cut)      # +counts drops zeros
+
+
+def load_index(path: str, cache: str | Path | None) -> dict:
+    """index_tar(path), from the folder `cache` if it is there and the tar has its size and time of then."""
+    if cache is None:
+        return index_tar(path)
+    path = os.path.abspath(path)
+    status = os.stat(path)
+    stamp = json.dumps([1, path, status.st_size, status.st_mtime_ns])                       # 1: version of the index
+    file = Path(cache) / f"{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npz"
+    try:
+        with np.load(file) as saved:
+            if saved["stamp"].item() == stamp:
+                keys = Packed()
+                keys.blob, keys.ends = bytearray(saved["blob"]), array("q", saved["ends"].tobytes())
+                return dict(pairs=saved["pairs"], keys=keys, **json.loads(saved["rest"].item()))
+    except Exception:                                    # no such file, or one of the many ways of being damaged
+        pass
+    index = index_tar(path)
+    temporary = f"{file}.{os.getpid()}-{threading.get_ident()}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as out:
+            np.savez(out, stamp=stamp, pairs=index["pairs"], blob=np.frombuffer(index["keys"].blob, np.uint8),
+                     ends=np.array(index["keys"].ends, np.int64),
+                     rest=json.dumps(dict(counts=index["counts"], cut=index["cut"])))
+        os.replace(temporary, file)
+    except OSError as error:
+        index["counts"][f"indices were not stored in {cache} ({error.strerror})"] += 1
+    return index
+
+
+# ---- image files below a folder -------------------------------------------------------------------------------------
+
+class ImageFiles:
+    """Images as files, with captions or a class each: what csv, folder, coco and flickr30k come to.
+
+    source     where the list comes from, for messages
+    root       folder that the files are named from
+    files      path of each of the n images
+    captions   of all images, in order; image i has those from first[i] to first[i + 1]
+    labels     (n,) index into `classes`
+    """
+    def __init__(self, source, root, files: Packed, captions: Packed | None = None, first=None, labels=None,
+                 classes: list[str] | None = None, notes: tuple[str, ...] = ()):
+        self.root, self.files, self.captions, self.first = root, files, captions, first
+        self.labels, self.classes, self.notes = labels, classes, list(notes)
+        if not len(files):
+            raise UserError(f"{source} holds no images")
+        probe = [self.path(i) for i in range(min(len(files), 100))]
+        if not any(os.path.isfile(path) for path in probe):
+            raise UserError(f"none of the first {len(probe)} images of {source} exists: looked for {probe[0]}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, i: int) -> str:
+        return self.files[i].decode("utf-8", "replace")
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.files[i]))
+
+    def read(self, i: int) -> Sample:
+        captions, problem = [], BadRecord("no caption")
+        if self.captions is not None:
+            for k in range(self.first[i], self.first[i + 1]):
+                try:
+                    captions.append(clean_caption(self.captions[k]))
+                except BadRecord as error:
+                    problem = error
+            if not captions:                             # one good caption of several is enough
+                raise problem
+        image = open_image(read_file(self.path(i)))
+        return Sample(image, tuple(captions), -1 if self.labels is None else int(self.labels[i]))
+
+
+def read_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE:
+                raise BadRecord(f"file too large: {size:,} bytes")
+            return file.read()
+    except (OSError, ValueError) as error:               # ValueError: a zero byte in the name
+        raise BadRecord(f"unreadable file: {getattr(error, 'strerror', error)}: {path!r}") from None
+
+
+def csv_file(path: str, image: str = "filepath", caption: str = "title") -> ImageFiles:
+    """A table as open_clip reads it; its separator (tab, comma or semicolon) is found from the first line.
+
+        csv:FILE                              filepath,title                  paths are relative to FILE's folder
+        csv:FILE,image=COLUMN,caption=COLUMN  a/0001.jpg,"A cat, asleep"      quotes around separators and line ends
+    """
+    files, captions, folded = Packed(), Packed(), 0
+    csv.field_size_limit(LONGEST_FIELD)
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            line = file.readline()
+            headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in "\t,;"}
+            separator = max(headers, key=lambda s: (len({image, caption} & {*headers[s]}), len(headers[s])))
+            header = headers[separator]
+            for column in (image, caption):
+                if column not in header:
+                    raise UserError(f"{path} has no column {column!r}, only {', '.join(map(repr, header))}: "
+                                    f"name yours with csv:FILE,image=COLUMN,caption=COLUMN")
+            at_image, at_caption = header.index(image), header.index(caption)
+            rows = csv.reader(file, delimiter=separator)
+            for row in filter(None, rows):
+                row += [""] * (len(header) - len(row))   # a short row will read as a bad record
+                files.append(as_bytes(row[at_image]))
+                captions.append(as_bytes(row[at_caption]))
+                folded += "\n" in row[at_caption]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except csv.Error as error:
+        raise UserError(f"{path}, record {len(files) + 1}: {error}; is there a quote that is never closed?") from None
+    notes = [f"{folded:,} captions go over several lines: if they should not, look for stray quotes"] if folded else []
+    return ImageFiles(path, os.path.dirname(path), files, captions, range(len(files) + 1), notes=notes)
+
+
+def folder(root: str, split: str) -> ImageFiles:
+    """One folder per class; labels follow the sorted names of the folders, over all splits.
+
+        folder:DIR     DIR/train/CLASS/**/*.jpg     or DIR/CLASS/**/*.jpg, the same for every split
+                       DIR/val/CLASS/**/*.jpg
+                       DIR/classnames.txt           optional, lines "CLASS<TAB>name"; without it _ becomes a space
+    """
+    splits = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
+    if splits and split not in splits:
+        raise UserError(f"{root} has no folder {split!r}, only {', '.join(splits)}")
+    try:
+        entries = [entry for home in splits or [""] for entry in os.scandir(os.path.join(root, home))]
+    except OSError as error:
+        raise UserError(f"cannot read {root}: {error.strerror}") from None
+    folders = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
+    files, labels = Packed(), array("q")
+    for label, name in enumerate(folders):
+        for where, below, names in os.walk(os.path.join(root, split if splits else "", name)):
+            below.sort()                                 # os.walk goes on in this order
+            where = os.path.relpath(where, root)
+            for file in sorted(names):
+                if os.path.splitext(file)[1][1:].lower() in EXTENSIONS:
+                    files.append(os.fsencode(os.path.join(where, file)))
+                    labels.append(label)
+    return ImageFiles(root, root, files, labels=labels, classes=class_names(root, folders))
+
+
+def class_names(root: str, folders: list[str]) -> list[str]:
+    path = os.path.join(root, "classnames.txt")
+    if not os.path.exists(path):
+        return [folder.replace("_", " ") for folder in folders]
+    names = {}
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            folder, tab, name = line.strip().partition("\t")
+            if line.strip() and not (tab and name.strip()):
+                raise UserError(f"{path}, line {number}: wanted CLASS<TAB>name, got {line.strip()[:60]!r}")
+            names[folder] = name.strip()
+    for folder in folders:
+        if folder not in names:
+            raise UserError(f"{path} has no line for the folder {folder!r}")
+    return [names[folder] for folder in folders]
+
+
+def read_json(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {one_line(error)}") from None
+
+
+def want(entry, key: str, kind: type, where: str):
+    """entry[key], which must be of this kind."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: wanted an object with {key!r} of type {kind.__name__}, got {json.dumps(entry)[:80]}")
+    return value
+
+
+def pack(source: str, root: str, records: list[tuple[str, list[str]]]) -> ImageFiles:
+    """(path, captions) of each image -> ImageFiles; images without captions are left out and counted."""
+    full = [(file, captions) for file, captions in records if captions]
+    first = np.cumsum([0] + [len(captions) for _, captions in full])
+    notes = [f"{len(records) - len(full):,} images of {source} have no caption"] if len(full) < len(records) else []
+    return ImageFiles(source, root, Packed(as_bytes(file) for file, _ in full),
+                      Packed(as_bytes(caption) for _, captions in full for caption in captions), first, notes=notes)
+
+
+def coco(root: str, split: str) -> ImageFiles:
+    """COCO's captions, about five an image.
+
+        coco:DIR       DIR/annotations/captions_{train,val}2017.json      or 2014
+                       DIR/{train,val}2017/*.jpg
+    """
+    tried = [os.path.join(root, "annotations", f"captions_{split}{year}.json") for year in ("2017", "2014")]
+    path = next(filter(os.path.isfile, tried), None)
+    if path is None:
+        raise UserError(f"no captions of the split {split!r} in {root}: wanted {tried[0]} (COCO has train and val)")
+    content = read_json(path)
+    captions = {}
+    for k, image in enumerate(want(content, "images", list, path)):
+        where = f"{path}, images[{k}]"
+        captions[want(image, "id", int, where)] = (want(image, "file_name", str, where), [])
+    for k, annotation in enumerate(want(content, "annotations", list, path)):
+        where = f"{path}, annotations[{k}]"
+        image = want(annotation, "image_id", int, where)
+        if image not in captions:
+            raise UserError(f"{where}: there is no image {image}")
+        captions[image][1].append(want(annotation, "caption", str, where))
+    year = path[-len("2017.json"):-len(".json")]
+    return pack(path, os.path.join(root, split + year), list(captions.values()))
+
+
+def karpathy(path: str, images: str, split: str) -> ImageFiles:
+    """Karpathy's splits for retrieval (PAPER.md 4.4), five captions an image or more; "train" has "restval" too.
+
+        coco:DIR       DIR/dataset_coco.json          DIR/{train,val}2014/*.jpg        as the file's "filepath" says
+        flickr30k:DIR  DIR/dataset_flickr30k.json     DIR/flickr30k-images/*.jpg
+
+    The file: {"images": [{"filename", "filepath", "split": "test", "sentences": [{"raw": "A cat."}, ...]}, ...]}
+    """
+    records, found = [], Counter()
+    for k, image in enumerate(want(read_json(path), "images", list, path)):
+        where = f"{path}, images[{k}]"
+        part = want(image, "split", str, where)
+        found[part] += 1
+        if part == split or (part, split) == ("restval", "train"):
+            sentences = want(image, "sentences", list, where)
+            file = os.path.join(str(image.get("filepath", "")), want(image, "filename", str, where))
+            records.append((file, [want(sentence, "raw", str, where) for sentence in sentences]))
+    if not records:
+        raise UserError(f"{path} has no image of the split {split!r}, only {dict(found)}")
+    return pack(path, images, records)
+
+
+# ---- all data sets --------------------------------------------------------------------------------------------------
+
+class Mixed:
+    """Several data sets one after the other: an epoch sees each record once, so they mix in proportion to size."""
+
+    def __init__(self, parts: list):
+        self.parts = parts
+        self.ends = list(itertools.accumulate(map(len, parts)))
+        self.classes = parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None
+        self.notes = [note for part in parts for note in getattr(part, "notes", ())]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def place(self, i: int) -> tuple:
+        k = bisect.bisect_right(self.ends, i)
+        return self.parts[k], i - (self.ends[k - 1] if k else 0)
+
+    def name(self, i: int) -> str:
+        part, k = self.place(i)
+        return part.name(k)
+
+    def read(self, i: int) -> Sample:
+        part, k = self.place(i)
+        return part.read(k)
+
+
+def hash_names(data) -> str:
+    """sha256 of the names of all records, in order: two runs with the same hash have seen the same list of samples."""
+    digest = hashlib.sha256()
+    for i in progress(range(len(data)), len(data), "names hashed"):
+        digest.update(f"{data.name(i)}\n".encode())
+    return digest.hexdigest()
+
+
+OPENS = {       # what can be opened for each task
+    "captions": "shapes, shards:PATH-{00000..00999}.tar, csv:FILE, folder:DIR, coco:DIR, flickr30k:DIR",
+    "retrieval": "shapes, shards:PATH-{00000..00999}.tar, csv:FILE, coco:DIR, flickr30k:DIR",
+    "classes": "shapes, folder:DIR",
+    "segmentation": "shapes",
+    "detection": "shapes"}
+
+
+def open_data(spec: str, split: str | None = None, task: str = "captions", size: int | None = None,
+              cache: str | Path | None = None):
+    """The data set that `spec` names, one of OPENS[task].
+
+    split   "train", "val" or "test", where the data has splits; default "test" for retrieval, else "train"
+    size    side in pixels of images that are drawn, if spec does not say
+    cache   folder for the indices of shards
+    """
+    kind, _, rest = spec.partition(":")
+    if kind not in [name.partition(":")[0] for name in OPENS[task].split(", ")]:
+        raise UserError(f"cannot open {spec!r} for {task}: wanted {OPENS[task]}")
+    root = os.path.expanduser(rest)
+    split = split or ("test" if task == "retrieval" else "train")
+    if kind == "shapes":
+        options = shapes_options(rest)
+        held_out = split != "train"
+        counts = options.pop("train", 20000), options.pop("val", 1024)
+        options.setdefault("size", size or 64)
+        return ShapesWorld(split="val" if held_out else "train", count=counts[held_out],
+                           dense=task in ("segmentation", "detection"), **options)
+    if kind == "shards":
+        return Shards(root, cache)
+    if kind == "csv":
+        path, *columns = re.split(r",(?=image=|caption=)", root)
+        return csv_file(path, **dict(column.split("=", 1) for column in columns))
+    if kind == "folder":
+        return folder(root, split)
+    if kind == "coco" and task == "captions":
+        return coco(root, split)
+    if kind == "coco" and task == "retrieval":
+        return karpathy(os.path.join(root, "dataset_coco.json"), root, split)
+    if kind == "flickr30k":
+        return karpathy(os.path.join(root, "dataset_flickr30k.json"), os.path.join(root, "flickr30k-images"), split)
+    raise AssertionError(f"OPENS has {kind} for {task}, but nothing opens it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts: the sentences that stand around a class name, and class names
+# ---------------------------------------------------------------------------------------------------------------------
+
+def split_templates(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(text.split()).split(" | "))
+
+
+# the paper's seven for zero-shot ImageNet (PAPER.md 4.1), OpenAI's 80, and for segmentation five more (DENSE.md 1.4)
+TEMPLATES_7 = split_templates("""
+    itap of a {}. | a bad photo of the {}. | a origami {}. | a photo of the large {}. | a {} in a video game. |
+    art of the {}. | a photo of the small {}.""")
+TEMPLATES_80 = split_templates("""
+    a bad photo of a {}. | a photo of many {}. | a sculpture of a {}. | a photo of the hard to see {}. |
+    a low resolution photo of the {}. | a rendering of a {}. | graffiti of a {}. | a bad photo of the {}. |
+    a cropped photo of the {}. | a tattoo of a {}. | the embroidered {}. | a photo of a hard to see {}. |
+    a bright photo of a {}. | a photo of a clean {}. | a photo of a dirty {}. | a dark photo of the {}. |
+    a drawing of a {}. | a photo of my {}. | the plastic {}. | a photo of the cool {}. | a close-up photo of a {}. |
+    a black and white photo of the {}. | a painting of the {}. | a painting of a {}. |
+    a pixelated photo of the {}. | a sculpture of the {}. | a bright photo of the {}. | a cropped photo of a {}. |
+    a plastic {}. | a photo of the dirty {}. | a jpeg corrupted photo of a {}. | a blurry photo of the {}. |
+    a photo of the {}. | a good photo of the {}. | a rendering of the {}. | a {} in a video game. |
+    a photo of one {}. | a doodle of a {}. | a close-up photo of the {}. | a photo of a {}. | the origami {}. |
+    the {} in a video game. | a sketch of a {}. | a doodle of the {}. | a origami {}. |
+    a low resolution photo of a {}. | the toy {}. | a rendition of the {}. | a photo of the clean {}. |
+    a photo of a large {}. | a rendition of a {}. | a photo of a nice {}. | a photo of a weird {}. |
+    a blurry photo of a {}. | a cartoon {}. | art of a {}. | a sketch of the {}. | a embroidered {}. |
+    a pixelated photo of a {}. | itap of the {}. | a jpeg corrupted photo of the {}. | a good photo of a {}. |
+    a plushie {}. | a photo of the nice {}. | a photo of the small {}. | a photo of the weird {}. |
+    the cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the large {}. |
+    a black and white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. |
+    graffiti of the {}. | a toy {}. | itap of my {}. | a photo of a cool {}. | a photo of a small {}. |
+    a tattoo of the {}.""")
+TEMPLATES_85 = TEMPLATES_80 + split_templates("""
+    there is a {} in the scene. | there is the {} in the scene. | this is a {} in the scene. |
+    this is the {} in the scene. | this is one {} in the scene.""")
+
+
+def read_lines(path: str | Path, what: str) -> list[str]:
+    """The lines of a text file, without those that are empty."""
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the {what} in {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} should be a text file with {what}, but is not UTF-8") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"{path} should hold {what}, one a line, but is empty")
+    return lines
+
+
+def find_templates(text: str) -> tuple[str, ...]:
+    """What --templates says: 7, 80, 85, a file with a template a line, or one template such as "a photo of a {}."."""
+    known = {"7": TEMPLATES_7, "80": TEMPLATES_80, "85": TEMPLATES_85}
+    if text in known:
+        return known[text]
+    templates = (text,) if "{" in text else tuple(read_lines(text, "templates"))
+    for template in templates:
+        if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
+            raise UserError(f"template {template!r} must have one {{}}, where the class name goes, and no other brace")
+    return templates
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The suite of "Image Classification in the Wild": 20 data sets below one folder (PAPER.md 4.5)
+#
+#   icinw:DIR      DIR/NAME/test/CLASS/**/*.jpg     NAME from the table below; classes in the order of their folders' names
+#                  DIR/NAME/classnames.txt          optional, as for folder:DIR; a class's further names after further tabs
+#                  DIR/NAME/templates.txt           a prompt a line, with {} for the class name
+#
+#   voc-2007-classification, where an image can be of several classes, has instead of folders
+#                  DIR/NAME/test/labels.txt         lines "FILE<TAB>CLASS CLASS ...", FILE below DIR/NAME/test
+# ---------------------------------------------------------------------------------------------------------------------
+
+ICINW = {  # folder, named as in the ELEVATER toolkit: classes, test images, metric
+    "caltech-101": (102, 6084, "mean per class"),
+    "cifar-10": (10, 10000, "accuracy"),
+    "cifar-100": (100, 10000, "accuracy"),
+    "country211": (211, 21100, "accuracy"),
+    "dtd": (47, 1880, "accuracy"),
+    "eurosat_clip": (10, 5000, "accuracy"),
+    "fer-2013": (7, 3589, "accuracy"),
+    "fgvc-aircraft-2013b-variants102": (100, 3333, "mean per class"),
+    "food-101": (101, 25250, "accuracy"),
+    "gtsrb": (43, 12630, "accuracy"),
+    "hateful-memes": (2, 500, "ROC AUC"),                       # of the second class
+    "kitti-distance": (4, 711, "accuracy"),
+    "mnist": (10, 10000, "accuracy"),
+    "oxford-flower-102": (102, 6149, "mean per class"),
+    "oxford-iiit-pets": (37, 3669, "mean per class"),
+    "patch-camelyon": (2, 32768, "accuracy"),
+    "rendered-sst2": (2, 1821, "accuracy"),
+    "resisc45_clip": (45, 25200, "accuracy"),
+    "stanford-cars": (196, 8041, "accuracy"),
+    "voc-2007-classification": (20, 4952, "11-point mAP"),
+}
+
+
+@dataclass
+class IcinwTask:
+    """One data set of the suite.
+
+    data        images with classes, as folder:DIR
+    templates   its own prompts
+    metric      accuracy, mean per class, 11-point mAP or ROC AUC
+    is_class    for 11-point mAP: (n, classes) bool, True where an image is of a class
+    squash      the whole image squeezed to a square instead of its centre
+    notes       what differs from the published test set
+    """
+    name: str
+    data: ImageFiles
+    templates: tuple[str, ...]
+    metric: str
+    is_class: np.ndarray | None
+    squash: bool
+    notes: list[str]
+
+
+def icinw(root: str) -> tuple[list[IcinwTask], list[str]]:
+    """The suite's data sets that are there, and the names of the others."""
+    root = os.path.expanduser(root)
+    found = [name for name in ICINW if os.path.isdir(os.path.join(root, name))]
+    if not found:
+        raise UserError(f"{root} has no folder of the ICinW suite; wanted one or more of {', '.join(ICINW)}")
+    return [icinw_task(root, name) for name in found], [name for name in ICINW if name not in found]
+
+
+def icinw_task(root: str, name: str) -> IcinwTask:
+    home, is_class = os.path.join(root, name), None
+    classes, images, metric = ICINW[name]
+    if metric == "11-point mAP":
+        data, is_class = multi_label_files(home)
+    else:
+        data = folder(home, "test")
+    templates = find_templates(os.path.join(home, "templates.txt"))
+    notes = [f"{count:,} {what}, the published test set has {wanted:,}"
+             for what, count, wanted in (("images", len(data), images), ("classes", len(data.classes), classes))
+             if count != wanted]
+    # the nearest car may stand at the margin: the toolkit, too, does not cut out the centre of these images
+    return IcinwTask(name, data, templates, metric, is_class, squash=name == "kitti-distance", notes=notes)
+
+
+def multi_label_files(root: str) -> tuple[ImageFiles, np.ndarray]:
+    """test/labels.txt -> images, and (n, classes) bool, True where an image is of a class."""
+    path = os.path.join(root, "test", "labels.txt")
+    rows = [line.partition("\t") for line in read_lines(path, "labels, lines FILE<TAB>CLASS CLASS ...")]
+    folders = sorted({one for _, _, several in rows for one in several.split()})
+    is_class = np.array([[one in several.split() for one in folders] for _, _, several in rows])
+    files = ImageFiles(path, os.path.join(root, "test"), Packed(as_bytes(file) for file, _, _ in rows),
+                       labels=array("q", [-1] * len(rows)), classes=class_names(root, folders))
+    return files, is_class
+
+
+# ---- photographs with a class for each pixel ------------------------------------------------------------------------
+
+# Class names in the order of the labels, in the words of DenseCLIP's protocol (github.com/chongzhou96/MaskCLIP,
+# tools/maskclip_utils/prompt_engineering.py).  Others, such as "wall-brick" or "tvmonitor", move the result by points.
+ADE20K = (
+    "wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,earth,door,table,"
+    "mountain,plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,mirror,rug,field,armchair,seat,fence,desk,"
+    "rock,wardrobe,lamp,bathtub,railing,cushion,base,box,column,signboard,chest of drawers,counter,sand,sink,"
+    "skyscraper,fireplace,refrigerator,grandstand,path,stairs,runway,case,pool table,pillow,screen door,stairway,"
+    "river,bridge,bookcase,blind,coffee table,toilet,flower,book,hill,bench,countertop,stove,palm,kitchen island,"
+    "computer,swivel chair,boat,bar,arcade machine,hovel,bus,towel,light,truck,tower,chandelier,awning,streetlight,"
+    "booth,television receiver,airplane,dirt track,apparel,pole,land,bannister,escalator,ottoman,bottle,buffet,"
+    "poster,stage,van,ship,fountain,conveyer belt,canopy,washer,plaything,swimming pool,stool,barrel,basket,"
+    "waterfall,tent,bag,minibike,cradle,oven,ball,food,step,tank,trade name,microwave,pot,animal,bicycle,lake,"
+    "dishwasher,screen,blanket,sculpture,hood,sconce,vase,traffic light,tray,ashcan,fan,pier,crt screen,plate,"
+    "monitor,bulletin board,shower,radiator,glass,clock,flag").split(",")
+PASCAL_CONTEXT = (
+    "airplane,bag,bed,bedclothes,bench,bicycle,bird,boat,book,bottle,building,bus,cabinet,car,cat,ceiling,chair,"
+    "cloth,computer,cow,cup,curtain,dog,door,fence,floor,flower,food,grass,ground,horse,keyboard,light,motorbike,"
+    "mountain,mouse,person,plate,platform,potted plant,road,rock,sheep,shelves,sidewalk,sign,sky,snow,sofa,table,"
+    "track,train,tree,truck,tv monitor,wall,water,window,wood").split(",")
+COCO_STUFF = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,"
+    "wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,"
+    "chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,"
+    "toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush,banner,blanket,branch,"
+    "bridge,building,bush,cabinet,cage,cardboard,carpet,ceiling,tile ceiling,cloth,clothes,clouds,counter,cupboard,"
+    "curtain,desk,dirt,door,fence,marble floor,floor,stone floor,tile floor,wood floor,flower,fog,food,fruit,"
+    "furniture,grass,gravel,ground,hill,house,leaves,light,mat,metal,mirror,moss,mountain,mud,napkin,net,paper,"
+    "pavement,pillow,plant,plastic,platform,playingfield,railing,railroad,river,road,rock,roof,rug,salad,sand,sea,"
+    "shelf,sky,skyscraper,snow,solid,stairs,stone,straw,structural,table,tent,textile,towel,tree,vegetable,"
+    "brick wall,concrete wall,wall,panel wall,stone wall,tile wall,wood wall,water,waterdrops,blind window,window,"
+    "wood").split(",")
+
+# COCO-Stuff's files hold category - 1 in 0..181; eleven of these do not occur, and the 171 others close up
+COCO_STUFF_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+COCO_STUFF_LABEL = np.full(256, 255, dtype=np.uint8)
+COCO_STUFF_LABEL[np.setdiff1d(np.arange(182), COCO_STUFF_GAPS)] = np.arange(171)
+
+LAYOUTS = {
+    # format: folder above, its names for train and val, where images, labels and the list of images are; classes; and
+    # whether label 0 belongs to none of them, so that they start with label 1
+    "ade20k": ("ADEChallengeData2016", ("training", "validation"), "images/{}", "annotations/{}", None, ADE20K, True),
+    "coco-stuff": ("coco_stuff164k", ("train2017", "val2017"), "images/{}", "annotations/{}", None, COCO_STUFF, False),
+    "pascal-context": ("VOC2010", ("train", "val"), "JPEGImages", "SegmentationClassContext",
+                       "ImageSets/SegmentationContext/{}.txt", PASCAL_CONTEXT, True),
+    "voc": ("VOC2012", ("train", "val"), "JPEGImages", "SegmentationClass", "ImageSets/Segmentation/{}.txt", None,
+            False),
+}
+
+
+class LabelMaps:
+    """Images (.jpg) with a class for each pixel (.png of the same name), in the folders of the archives they come in.
+
+        ade20k:DIR           DIR/images/{training,validation}/*.jpg       DIR/annotations/{training,validation}/*.png
+        coco-stuff:DIR       DIR/images/{train,val}2017/*.jpg             DIR/annotations/{train,val}2017/*.png
+        pascal-context:DIR   DIR/JPEGImages/*.jpg, those that             DIR/SegmentationClassContext/*.png
+                             DIR/ImageSets/SegmentationContext/{train,val}.txt names
+        voc:DIR              DIR/JPEGImages/*.jpg, those that             DIR/SegmentationClass/*.png
+                             DIR/ImageSets/Segmentation/{train,val}.txt names
+                             DIR/class_names.txt: a name a line, for labels 0, 1, ...
+
+    DIR or the folder above it.  COCO-Stuff's labels are those of stuffthingmaps_trainval2017.zip; Pascal Context's
+    those mmsegmentation makes from trainval_merged.json: 0 background, 1 to 59 the classes in alphabetical order.
+    """
+    def __init__(self, kind: str, root: str, split: str):
+        above, parts, images, labels, listing, classes, self.reduce_zero_label = LAYOUTS[kind]
+        if split not in ("train", "val"):
+            raise UserError(f"{kind}:{root} has no split {split!r}; use train or val")
+        if os.path.isdir(os.path.join(root, above)):
+            root = os.path.join(root, above)
+        self.part, self.is_coco = parts[split == "val"], kind == "coco-stuff"
+        self.images, self.labels, source = (os.path.join(root, where.format(self.part))
+                                            for where in (images, labels, listing or images))
+        for path in (self.images, self.labels, source):
+            if not os.path.exists(path):
+                raise UserError(f"{kind}:{root} wants {path}, which is not there: unpack the archive as it comes, and "
+                                f"name the folder {above} or the one above it")
+        names = read_lines(source, "names of images") if listing else sorted(os.listdir(source))
+        self.stems = [name.removesuffix(".jpg") for name in names if listing or name.endswith(".jpg")]
+        if not self.stems:
+            raise UserError(f"{source} holds no images")
+        self.classes = classes or [name.strip("_") for name in
+                                   read_lines(os.path.join(root, "class_names.txt"), "names of classes")]
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def name(self, i: int) -> str:
+        return f"{self.part}/{self.stems[i]}"
+
+    def read(self, i: int) -> Sample:
+        image = open_image(read_file(os.path.join(self.images, self.stems[i] + ".jpg")))
+        label = open_image(read_file(os.path.join(self.labels, self.stems[i] + ".png")))
+        if label.mode not in ("L", "P"):
+            raise BadRecord(f"not a label map: mode {label.mode}, wanted one byte a pixel")
+        if label.size != upright_size(image):
+            raise BadRecord(f"label map of another size: {label.size}, the image has {upright_size(image)}")
+        try:
+            label_map = np.array(label)                                         # (H, W); of a palette image the indices
+        except Exception as error:
+            raise BadRecord(f"corrupt label map: {one_line(error)}") from None
+        if self.is_coco:
+            label_map = COCO_STUFF_LABEL[label_map]
+        largest = int(label_map[label_map < 255].max(initial=0))
+        if largest >= len(self.classes) + self.reduce_zero_label:
+            raise BadRecord(f"label out of range: {largest}, with {len(self.classes)} classes")
+        return Sample(image, label_map=label_map)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: from (seed, step) to a batch, the same whatever the number of processes and workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Records(torch.utils.data.Dataset):
+    """Reads, decodes and augments single records.  An item is asked for by (epoch, index, *spares).
+
+    transform(sample, rng) makes a dict of arrays and strings; rng is seeded by (seed, epoch, index), so that an image is
+    augmented alike in every process and after every resume.  A bad record is named in "bad" and a spare takes its place;
+    without a spare left the item is only its "bad" list.
+    """
+    def __init__(self, data, transform, seed: int = 0):
+        self.data, self.transform, self.seed = data, transform, seed
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict:
+        epoch, *candidates = key
+        bad = []
+        for index in candidates:
+            try:
+                rng = np.random.default_rng((self.seed, epoch, index))
+                return dict(self.transform(self.data.read(index), rng), index=index, bad=bad)
+            except BadRecord as error:
+                bad.append((self.data.name(index), str(error)))
+        return dict(bad=bad)
+
+
+def collate(items: list[dict]) -> dict:
+    """Items of Records -> one batch: tensors are stacked, numbers become a tensor, the rest lists; "bad" is joined."""
+    batch = {"bad": [bad for item in items for bad in item["bad"]]}
+    items = [item for item in items if "index" in item]
+    for key in items[0] if items else ():
+        values = [item[key] for item in items]
+        if key != "bad":
+            batch[key] = (torch.stack(values) if torch.is_tensor(values[0]) else
+                          torch.tensor(values) if isinstance(values[0], (int, float)) else values)
+    return batch
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) the order in which an epoch visits the records."""
+    return np.random.default_rng((seed, epoch, n)).permutation(n)
+
+
+class TrainBatches:
+    """For each step the keys of this process's rows of the global batch.
+
+    An epoch is a permutation cut into n // batch_size global batches; process r takes the r-th slice of each, so every
+    process has the same number of steps and no record comes twice in an epoch.  What the cut leaves over are the spares
+    that stand in for bad records.
+    """
+    def __init__(self, n: int, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1):
+        self.n, self.batch_size, self.seed, self.steps, self.rank, self.world = n, batch_size, seed, steps, rank, world
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        per_epoch, share, current = self.n // self.batch_size, self.batch_size // self.world, None
+        for step in self.steps:
+            epoch, i = divmod(step, per_epoch)
+            if epoch != current:
+                order, current = epoch_order(self.n, self.seed, epoch), epoch
+                spares = order[per_epoch * self.batch_size:]
+            first = i * self.batch_size + self.rank * share
+            yield [(epoch, int(order[row]), *self.spares_of(row, order, spares)) for row in range(first, first + share)]
+
+    @staticmethod
+    def spares_of(row: int, order: np.ndarray, spares: np.ndarray) -> list[int]:
+        """Ten records that may take this row's place; other rows of the epoch when the cut left nothing over."""
+        pool = spares if len(spares) else order
+        return [int(pool[(row + k) % len(pool)]) for k in range(1, 11)]
+
+
+def train_loader(data, transform, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1,
+                 workers: int = 0, collate=collate):
+    """An iterator over the batches of `steps`; batch_size is global, each batch holds this process's share of it."""
+    batches = TrainBatches(len(data), batch_size, seed, steps, rank, world)
+    return torch.utils.data.DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers,
+                                       collate_fn=collate, pin_memory=torch.cuda.is_available())
+
+
+def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0, collate=collate,
+                seed: int = 0):
+    """Every record once and in order: process r reads records r, r + world, ...  Bad ones are left out and named."""
+    indices = range(rank, len(data), world)
+    batches = [[(0, i) for i in indices[k:k + batch_size]] for k in range(0, len(indices), batch_size)]
+    return torch.utils.data.DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers,
+                                       collate_fn=collate, pin_memory=torch.cuda.is_available())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at data: `python data.py preview` draws a contact sheet, `python data.py check` reads everything
+# ---------------------------------------------------------------------------------------------------------------------
+
+CELL, LINES, LINE = 224, 4, 18      # of the contact sheet: side of a picture; lines of a caption, and their height
+
+
+def wrap(text: str, width: int, font) -> list[str]:
+    """Lines of at most `width` pixels; a word that is wider is broken."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for character in word:
+            if font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return [line for line in lines if line]
+
+
+def preview(data, out: str, rows: int = 4, columns: int = 6, seed: int = 0):
+    """Writes a contact sheet of records drawn at random: picture, and below it caption or class, or why it is bad."""
+    font = PIL.ImageFont.load_default(14)
+    gap = 8
+    across, down = CELL + gap, CELL + LINES * LINE + gap
+    sheet = PIL.Image.new("RGB", (columns * across + gap, rows * down + gap), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    rng = np.random.default_rng(seed)
+    for cell, i in enumerate(rng.choice(len(data), min(rows * columns, len(data)), replace=False)):
+        x, y = gap + cell % columns * across, gap + cell // columns * down
+        try:
+            sample = data.read(int(i))
+            picture = decode(sample.image)
+            scale = CELL / max(picture.size)
+            picture = picture.resize([max(1, round(side * scale)) for side in picture.size], BICUBIC)
+            sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
+            text = pick_caption(sample, rng) if sample.captions else data.classes[sample.label]
+        except BadRecord as error:
+            draw.rectangle((x, y, x + CELL, y + CELL), fill="lightgray")
+            text = f"BAD {data.name(int(i))}: {error}"
+        for k, line in enumerate(wrap(text[:400], CELL, font)[:LINES]):
+            draw.text((x, y + CELL + k * LINE), line, "black", font)
+    sheet.save(out)
+
+
+class Inspector(torch.utils.data.Dataset):
+    """Item i: what `check` wants to know of record i, after a full read.
+
+    (name, reason or None, (width, height), captions' words, captions' tokens)
+    """
+    def __init__(self, data, tokenizer):
+        self.data, self.tokenizer = data, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple:
+        name = self.data.name(i)
+        try:
+            sample = self.data.read(i)
+            size = decode(sample.image).size
+            words = [len(caption.split()) for caption in sample.captions]
+            tokens = [self.tokenizer.length(caption) for caption in sample.captions] if self.tokenizer else []
+            return name, None, size, words, tokens
+        except BadRecord as error:
+            return name, str(error), (0, 0), [], []
+
+
+def check(data, tokenizer=None, context_length: int = 77, workers: int = 0) -> dict:
+    """Reads and decodes every record, prints a report and returns it:
+
+    records, bad: how many;  reasons: {reason: count};  bad_records: [(name, reason)] of the first 20
+    width, height, words, tokens: [smallest, median, largest], tokens with start and end token
+    captions: how many;  truncated: how many captions have more than `context_length` tokens
+    classes: how many, 0 if there are none;  sample_hash: see hash_names;  notes: the data set's own
+    """
+    loader = torch.utils.data.DataLoader(Inspector(data, tokenizer), 64, num_workers=workers, collate_fn=list)
+    sizes, words, tokens = (array("q"), array("q")), array("q"), array("q")
+    reasons, bad_records = Counter(), []
+    for name, reason, size, some_words, some_tokens in progress(itertools.chain.from_iterable(loader), len(data),
+                                                                "records checked"):
+        if reason:
+            reasons[reason.split(":")[0]] += 1
+            if len(bad_records) < 20:
+                bad_records.append((name, reason))
+            continue
+        sizes[0].append(size[0])
+        sizes[1].append(size[1])
+        words.extend(some_words)
+        tokens.extend(some_tokens)
+
+    def spread(values: array) -> list[int]:
+        return [int(f(values)) for f in (np.min, np.median, np.max)] if values else []
+
+    report = dict(records=len(data), bad=sum(reasons.values()), reasons=dict(reasons), bad_records=bad_records,
+                  width=spread(sizes[0]), height=spread(sizes[1]), captions=len(words), words=spread(words),
+                  tokens=spread(tokens), truncated=sum(n > context_length for n in tokens),
+                  classes=len(data.classes or ()), sample_hash=hash_names(data), notes=list(getattr(data, "notes", ())))
+    for key, value in report.items():
+        if key in ("bad_records", "notes"):
+            for item in value:
+                print(f"{key.rstrip('s').replace('_', ' ')}: {item if key == 'notes' else ': '.join(item)}")
+        else:
+            print(f"{key.replace('_', ' ')}: {value}")
+    return report
+
+
+def main(argv=None):
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = cli.add_subparsers(dest="command", required=True)
+    for name, help in (("preview", "draw a contact sheet of samples with captions"),
+                       ("check", "read and decode everything; count and name bad records"),
+                       ("bpe", "learn byte-pair merges from the captions and show how a text is cut")):
+        command = commands.add_parser(name, help=help, allow_abbrev=False)
+        command.add_argument("--data", action="append", metavar="SPEC", help="may be given more than once (default: shapes)")
+        command.add_argument("--split", default="train", help="train, val or test, where the data has splits")
+        command.add_argument("--bpe", default="", help="CLIP's merges file (default: learn merges from the captions)")
+        command.add_argument("--vocab-size", type=int, default=1024, help="entries learned without --bpe (default: 1024)")
+        if name == "preview":
+            command.add_argument("--out", default="grid.png", help="the picture to write (default: grid.png)")
+            command.add_argument("--rows", type=int, default=4)
+            command.add_argument("--columns", type=int, default=6)
+            command.add_argument("--seed", type=int, default=0)
+        if name == "check":
+            command.add_argument("--context-length", type=int, default=77, help="longer captions count as truncated")
+            command.add_argument("--workers", type=int, default=0)
+            command.add_argument("--json", default="", help="also write the report here")
+        if name == "bpe":
+            command.add_argument("text", nargs="*", help="texts to cut (default: a few captions)")
+    o = cli.parse_args(argv)
+    parts = [open_data(spec, o.split) for spec in o.data or ["shapes"]]
+    data = parts[0] if len(parts) == 1 else Mixed(parts)
+    if o.command == "preview":
+        preview(data, o.out, o.rows, o.columns, o.seed)
+        print(f"wrote {o.out}: {o.rows * o.columns} of {len(data)} records")
+        return
+    tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else learn_tokenizer(data, o.vocab_size)
+    if o.command == "check":
+        report = check(data, tokenizer, o.context_length, o.workers)
+        if o.json:
+            Path(o.json).write_text(json.dumps(report))
+        return
+    print(f"{tokenizer.vocab_size} entries, {len(tokenizer.merges)} of them merges")
+    for text in o.text or first_captions(data, 5):
+        ids = tokenizer.encode(text)
+        print(f"{text!r}: {len(ids)} tokens  " + " | ".join(tokenizer.decode([i]).strip() for i in ids))
+
+
+def first_captions(data, records: int) -> list[str]:
+    """All captions of the first so many records; bad ones are passed over."""
+    captions = []
+    for i in range(min(len(data), records)):
+        try:
+            captions.extend(data.read(i).captions)
+        except BadRecord:
+            pass
+    return captions
+
+
+def learn_tokenizer(data, vocab_size: int) -> BytePairTokenizer:
+    """Merges learned from the captions of the first ten thousand records."""
+    return BytePairTokenizer.train(first_captions(data, 10_000), vocab_size)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

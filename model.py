@@ -1,0 +1,805 @@
+"""The networks of MaskCLIP, from the patch to the teacher, in reading order.
+
+    images (B,3,H,W) ──┬─ student ViT, all patches ─► image_proj ─► z_I (B,E)                            encode_image
+                       ├─ student ViT, K visible patches ─► 1-layer decoder ─► h ─► codes (B,M,C)        Masked branch
+                       └─ EMA teacher ViT, all patches ─► h ─► soft codes (B,M,C), no gradient           Teacher
+    tokens (B,L)    ───┬─ text transformer ─► end token ─► text_proj ─► z_T (B,E)                        encode_text
+                       └─ text transformer, 20% masked ─► 4-layer text decoder ─► word logits (n,V)      Word branch
+
+Config holds every number of a run, PRESETS the named ones, METHODS the rows of supplement Table 2.
+Letters: B images, N patches, K visible and M hidden ones, D width, H heads, L tokens, V vocabulary, E embedding, C codes.
+
+    python model.py --preset vit-b16-yfcc15m --method maskclip     parameters, FLOPs and activation memory by branch
+"""
+import argparse
+import copy
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import losses
+from losses import patchify
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one dataclass, whose fields are also the options of train.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+def opt(default, help: str, group: str = "run", choices=None):
+    """A dataclass field that knows its help text, the group --help lists it under, and the values it may take."""
+    return field(default=default, metadata=dict(help=help, group=group, choices=choices))
+
+
+@dataclass
+class Config:
+    """A model and its training recipe.  Defaults are the paper's main run: ViT-B/16 on YFCC15M, batch 4096."""
+    method: str = opt("maskclip", "what to train: a row of supplement Table 2, or a compared system", "what")
+    # image tower
+    image_size: int = opt(224, "side of the square input, pixels (paper)", "image tower")
+    patch_size: int = opt(16, "side of a patch, pixels (paper)", "image tower")
+    width: int = opt(768, "width of the image tower (paper: ViT-B)", "image tower")
+    depth: int = opt(12, "blocks of the image tower (paper: ViT-B)", "image tower")
+    heads: int = opt(12, "attention heads of the image tower (paper: ViT-B)", "image tower")
+    pos_embed: str = opt("learned", "position embedding: learned (timm, SLIP) or fixed sin-cos (MAE); paper silent",
+                         "image tower", ("learned", "sincos"))
+    init: str = opt("mae", "initialization: mae's, or mimetic, which learns shapes in a fraction of the steps when these are "
+                    "few (Trockman and Kolter 2023); paper silent", "image tower", ("mae", "mimetic"))
+    pool: str = opt("cls", "what stands for the image: the class token or the mean of the patches; paper silent",
+                    "image tower", ("cls", "mean"))
+    drop_path: float = opt(0.0, "stochastic depth of the image tower in pre-training (ours)", "image tower")
+    # text tower
+    text_width: int = opt(512, "width of the text tower (paper)", "text tower")
+    text_depth: int = opt(12, "blocks of the text tower (paper)", "text tower")
+    text_heads: int = opt(8, "attention heads of the text tower (paper)", "text tower")
+    context_length: int = opt(77, "longest caption in tokens, start and end included (paper)", "text tower")
+    vocab_size: int = opt(49408, "rows of the word table; raised to the tokenizer's size (paper: CLIP's)", "text tower")
+    causal: bool = opt(True, "words see only words before them (CLIP; paper silent)", "text tower")
+    embed_dim: int = opt(512, "width E of the joint embedding (SLIP; paper silent)", "text tower")
+    # masked self-distillation
+    target: str = opt("codes", "what the student predicts: the quantizer's codes, or normalized features (BootMAE)",
+                      "self-distillation", ("codes", "features"))
+    mask_ratio: float = opt(0.75, "share of patches hidden from the student (paper)", "self-distillation")
+    decoder_depth: int = opt(1, "blocks of the image decoder (paper)", "self-distillation")
+    n_codes: int = opt(8192, "codes C of the online quantizer (iBOT; paper silent)", "self-distillation")
+    quantizer_hidden: int = opt(2048, "hidden width of the quantizer (iBOT; paper silent)", "self-distillation")
+    quantizer_bottleneck: int = opt(256, "width in which codes are compared (iBOT; paper silent)", "self-distillation")
+    temp_s: float = opt(0.1, "student temperature (iBOT; paper silent)", "self-distillation")
+    temp_t: float = opt(0.04, "teacher temperature at the end of its warm-up (iBOT; paper silent)", "self-distillation")
+    temp_t_start: float = opt(0.04, "teacher temperature at step 0 (ours: constant)", "self-distillation")
+    temp_t_warmup: float = opt(0.0, "share of the run over which it rises (iBOT: 30 epochs)", "self-distillation")
+    center_momentum: float = opt(0.9, "momentum of the centre of the teacher's logits (iBOT)", "self-distillation")
+    momentum: float = opt(0.999, "teacher momentum at step 0 (paper)", "self-distillation")
+    momentum_end: float = opt(0.9999, "teacher momentum at the last step, reached linearly (paper)", "self-distillation")
+    # masked language modelling
+    word_ratio: float = opt(0.2, "share of words masked (paper)", "masked language modelling")
+    text_decoder_depth: int = opt(4, "blocks of the text decoder (paper)", "masked language modelling")
+    # loss
+    distillation_weight: float = opt(0.05, "lambda of Eq. 8 (paper); also the pixel and feature terms' weight", "loss")
+    mlm_weight: float = opt(0.05, "beta of Eq. 8 (paper)", "loss")
+    contrastive_reduction: str = opt("sum", "L_I + L_T as Eq. 8 writes it, or their mean as CLIP's code", "loss",
+                                     ("sum", "mean"))
+    # recipe
+    epochs: float = opt(25.0, "passes over the data (paper)", "recipe")
+    batch_size: int = opt(4096, "pairs a step, over all processes and micro-batches (paper)", "recipe")
+    lr: float = opt(1e-3, "peak learning rate (paper)", "recipe")
+    lr_end: float = opt(1e-5, "learning rate at the last step, reached by half a cosine (paper)", "recipe")
+    lr_start: float = opt(1e-6, "learning rate at step 0 of the warm-up (SLIP; paper silent)", "recipe")
+    warmup_epochs: float = opt(1.0, "epochs of linear warm-up (paper)", "recipe")
+    weight_decay: float = opt(0.1, "AdamW weight decay of matrices; none for vectors, tokens, positions (paper)", "recipe")
+    beta2: float = opt(0.98, "AdamW beta2, beta1 is 0.9 (SLIP; paper silent)", "recipe")
+    eps: float = opt(1e-8, "AdamW epsilon (SLIP; paper silent)", "recipe")
+    clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (paper silent, SLIP none)", "recipe")
+    crop_min: float = opt(0.5, "smallest share of the image a random crop keeps, 1: whole image (SLIP)", "recipe")
+    flip: bool = opt(False, "mirror half of the images (SLIP does not; captions know left from right)", "recipe")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+PAPER = Config()
+PRESETS = {
+    "pocket": replace(
+        PAPER, image_size=64, patch_size=8, width=128, depth=4, heads=4, text_width=128, text_depth=3, text_heads=4,
+        context_length=32, vocab_size=768, embed_dim=128, n_codes=512, quantizer_hidden=256, quantizer_bottleneck=64,
+        text_decoder_depth=1, epochs=10, batch_size=128, warmup_epochs=0.5, crop_min=1.0, pos_embed="sincos", init="mimetic",
+        # paper: 0.999 over 90,000 steps; here the run has some thousand, and the teacher must be able to follow
+        momentum=0.99, momentum_end=0.999),
+    "vit-b16-yfcc15m": PAPER,
+    "vit-b32-yfcc15m": replace(PAPER, patch_size=32),
+    # paper: silent on CC3M's schedule; here: SLIP's 40 epochs, because Table 1 compares with SLIP's rows
+    "vit-b16-cc3m": replace(PAPER, epochs=40),
+    "vit-b16-icinw": replace(PAPER, epochs=32, batch_size=16384),
+}
+
+# supplement Table 2, row by row: what the masked branch predicts, whether the teacher is a running average or (momentum 0)
+# the current weights, and whether words are masked too
+METHODS = {
+    "clip": dict(target=None, ema=False, mlm=False),
+    "clip+mae": dict(target="pixels", ema=False, mlm=False),
+    "clip+feature": dict(target="teacher", ema=False, mlm=False),
+    "clip+ema": dict(target="teacher", ema=True, mlm=False),
+    "maskclip": dict(target="teacher", ema=True, mlm=True),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks, shared by both towers and both decoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one matrix for query, key and value (timm's keys)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, causal: bool = False, is_word: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D).  is_word (B, N) bool: True where a place may be attended to."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)    # (B, H, N, D/H)
+        allowed = None if is_word is None else is_word[:, None, None, :]                              # (B, 1, 1, N)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+    def value_path(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D): attention with the identity in place of softmax(QK), for dense features."""
+        D = x.shape[-1]
+        return self.proj(F.linear(x, self.qkv.weight[2 * D:], self.qkv.bias[2 * D:]))
+
+
+@torch.no_grad()
+def mimetic_init(attn: Attention):
+    """Attention that starts as trained attention looks: W_q^T W_k near the identity, so that like attends to like, and
+    W_proj W_v near minus the identity (Trockman and Kolter 2023, "Mimetic initialization of self-attention layers").
+
+    Each product is drawn as  a Z + b I,  Z of variance 1/D, and cut into its two factors by the singular values.
+    """
+    D, head = attn.proj.in_features, attn.proj.in_features // attn.heads
+    q, k, v = attn.qkv.weight.split(D)                                          # (D, D) each, heads one below the other
+    U, S, V = torch.linalg.svd(0.4 * torch.randn(D, D) / D ** 0.5 - 0.4 * torch.eye(D))
+    attn.proj.weight.copy_(U * S.sqrt())
+    v.copy_(S.sqrt()[:, None] * V)
+    for rows in range(0, D, head):
+        U, S, V = torch.linalg.svd(0.7 * torch.randn(D, D) / D ** 0.5 + 0.7 * torch.eye(D))
+        q[rows:rows + head] = S[:head, None].sqrt() * U.T[:head]
+        k[rows:rows + head] = S[:head, None].sqrt() * V[:head]
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: normalize, attend, add; normalize, MLP, add.  Keys as timm's."""
+
+    def __init__(self, width: int, heads: int, eps: float = 1e-6, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, 4 * width)
+        self.drop_path = drop_path
+
+    def skip_at_random(self, x: Tensor) -> Tensor:
+        """Stochastic depth: in training, a residual branch is left out for a share of the samples, the rest scaled up.
+
+        The draw is one for the samples of all processes, of which ours are taken: their number does not matter.
+        """
+        if self.drop_path == 0 or not self.training:
+            return x
+        keep, B = 1 - self.drop_path, len(x)
+        draw = torch.rand(losses.world_size() * B, 1, 1, device=x.device)[losses.own_columns(B, x.device)]      # (B, 1, 1)
+        return x * (draw < keep) / keep
+
+    def forward(self, x: Tensor, causal: bool = False, is_word: Tensor | None = None) -> Tensor:
+        x = x + self.skip_at_random(self.attn(self.norm1(x), causal, is_word))
+        return x + self.skip_at_random(self.mlp(self.norm2(x)))
+
+
+def init_linear(module: nn.Module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image tower
+# ---------------------------------------------------------------------------------------------------------------------
+
+def random_mask(batch: int, patches: int, ratio: float, generator: torch.Generator | None = None):
+    """Which patches the student sees: a random subset of the same size for each image, no block shape.
+
+    Returns keep (batch, K) the sorted indices of visible patches, and hidden (batch, patches) bool, True = hidden.
+    K = floor(patches * (1 - ratio)), as MAE rounds it, and at least 1.
+    """
+    K = max(1, int(patches * (1 - ratio) + 1e-6))
+    noise = torch.rand(batch, patches, generator=generator)
+    keep = noise.argsort(dim=1)[:, :K].sort(dim=1).values                   # (batch, K)
+    hidden = torch.ones(batch, patches, dtype=torch.bool).scatter_(1, keep, False)
+    return keep, hidden
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """(B, N, D), (B, K) -> (B, K, D): rows `index` of each sample."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """(1, grid*grid, width) fixed 2-D sine-cosine position embedding: one half for the row, the other for the column."""
+    omega = 10000.0 ** -(torch.arange(width // 4) / (width / 4))                                # (width/4,)
+    angle = torch.arange(grid)[:, None] * omega                                                 # (grid, width/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                         # (grid, width/2)
+    rows = axis[:, None].expand(grid, grid, -1)
+    cols = axis[None, :].expand(grid, grid, -1)
+    return torch.cat([rows, cols], dim=2).reshape(1, grid * grid, width)
+
+
+class PatchEmbed(nn.Module):
+    """The linear map of a patch, kept as the convolution whose weights timm stores."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, K, 3*p*p) -> (B, K, D)"""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """ViT in timm's dialect: its state-dict keys and arithmetic are those of vit_base_patch16_224 without a head."""
+
+    def __init__(self, image_size: int = 224, patch_size: int = 16, width: int = 768, depth: int = 12, heads: int = 12,
+                 drop_path: float = 0.0, pos_embed: str = "learned", init: str = "mae"):
+        super().__init__()
+        self.patch_size = patch_size
+        self.grid = image_size // patch_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid ** 2, width), requires_grad=pos_embed == "learned")
+        self.patch_embed = PatchEmbed(patch_size, width)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]   # deeper blocks are skipped more often
+        self.blocks = nn.ModuleList([Block(width, heads, drop_path=rate) for rate in rates])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.init_weights(pos_embed, init)
+
+    def init_weights(self, pos_embed: str, init: str):
+        # paper: silent; here: MAE's initialization, which depends neither on depth nor on width
+        for module in self.modules():
+            init_linear(module)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if pos_embed == "sincos":
+            self.pos_embed.data[:, :1] = 0
+            self.pos_embed.data[:, 1:] = sincos_positions(self.grid, self.pos_embed.shape[-1])
+        if init == "mimetic":
+            for block in self.blocks:
+                mimetic_init(block.attn)
+
+    def positions(self, rows: int, cols: int) -> Tensor:
+        """(1, rows*cols, D) position embedding of the patches, bicubically resized when the grid is another one."""
+        pos = self.pos_embed[:, 1:]
+        if (rows, cols) == (self.grid, self.grid):
+            return pos
+        pos = pos.reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2).float()              # (1, D, grid, grid)
+        pos = F.interpolate(pos, (rows, cols), mode="bicubic", align_corners=False)
+        return pos.flatten(2).transpose(1, 2)                                                   # (1, rows*cols, D)
+
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, 3, h, w) -> (B, 1+n, D): class token and patches with their positions; n = K of `keep`, else all N."""
+        B, _, height, width = images.shape
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"image is {height}x{width} px but patches are {p} px: both sides must be multiples of {p}")
+        x = patchify(images, p)                                                                 # (B, N, 3*p*p)
+        pos = self.positions(height // p, width // p)                                           # (1, N, D)
+        if keep is not None:
+            x, pos = take(x, keep), take(pos.expand(B, -1, -1), keep)                           # (B, K, .)
+        x = self.patch_embed(x) + pos
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)                        # (B, 1, D)
+        return torch.cat([cls.to(x.dtype), x], dim=1)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, 3, h, w) -> (B, 1+n, D) normalized tokens, class token first.
+
+        keep (B, K): only these patches are computed, as the student of self-distillation sees them.
+        """
+        x = self.embed(images, keep)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def block_outputs(self, images: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+        """The outputs (B, 1+N, D) of blocks `taps`, counted from 1, before the final norm: what dense heads build on."""
+        x, out = self.embed(images), []
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if i in taps:
+                out.append(x)
+        return out
+
+    def value_features(self, images: Tensor, path: str = "code") -> Tensor:
+        """(B, 3, h, w) -> (B, N, D): patch features that keep their place, for zero-shot segmentation.
+
+        The last block attends with the identity instead of softmax(QK): a patch's feature is its own value vector.
+        path "code" keeps the block's residual and MLP, as the released DenseCLIP code does; "plain" is value and output
+        projection alone, as its text says.
+        """
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        value = last.attn.value_path(last.norm1(x))
+        if path == "code":
+            x = x + value
+            value = x + last.mlp(last.norm2(x))
+        return self.norm(value)[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text tower
+# ---------------------------------------------------------------------------------------------------------------------
+
+def mask_words(tokens: Tensor, ratio: float, sot: int, eot: int, mask_id: int, noise: Tensor):
+    """BERT's corruption of a share of each caption's words: 80% become the mask token, 10% another word, 10% stay.
+
+    tokens (B, L), noise (B, L, 3) uniform in [0, 1): one draw to choose, one for the kind, one for the other word.
+    Start, end and padding are never chosen; of a caption with words at least one is.  Words are drawn from ids below sot.
+    Returns corrupted (B, L) and chosen (B, L) bool.
+    """
+    noise = noise[:, :tokens.shape[1]]
+    is_word = (tokens != sot) & before_end(tokens, eot)
+    n_words = is_word.sum(dim=1, keepdim=True)                                                  # (B, 1)
+    n_chosen = (n_words * ratio).round().clamp(min=1).minimum(n_words)
+    rank = noise[..., 0].masked_fill(~is_word, 2.0).argsort(dim=1).argsort(dim=1)               # 0 for the lowest draw
+    chosen = rank < n_chosen
+    other_word = (noise[..., 2] * sot).long()
+    corrupted = torch.where(noise[..., 1] < 0.8, mask_id, torch.where(noise[..., 1] < 0.9, other_word, tokens))
+    return torch.where(chosen, corrupted, tokens), chosen
+
+
+def before_end(tokens: Tensor, eot: int) -> Tensor:
+    """(B, L) bool, True before the first end token."""
+    return (tokens == eot).cumsum(dim=1) == 0
+
+
+class TextTransformer(nn.Module):
+    """CLIP's text tower: learned positions, causal attention, final norm.
+
+    With masked_words it knows one word more, the mask token, which lives outside the vocabulary.
+    """
+    def __init__(self, vocab_size: int = 49408, context_length: int = 77, width: int = 512, depth: int = 12,
+                 heads: int = 8, causal: bool = True, masked_words: bool = False):
+        super().__init__()
+        self.causal = causal
+        self.mask_id = vocab_size                               # one past the last word, and never in a caption
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(width)) if masked_words else None
+        self.pos_embed = nn.Parameter(torch.empty(context_length, width))
+        self.blocks = nn.ModuleList([Block(width, heads, eps=1e-5) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        init_text_blocks(self.blocks)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.01)
+
+    def forward(self, tokens: Tensor, eot: int) -> Tensor:
+        """(B, L) ids -> (B, L, D) normalized features; L may be any length up to the context length."""
+        if self.mask_token is None:
+            x = self.token_embedding(tokens)                                                    # (B, L, D)
+        else:
+            is_mask = tokens == self.mask_id
+            x = self.token_embedding(tokens.masked_fill(is_mask, 0))                            # (B, L, D)
+            x = torch.where(is_mask[..., None], self.mask_token.to(x.dtype), x)
+        x = x + self.pos_embed[:tokens.shape[1]]
+        is_word = None if self.causal else before_end(tokens, eot) | (tokens == eot)
+        for block in self.blocks:
+            x = block(x, causal=self.causal, is_word=is_word)
+        return self.norm(x)
+
+
+def init_text_blocks(blocks: nn.ModuleList):
+    """CLIP's initialization: residual outputs shrink with depth."""
+    for block in blocks:
+        width = block.norm1.normalized_shape[0]
+        nn.init.normal_(block.attn.qkv.weight, std=width ** -0.5)
+        nn.init.normal_(block.attn.proj.weight, std=width ** -0.5 * (2 * len(blocks)) ** -0.5)
+        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.fc2.weight, std=width ** -0.5 * (2 * len(blocks)) ** -0.5)
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            nn.init.zeros_(layer.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two branches that hide something
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ImageDecoder(nn.Module):
+    """One transformer layer that fills in the hidden patches from the visible ones (MAE's layout, fixed positions).
+
+    # paper: silent on its width; here: the encoder's, so that its output and the teacher's features can share one h
+    """
+    def __init__(self, width: int, depth: int, heads: int, grid: int):
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.register_buffer("pos_embed", sincos_positions(grid, width), persistent=False)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_linear)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, visible: Tensor, keep: Tensor, hidden_index: Tensor) -> Tensor:
+        """visible (B, 1+K, D) student tokens, keep (B, K), hidden_index (B, M) -> (B, M, D), at hidden patches only."""
+        B, K = keep.shape
+        visible = self.embed(visible)
+        pos = self.pos_embed.expand(B, -1, -1)                                                  # (B, N, D)
+        seen = visible[:, 1:] + take(pos, keep)                                                 # (B, K, D)
+        unseen = self.mask_token + take(pos, hidden_index)                                      # (B, M, D)
+        # attention knows no order, so hidden patches may stand behind the visible ones
+        x = torch.cat([visible[:, :1], seen, unseen.to(seen.dtype)], dim=1)                     # (B, 1+N, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, 1 + K:])
+
+
+class Quantizer(nn.Module):
+    """h, the online quantizer: a feature's cosine to each of C codes.
+
+    # paper: says only "online quantizer"; here: iBOT's head, a 3-layer MLP to a unit-length bottleneck and unit-length codes
+    """
+    def __init__(self, width: int, hidden: int, bottleneck: int, n_codes: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))
+        self.codes = nn.Parameter(torch.empty(n_codes, bottleneck))
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.codes)
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, bottleneck), unit length"""
+        return F.normalize(self.mlp(x).float(), dim=-1)
+
+    def unit_codes(self) -> Tensor:
+        """(C, bottleneck), unit length"""
+        return F.normalize(self.codes.float(), dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, C) logits, each in [-1, 1]"""
+        return self.bottleneck(x) @ self.unit_codes().T
+
+
+class TextDecoder(nn.Module):
+    """Bidirectional blocks on the text tower's output; word logits are products with the tower's own word table (as BERT).
+
+    # paper: silent on attention and output matrix; here: bidirectional, because the tower is causal and a masked word must
+    # see what follows it; tied, because an untied matrix alone would hold a third of the text tower's parameters
+    """
+    def __init__(self, width: int, depth: int, heads: int, vocab_size: int):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(width, heads, eps=1e-5) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        init_text_blocks(self.blocks)
+
+    def forward(self, x: Tensor, is_word: Tensor, index: Tensor) -> Tensor:
+        """x (B, L, D), is_word (B, L), index (n,) places in B*L -> (n, D) features of those places"""
+        for block in self.blocks:
+            x = block(x, is_word=is_word)
+        return self.norm(x.flatten(0, 1)[index])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model and its teacher
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOGIT_ROWS = 4096       # rows of code or word logits that exist at once
+
+
+class MaskCLIP(nn.Module):
+    """CLIP's two towers, and the branches that config.method trains beside them."""
+
+    def __init__(self, config: Config, eot: int):
+        super().__init__()
+        c = self.config = config
+        method = METHODS[c.method]
+        self.eot = eot
+        self.visual = VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, c.drop_path, c.pos_embed,
+                                        c.init)
+        self.text = TextTransformer(c.vocab_size, c.context_length, c.text_width, c.text_depth, c.text_heads, c.causal,
+                                    masked_words=method["mlm"])
+        self.image_proj = nn.Linear(c.width, c.embed_dim, bias=False)
+        self.text_proj = nn.Linear(c.text_width, c.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.image_proj.weight, std=c.width ** -0.5)
+        nn.init.normal_(self.text_proj.weight, std=c.text_width ** -0.5)
+
+        self.target = c.target if method["target"] == "teacher" else method["target"]
+        if self.target:
+            self.decoder = ImageDecoder(c.width, c.decoder_depth, c.heads, c.grid)
+        if self.target == "codes":
+            self.quantizer = Quantizer(c.width, c.quantizer_hidden, c.quantizer_bottleneck, c.n_codes)
+        elif self.target:
+            self.predict = nn.Linear(c.width, 3 * c.patch_size ** 2 if self.target == "pixels" else c.width)
+            init_linear(self.predict)
+        if method["mlm"]:
+            self.text_decoder = TextDecoder(c.text_width, c.text_decoder_depth, c.text_heads, c.vocab_size)
+
+    def pool_image(self, x: Tensor) -> Tensor:
+        """(B, 1+N, D) tokens -> (B, D)"""
+        return x[:, 0] if self.config.pool == "cls" else x[:, 1:].mean(dim=1)
+
+    def pool_text(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """(B, L, D), (B, L) -> (B, D) at the first end token.  By its id: the highest id may be another one."""
+        return x[torch.arange(len(x), device=x.device), (tokens == self.eot).int().argmax(dim=1)]
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) normalized pixels -> (B, E), unit length"""
+        return F.normalize(self.image_proj(self.pool_image(self.visual(images))).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(B, L) ids with start and end -> (B, E), unit length; computed up to the longest caption only"""
+        tokens = tokens[:, :int(before_end(tokens, self.eot).sum(dim=1).max()) + 1]
+        return self.embed_text(self.text(tokens, self.eot), tokens)
+
+    def embed_text(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """(B, L, D) text features -> (B, E), unit length"""
+        return F.normalize(self.text_proj(self.pool_text(x, tokens)).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_classes(self, names, templates, tokenizer) -> Tensor:
+        """(classes, E) zero-shot classifier: each name in every template, embedded, averaged, unit length again."""
+        rows = []
+        for name in names:
+            tokens = tokenizer([template.format(name) for template in templates], self.config.context_length)
+            rows.append(self.encode_text(tokens.to(self.logit_scale.device)).mean(dim=0))           # (E,)
+        return F.normalize(torch.stack(rows), dim=-1)
+
+    def encode_patches(self, images: Tensor, path: str = "code") -> Tensor:
+        """(B, 3, h, w) -> (B, N, E) unit-length patch embeddings in the joint space, row by row (DenseCLIP's value path)"""
+        return F.normalize(self.image_proj(self.visual.value_features(images, path)).float(), dim=-1)
+
+    def forward(self, batch: dict[str, Tensor], target: dict | None = None) -> tuple[dict, dict]:
+        """One pass of all branches, so that DistributedDataParallel sees one forward.
+
+        batch   images (B,3,H,W), tokens (B,L); for the masked branch keep (B,K) and hidden (B,N);
+                for the word branch corrupted (B,L), chosen (n,) places in B*L, word_count () (see masked_language_loss)
+        target  what Teacher returned for the same images, for methods that have a teacher
+        Returns features {"image": (B,E), "text": (B,E)}, to be contrasted over all micro-batches and processes by
+        `contrast`, and the loss terms that need this micro-batch alone, each before its weight.
+        """
+        images, tokens, terms = batch["images"], batch["tokens"], {}
+        image = self.encode_image(images)
+        if self.target:
+            name = dict(pixels="pixel", features="feature", codes="distillation")[self.target]
+            terms[name] = self.predict_hidden(images, batch["keep"], batch["hidden"], target)
+        if "corrupted" in batch:                                        # clean and masked captions in one pass
+            text, masked = self.text(torch.cat([tokens, batch["corrupted"]]), self.eot).chunk(2)    # (B, L, D) each
+            terms["mlm"] = self.predict_words(masked, tokens, batch["chosen"], batch["word_count"])
+        else:
+            text = self.text(tokens, self.eot)                                                      # (B, L, D)
+        return dict(image=image, text=self.embed_text(text, tokens)), terms
+
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The features of forward without the masked branches."""
+        text = self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"])
+        return dict(image=self.encode_image(batch["images"]), text=text)
+
+    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Features of this process's whole batch -> {"contrastive": L_I + L_T}, against those of all processes."""
+        loss_i, loss_t = losses.contrastive_loss(features["image"], features["text"], self.logit_scale.exp())
+        return dict(contrastive=(loss_i + loss_t) / (2 if self.config.contrastive_reduction == "mean" else 1))
+
+    def predict_hidden(self, images: Tensor, keep: Tensor, hidden: Tensor, target: dict | None) -> Tensor:
+        """The masked branch: L_Dist, or the pixel or feature loss that stands in its place."""
+        index = hidden_index(hidden, keep)                                                      # (B, M)
+        x = self.decoder(self.visual(images, keep), keep, index)                                # (B, M, D)
+        if self.target == "pixels":
+            return losses.pixel_loss(self.predict(x), take(patchify(images, self.config.patch_size), index))
+        if self.target == "features":
+            return losses.feature_loss(self.predict(x), target["features"])
+
+        def code_loss(student, teacher, codes):
+            """Summed over rows: (rows, bottleneck) of student and teacher against their own (C, bottleneck) codes"""
+            return len(student) * losses.distillation_loss(
+                student @ codes.T, teacher @ target["codes"].T, None, self.config.temp_s, target["temp"], target["center"])
+        student = self.quantizer.bottleneck(x).flatten(0, 1)                                    # (B*M, bottleneck)
+        codes = self.quantizer.unit_codes()                                                     # (C, bottleneck)
+        total = losses.sum_in_chunks(code_loss, LOGIT_ROWS, student, target["features"].flatten(0, 1), codes)
+        return total / len(student)
+
+    def predict_words(self, x: Tensor, tokens: Tensor, chosen: Tensor, word_count: Tensor) -> Tensor:
+        """L_MLM from the masked captions' features (B, L, D), computed at the chosen places only."""
+        x = self.text_decoder(x, before_end(tokens, self.eot) | (tokens == self.eot), chosen)   # (n, D)
+        words = tokens.flatten()[chosen]                                                        # (n,)
+
+        def word_loss(x, words, table, bias):
+            return losses.masked_language_loss(F.linear(x, table, bias), words, normalizer=word_count)
+        return losses.sum_in_chunks(word_loss, LOGIT_ROWS, x, words, self.text.token_embedding.weight,
+                                    self.text_decoder.bias)
+
+
+def hidden_index(hidden: Tensor, keep: Tensor) -> Tensor:
+    """hidden (B, N) bool -> (B, M) sorted indices of hidden patches; M = N - K, known without looking at the values."""
+    M = hidden.shape[1] - keep.shape[1]
+    return hidden.int().argsort(dim=1, descending=True, stable=True)[:, :M]
+
+
+class Teacher(nn.Module):
+    """The running average of the student's image tower and quantizer, which says what hidden patches look like.
+
+    momentum 0 makes it the current weights: the row "+ Feature prediction" of supplement Table 2, before "+ EMA model".
+    """
+    def __init__(self, model: MaskCLIP):
+        super().__init__()
+        self.visual = copy.deepcopy(model.visual)
+        self.quantizer = copy.deepcopy(model.quantizer) if model.target == "codes" else None
+        self.register_buffer("center", torch.zeros(model.config.n_codes))
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, keep: Tensor, hidden: Tensor, temp: float) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> features (B, M, bottleneck or D) at hidden patches, and what makes codes of them:
+        codes (C, bottleneck), center (C,), temp."""
+        x = take(self.visual(images)[:, 1:], hidden_index(hidden, keep))                        # (B, M, D)
+        if self.quantizer is None:
+            return dict(features=x)
+        return dict(features=self.quantizer.bottleneck(x), codes=self.quantizer.unit_codes(), center=self.center, temp=temp)
+
+    @torch.no_grad()
+    def update(self, model: MaskCLIP, momentum: float):
+        """theta_bar <- m * theta_bar + (1 - m) * theta, after each optimizer step.  There are no buffers to copy."""
+        pairs = [(self.visual, model.visual)] + ([(self.quantizer, model.quantizer)] if self.quantizer else [])
+        for average, student in pairs:
+            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - momentum)
+
+    @torch.no_grad()
+    def update_center(self, target: dict[str, Tensor], momentum: float):
+        """center <- m * center + (1 - m) * mean of the logits over hidden patches and processes.
+
+        Logits are linear in the bottleneck, so their mean is the mean bottleneck's logits.
+        """
+        mean = losses.mean_over_processes(target["features"].flatten(0, 1).mean(dim=0))         # (bottleneck,)
+        self.center.lerp_(target["codes"] @ mean, 1 - momentum)
+
+    @torch.no_grad()
+    def collapse_monitor(self, target: dict[str, Tensor]) -> dict[str, float]:
+        """How the codes of (a part of) this batch are used.
+
+        code_entropy   entropy of the mean distribution, nats: near 0 when all patches get the same code, ln C at most
+        patch_entropy  mean entropy of single distributions, nats: near ln C when the teacher says nothing
+        codes_used     share of the C codes that are some patch's most likely one
+        """
+        z = target["features"].flatten(0, 1)[:LOGIT_ROWS]
+        q = losses.soft_codes(z @ target["codes"].T, target["temp"], target["center"])          # (rows, C)
+        return dict(code_entropy=entropy(q.mean(dim=0)).item(), patch_entropy=entropy(q).mean().item(),
+                    codes_used=len(q.argmax(dim=1).unique()) / q.shape[1])
+
+
+def entropy(q: Tensor) -> Tensor:
+    """(..., C) distributions -> (...) nats"""
+    return -(q * q.clamp(min=1e-12).log()).sum(dim=-1)
+
+
+def momentum_at(step: int, total: int, start: float, end: float) -> float:
+    """Teacher momentum: linear from start at step 0 to end at the last step."""
+    return start + (end - start) * step / max(total - 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exchange with open_clip
+# ---------------------------------------------------------------------------------------------------------------------
+
+# how open_clip names the parts of its text tower, and how we do
+OPEN_CLIP_TEXT = (("positional_embedding", "pos_embed"), ("transformer.resblocks.", "blocks."), ("ln_final.", "norm."),
+                  (".ln_1.", ".norm1."), (".ln_2.", ".norm2."), (".attn.in_proj_", ".attn.qkv."),
+                  (".attn.out_proj.", ".attn.proj."), (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."))
+
+
+def load_open_clip_text(model: MaskCLIP, state: dict[str, Tensor]):
+    """Text tower and text projection from an open_clip state dict.  Strict but for the mask token, which CLIP lacks."""
+    names = [n for n in state if n.startswith(("token_embedding", "positional_embedding", "transformer.", "ln_final."))]
+    text = {} if model.text.mask_token is None else {"mask_token": model.text.mask_token.data}
+    for name in names:
+        ours = name
+        for theirs, word in OPEN_CLIP_TEXT:
+            ours = ours.replace(theirs, word)
+        text[ours] = state[name]
+    model.text.load_state_dict(text)
+    model.text_proj.load_state_dict({"weight": state["text_projection"].T})     # theirs multiplies from the right
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python model.py: what a preset costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Cost:
+    """One branch for one image-text pair: parameters, forward FLOPs, and numbers kept for the backward pass."""
+    name: str
+    parameters: int
+    flops: float
+    kept: float
+    passes: int = 3         # a trained branch: one forward and a backward of twice its FLOPs; the teacher: 1
+
+
+def blocks_cost(depth: int, width: int, tokens: int) -> tuple[float, float]:
+    """(FLOPs, numbers kept) of `depth` blocks on `tokens` tokens.
+
+    FLOPs  2 * 12 D^2 for the matrices and 2 * 2 N D for attention, a token.
+    kept   16 D a token: block input, norm, q, k, v, attention output, their sum, norm, MLP 4 D before and after GELU;
+           and one number a head and token for attention, left out here.
+    """
+    return depth * tokens * (24 * width ** 2 + 4 * tokens * width), depth * tokens * 16.0 * width
+
+
+def costs(config: Config, words: int | None = None) -> list[Cost]:
+    """The branches that config.method trains, for captions of `words` tokens (default: the full context length)."""
+    c, method, L = config, METHODS[config.method], words or config.context_length
+    with torch.device("meta"):
+        net = MaskCLIP(config, eot=c.vocab_size - 1)
+
+    def count(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+    N, K = c.grid ** 2, max(1, int(c.grid ** 2 * (1 - c.mask_ratio) + 1e-6))
+    M, patch = N - K, 2 * 3 * c.patch_size ** 2 * c.width
+    flops, kept = blocks_cost(c.depth, c.width, N + 1)
+    rows = [Cost("image tower", count(net.visual, net.image_proj), flops + N * patch, kept)]
+    text_flops, text_kept = blocks_cost(c.text_depth, c.text_width, L)
+    rows.append(Cost("text tower", count(net.text, net.text_proj), text_flops, text_kept))
+    if net.target:
+        student, student_kept = blocks_cost(c.depth, c.width, K + 1)
+        decoder, decoder_kept = blocks_cost(c.decoder_depth, c.width, N + 1)
+        rows.append(Cost("masked student", 0, student + K * patch, student_kept))
+        rows.append(Cost("image decoder", count(net.decoder), decoder + 2 * K * c.width ** 2, decoder_kept))
+    if net.target == "codes":
+        h = 2 * (c.width * c.quantizer_hidden + c.quantizer_hidden ** 2 +
+                 (c.quantizer_hidden + c.n_codes) * c.quantizer_bottleneck)
+        rows.append(Cost("quantizer", count(net.quantizer), M * h, M * 4.0 * c.quantizer_hidden))
+        rows.append(Cost("teacher and its quantizer", 0, rows[0].flops + M * h, 0, passes=1))
+    elif net.target == "features":
+        rows.append(Cost("teacher", 0, rows[0].flops, 0, passes=1))
+    if method["mlm"]:
+        decoder, decoder_kept = blocks_cost(c.text_decoder_depth, c.text_width, L)
+        chosen = max(1, round(c.word_ratio * (L - 2)))
+        rows.append(Cost("masked text", 0, text_flops, text_kept))
+        rows.append(Cost("text decoder", count(net.text_decoder),
+                         decoder + 2 * chosen * c.text_width * c.vocab_size, decoder_kept))
+    return rows
+
+
+def describe(config: Config, words: int | None = None):
+    print(f"{config.method}: {config.image_size} px, patches of {config.patch_size} px, "
+          f"captions of {words or config.context_length} tokens; a pair costs")
+    print(f"{'branch':28}{'parameters':>14}{'forward GFLOPs':>17}{'step GFLOPs':>14}{'kept, MB in fp32':>19}")
+    rows = costs(config, words)
+    for r in rows:
+        print(f"{r.name:28}{r.parameters:>14,}{r.flops / 1e9:>17.3f}{r.passes * r.flops / 1e9:>14.3f}{r.kept * 4 / 1e6:>19.1f}")
+    print(f"{'all':28}{sum(r.parameters for r in rows) + 1:>14,}{sum(r.flops for r in rows) / 1e9:>17.3f}"
+          f"{sum(r.passes * r.flops for r in rows) / 1e9:>14.3f}{sum(r.kept for r in rows) * 4 / 1e6:>19.1f}")
+    clip = sum(r.passes * r.flops for r in rows[:2])
+    print(f"a step's FLOPs are {sum(r.passes * r.flops for r in rows) / clip:.2f} times those of clip")
+
+
+if __name__ == "__main__":
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--preset", default="vit-b16-yfcc15m", choices=PRESETS)
+    cli.add_argument("--method", default="maskclip", choices=METHODS)
+    cli.add_argument("--words", type=int, help="tokens a caption, default: the context length")
+    chosen = cli.parse_args()
+    describe(replace(PRESETS[chosen.preset], method=chosen.method), chosen.words)

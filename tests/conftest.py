@@ -1,0 +1,36 @@
+"""What every test file shares: the scripts on the import path, the optional data, processes under torchrun."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"            # real pairs and photographs: tests that use them skip without
+sys.path.insert(0, str(ROOT))
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="real data folder ../shared/data is absent")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+
+
+def command(*arguments, processes: int = 0) -> list[str]:
+    launcher = [sys.executable] if not processes else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
+                                                       str(processes), "--master-port", str(20000 + os.getpid() % 20000)]
+    return [*launcher, *map(str, arguments)]
+
+
+def start_script(*arguments, processes: int = 0) -> subprocess.Popen:
+    """Starts a script of the project as a user would, under torchrun when processes > 0."""
+    return subprocess.Popen(command(*arguments, processes=processes), cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_script(*arguments, processes: int = 0, check: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:
+    """The same, waiting for its end and for the exit status `check`."""
+    done = start_script(*arguments, processes=processes)
+    out, err = done.communicate(timeout=timeout)
+    assert done.returncode == check, f"exit {done.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    return subprocess.CompletedProcess(done.args, done.returncode, out, err)

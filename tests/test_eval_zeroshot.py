@@ -1,0 +1,423 @@
+"""Zero-shot evaluation: metrics against scikit-learn, torchmetrics and brute force; the tasks against the model itself.
+
+    python -m pytest tests/test_eval_zeroshot.py
+"""
+import json
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SHARED, needs_shared, run_script
+
+import data
+import eval_zeroshot
+from data import ICINW, TEMPLATES_7, TEMPLATES_80, TEMPLATES_85, BytePairTokenizer, ShapesWorld, UserError
+from eval_zeroshot import (average_precision_11, class_accuracy, confusion, embed_classes, encode_texts, exact, main,
+                           ranks, recall_at_k, recall_in_chunks, roc_auc, similarity, suite_score, top_k)
+from model import PRESETS, MaskCLIP
+from train import Runtime, save_checkpoint
+
+ALONE = Runtime(rank=0, world=1, device=torch.device("cpu"), bf16=False, workers=0)
+TINY = replace(PRESETS["pocket"], method="clip", image_size=32, patch_size=16, width=32, depth=1, heads=2,
+               text_width=32, text_depth=1, text_heads=2, embed_dim=16, context_length=24)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained model: its path, itself, and its tokenizer."""
+    torch.manual_seed(0)
+    world = ShapesWorld(count=200)
+    tokenizer = BytePairTokenizer.train([world.scene(i).caption for i in range(200)], 640)
+    model = MaskCLIP(replace(TINY, vocab_size=tokenizer.vocab_size), tokenizer.eot).eval()
+    path = tmp_path_factory.mktemp("pretrained") / "last.pt"
+    assert save_checkpoint(path, model, tokenizer, model.config)
+    return path, model, tokenizer
+
+
+def write_images(folder, count, seed=0):
+    """`count` pictures of noise in a folder; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        PIL.Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return [f"{i}.png" for i in range(count)]
+
+
+def evaluated(*arguments, tmp_path):
+    """The JSON that the program writes."""
+    main([*map(str, arguments), "--json", str(tmp_path / "results.json"), "--device", "cpu"])
+    return json.loads((tmp_path / "results.json").read_text())["results"]
+
+
+# ------------------------------------------------------------------------------------------------------ recall
+
+def slow_recall(scores, image_of_text, ks):
+    """By the sentence: right at k if fewer than k wrong candidates score at least as high as the best right one."""
+    images, texts = scores.shape
+
+    def share(right_of, score_of, candidates):
+        rank = [sum(score_of(q, c) >= max(score_of(q, r) for r in right) for c in range(candidates) if c not in right)
+                for q, right in right_of.items() if right]
+        return {k: sum(r < k for r in rank) / len(rank) for k in ks}
+    texts_of = {i: {t for t in range(texts) if image_of_text[t] == i} for i in range(images)}
+    return dict(image_to_text=share(texts_of, lambda i, t: scores[i, t], texts),
+                text_to_image=share({t: {image_of_text[t]} for t in range(texts)}, lambda t, i: scores[i, t], images))
+
+
+def retrieval_case(images, texts, levels, seed):
+    """Random scores, of `levels` different values if any, and captions for images, of which some have none."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, levels, (images, texts)) / levels if levels else rng.random((images, texts))
+    return scores, rng.integers(0, images, texts)
+
+
+@pytest.mark.parametrize("images, texts, levels", [
+    (12, 12, 0),         # all scores differ
+    (10, 50, 0),         # about five captions an image
+    (10, 50, 4),         # many ties
+    (6, 30, 1),          # nothing but ties
+    (30, 12, 3),         # more images than captions: most images have none
+    (1, 3, 0),           # one image: every caption finds it
+])
+def test_recall_is_what_the_definition_says(images, texts, levels):
+    for seed in range(5):
+        scores, image_of_text = retrieval_case(images, texts, levels, seed)
+        got = recall_at_k(torch.from_numpy(scores), torch.from_numpy(image_of_text), (1, 3, 10))
+        assert got == slow_recall(scores, image_of_text.tolist(), (1, 3, 10))
+
+
+@pytest.mark.parametrize("row, right, rank", [
+    ([0.9, 0.8, 0.1], [0], 0),               # best of all
+    ([0.8, 0.9, 0.1], [0], 1),               # one wrong one is better
+    ([0.8, 0.8, 0.1], [0], 1),               # a tie is a miss
+    ([0.8, 0.9, 0.9], [1, 2], 0),            # a tie of two right ones is none
+    ([0.1, 0.5, 0.9], [0, 2], 0),            # the best right one counts
+    ([float("nan"), 0.5, 0.1], [0], 2),      # a broken score never wins ...
+    ([0.5, float("nan"), 0.1], [0], 1),      # ... nor does it help others
+])
+def test_rank_of_the_best_right_candidate(row, right, rank):
+    is_right = torch.zeros(1, 3, dtype=torch.bool)
+    is_right[0, right] = True
+    assert ranks(torch.tensor([row]), is_right).tolist() == [rank]
+
+
+def test_a_query_without_an_answer_is_left_out():
+    assert ranks(torch.rand(2, 3), torch.tensor([[False] * 3, [True] * 3])).tolist() == [0]
+
+
+@pytest.mark.parametrize("images, texts, scores_at_once", [
+    (20, 100, 1 << 23),      # all in one chunk
+    (20, 100, 700),          # seven images a chunk, 35 texts
+    (23, 7, 1),              # a row a chunk
+])
+def test_chunks_give_the_recall_of_the_whole_matrix(images, texts, scores_at_once, monkeypatch):
+    monkeypatch.setattr(eval_zeroshot, "SCORES", scores_at_once)
+    generator = torch.Generator().manual_seed(0)
+    x = F.normalize(torch.randn(images, 8, generator=generator), dim=1)
+    image_of_text = torch.arange(texts) % images
+    y = F.normalize(x[image_of_text] + 0.5 * torch.randn(texts, 8, generator=generator), dim=1)
+    x, y = x[torch.arange(images) % 11], y[torch.arange(texts) % 41]           # some images, some captions are equal
+    whole = recall_at_k(similarity(exact(x), exact(y)), image_of_text)
+    assert recall_in_chunks(x, y, image_of_text) == whole
+    assert whole == slow_recall(similarity(exact(x), exact(y)).numpy(), image_of_text.tolist(), (1, 5, 10))
+
+
+@pytest.mark.parametrize("width", [1, 3, 512, 4096])
+def test_exact_scores_do_not_depend_on_the_order_of_additions(width):
+    x, y = (F.normalize(torch.randn(5, width, generator=torch.Generator().manual_seed(s)), dim=1) for s in (0, 1))
+    a, b = exact(x), exact(y)
+    order = torch.randperm(width)
+    assert torch.equal(a @ b.T, a[:, order] @ b[:, order].T)
+    assert torch.equal(a @ b.T, (a[:, None] * b).flip(2).sum(dim=2))
+    assert torch.equal(a.float().double(), a) and (a - x).abs().max() <= 2 ** -25
+
+
+def test_a_model_that_embeds_all_alike_recalls_nothing():
+    one = F.normalize(torch.ones(30, 16), dim=1)
+    nothing = {1: 0, 5: 0, 10: 0}
+    assert recall_in_chunks(one, one, torch.arange(30)) == dict(image_to_text=nothing, text_to_image=nothing)
+
+
+# ------------------------------------------------------------------------------------------------------ classification
+
+@pytest.mark.parametrize("n, classes, levels, present", [
+    (200, 10, 0, 10),        # all scores differ
+    (200, 10, 3, 10),        # many ties
+    (300, 12, 5, 7),         # classes 7 ... 11 have no image
+    (50, 3, 1, 3),           # all scores equal: the first class is taken
+])
+def test_metrics_equal_sklearn(n, classes, levels, present):
+    sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is a peer for tests only")
+    rng = np.random.default_rng(n + levels)
+    scores = rng.integers(0, levels, (n, classes)) / levels if levels else rng.random((n, classes))
+    label = rng.integers(0, present, n)
+    s, y = torch.from_numpy(scores), torch.from_numpy(label)
+    guess = s.argmax(dim=1)
+    assert top_k(s, y, 1) == pytest.approx(sklearn.accuracy_score(label, guess))
+    for k in range(1, classes):          # scikit-learn takes the last of equals, so the classes are given in reverse
+        want = sklearn.top_k_accuracy_score(classes - 1 - label, scores[:, ::-1], k=k, labels=np.arange(classes))
+        assert top_k(s, y, k) == pytest.approx(want)
+    matrix = confusion(guess, y, classes)
+    assert (matrix.numpy() == sklearn.confusion_matrix(label, guess, labels=np.arange(classes))).all()
+    with pytest.warns() if set(guess.tolist()) - set(label) else np.errstate():
+        assert class_accuracy(matrix).nanmean() == pytest.approx(sklearn.balanced_accuracy_score(label, guess))
+    assert class_accuracy(matrix).isnan().tolist() == [c not in label for c in range(classes)]
+
+
+def test_accuracies_equal_torchmetrics():
+    classification = pytest.importorskip("torchmetrics.functional.classification", reason="a peer for tests only")
+    generator = torch.Generator().manual_seed(0)
+    scores, label = torch.rand(300, 9, generator=generator), torch.randint(0, 6, (300,), generator=generator)
+    for k in (1, 5):
+        want = classification.multiclass_accuracy(scores, label, 9, average="micro", top_k=k)
+        assert top_k(scores, label, k) == pytest.approx(want.item())
+    want = classification.multiclass_confusion_matrix(scores, label, 9)
+    assert torch.equal(confusion(scores.argmax(dim=1), label, 9), want)
+
+
+def binary_case(n, levels, share, seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, levels, n) / levels if levels else rng.random(n)
+    return torch.from_numpy(scores), torch.from_numpy(rng.random(n) < share)
+
+
+BINARY = pytest.mark.parametrize("n, levels, share", [
+    (100, 0, 0.5),       # all scores differ
+    (100, 4, 0.5),       # many ties
+    (200, 30, 0.05),     # few positives
+    (40, 1, 0.5),        # all scores equal
+    (3, 2, 0.7),         # hardly any records
+])
+
+
+@BINARY
+def test_roc_auc_is_the_share_of_pairs(n, levels, share):
+    for seed in range(10):
+        scores, positive = binary_case(n, levels, share, seed)
+        p, q = scores[positive], scores[~positive]
+        pairs = (p[:, None] > q).double() + 0.5 * (p[:, None] == q)                 # empty without one of the two: nan
+        assert roc_auc(scores, positive) == pytest.approx(pairs.mean().item(), nan_ok=True)
+
+
+@BINARY
+def test_11_point_average_precision_by_every_threshold(n, levels, share):
+    for seed in range(10):
+        scores, is_class = binary_case(n, levels, share, seed)
+        passed = [scores >= threshold for threshold in scores.tolist()]
+        points = [((is_class & p).sum().item(), p.sum().item()) for p in passed]
+        total = is_class.sum().item()                   # recalls are compared as counts: 3 * 0.1 is more than 0.3
+        best = [max(right / n for right, n in points if 10 * right >= k * total) for k in range(11)]
+        want = np.mean(best) if total else np.nan
+        assert average_precision_11(scores, is_class) == pytest.approx(want, nan_ok=True)
+
+
+@BINARY
+def test_roc_auc_and_average_precision_equal_sklearn(n, levels, share):
+    sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is a peer for tests only")
+    for seed in range(10):
+        scores, positive = binary_case(n, levels, share, seed)
+        if 0 < positive.sum() < n:
+            assert roc_auc(scores, positive) == pytest.approx(sklearn.roc_auc_score(positive, scores))
+            precision, recall, _ = sklearn.precision_recall_curve(positive, scores)    # the last point has no threshold
+            best = [precision[:-1][recall[:-1] >= k / 10 - 1e-9].max() for k in range(11)]
+            assert average_precision_11(scores, positive) == pytest.approx(np.mean(best))
+
+
+# ------------------------------------------------------------------------------------------------------ prompts
+
+@needs_shared
+@pytest.mark.parametrize("templates, file", [(TEMPLATES_7, "templates_7.txt"), (TEMPLATES_80, "templates_80.txt")])
+def test_templates_are_openai_s(templates, file):
+    assert list(templates) == (SHARED / file).read_text().splitlines()
+
+
+def test_numbers_of_templates():
+    assert (len(TEMPLATES_7), len(TEMPLATES_80), len(set(TEMPLATES_85))) == (7, 80, 85)
+    assert set(TEMPLATES_7) < set(TEMPLATES_80) and TEMPLATES_85[:80] == TEMPLATES_80
+    assert all(template.count("{}") == 1 for template in TEMPLATES_85)
+
+
+def test_class_embedding_averages_names_and_templates_together(checkpoint):
+    _, model, tokenizer = checkpoint
+    templates = ("a {}", "a photo of a {}")
+    got = embed_classes(model, tokenizer, ["red moon", "blue star\tazure star"], templates, ALONE, batch_size=3)
+    filled = (["a red moon", "a photo of a red moon"],
+              ["a blue star", "a photo of a blue star", "a azure star", "a photo of a azure star"])
+    for row, prompts in zip(got, filled):
+        with torch.no_grad():
+            each = torch.cat([model.encode_text(tokenizer([prompt], 24)) for prompt in prompts])
+        torch.testing.assert_close(row, F.normalize(each.mean(dim=0), dim=0))
+    torch.testing.assert_close(got[:1], model.encode_classes(["red moon"], templates, tokenizer))
+
+
+def test_copies_of_a_text_get_the_same_bits(checkpoint):
+    texts = ["a red moon", "a blue star at the top", "a red moon", "a cross"]
+    embedded = encode_texts(*checkpoint[1:], texts, ALONE, batch_size=2)
+    assert torch.equal(embedded[0], embedded[2]) and len(embedded.unique(dim=0)) == 3
+    for text, row in zip(texts, embedded):
+        torch.testing.assert_close(row, encode_texts(*checkpoint[1:], [text], ALONE, batch_size=2)[0])
+
+
+# ------------------------------------------------------------------------------------------------------ the program
+
+def test_shapes_world(checkpoint, tmp_path):
+    path, model, tokenizer = checkpoint
+    classes, retrieval = evaluated(path, "--data", "shapes:val=96", tmp_path=tmp_path)
+    world = ShapesWorld(split="val", count=96, size=32, objects=(1, 1))
+    images = data.normalize(torch.stack([torch.from_numpy(world.array(i)[0]).permute(2, 0, 1) for i in range(96)]))
+    with torch.no_grad():
+        guess = (model.encode_image(images) @ model.encode_classes(world.classes, ("a {}",), tokenizer).T).argmax(dim=1)
+    label = torch.arange(96) % 64
+    assert classes["top1"] == pytest.approx((guess == label).double().mean().item())
+    assert classes["color"] == pytest.approx((guess // 8 == label // 8).double().mean().item())
+    assert classes["shape"] == pytest.approx((guess % 8 == label % 8).double().mean().item())
+    assert [c["images"] for c in classes["per_class"]] == [2] * 32 + [1] * 32
+    assert sum(c["accuracy"] * c["images"] for c in classes["per_class"]) / 96 == pytest.approx(classes["top1"])
+    assert classes["confused"][0]["images"] >= classes["confused"][-1]["images"] > 0
+    assert (retrieval["images"], retrieval["texts"]) == (96, 96)
+    assert set(retrieval["image_to_text"]) == set(retrieval["text_to_image"]) == {"1", "5", "10"}
+
+
+def test_folder_with_own_names_and_a_corrupt_image(checkpoint, tmp_path, capsys):
+    for i, name in enumerate(("cat", "dog", "owl")):
+        write_images(tmp_path / "zoo" / "val" / name, 3, seed=i)
+    (tmp_path / "zoo" / "train" / "yak").mkdir(parents=True)                        # a class without test images
+    (tmp_path / "zoo" / "val" / "owl" / "1.png").write_bytes(b"no image")
+    (tmp_path / "names.txt").write_text("cat\ndog\thound\nowl\n\nyak\n")
+    arguments = checkpoint[0], "--data", f"folder:{tmp_path / 'zoo'}", "--templates", "a {}"
+    result, = evaluated(*arguments, "--classes", tmp_path / "names.txt", tmp_path=tmp_path)
+    assert (result["images"], result["bad"], result["classes"], result["templates"]) == (8, 1, 4, 1)
+    assert [c["images"] for c in result["per_class"]] == [3, 3, 2, 0] and result["per_class"][3]["accuracy"] is None
+    shown = capsys.readouterr()
+    assert "owl/1.png" in shown.err and "1 that cannot be read left out" in shown.out
+
+
+def karpathy(name, root):
+    """Two test images, with three captions and one, and an image of another split."""
+    folder = root / {"coco": "val2014", "flickr30k": "flickr30k-images"}[name]
+    write_images(folder, 3)
+    where = {"filepath": "val2014"} if name == "coco" else {}
+    records = (0, "test", ["a red moon", "a moon", "a moon"]), (1, "train", ["a cross"]), (2, "test", ["a blue star"])
+    images = [dict(where, filename=f"{i}.png", split=split, sentences=[{"raw": text} for text in texts])
+              for i, split, texts in records]
+    (root / f"dataset_{name}.json").write_text(json.dumps({"images": images}))
+    return f"{name}:{root}"
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr30k"])
+def test_karpathy_test_images(name, checkpoint, tmp_path):
+    path, model, tokenizer = checkpoint
+    result, = evaluated(path, "--data", karpathy(name, tmp_path), "--squash", tmp_path=tmp_path)
+    assert (result["images"], result["texts"]) == (2, 4)
+    transform = data.EvalTransform(32, squash=True)
+    images = torch.stack([transform(PIL.Image.open(next(tmp_path.rglob(f"{i}.png")))) for i in (0, 2)])
+    with torch.no_grad():
+        x, y = model.encode_image(data.normalize(images)), model.encode_text(
+            tokenizer(["a red moon", "a moon", "a moon", "a blue star"], 24))
+    want = slow_recall((x @ y.T).numpy(), [0, 0, 0, 1], (1, 5, 10))
+    assert {way: {int(k): v for k, v in result[way].items()} for way in want} == want
+
+
+def make_suite(root):
+    """Two of the twenty data sets, and one folder that is none of them."""
+    sets = {"hateful-memes": ("no", "yes"), "oxford-iiit-pets": ("cat", "dog", "pug")}
+    for name, classes in sets.items():
+        for i, one in enumerate(classes):
+            write_images(root / name / "test" / one, 4 - i, seed=10 * i)
+        (root / name / "templates.txt").write_text("a photo of a {}.\nart of the {}.\n")
+    (root / "oxford-iiit-pets" / "classnames.txt").write_text("cat\tcat\npug\tpug\tpug dog\ndog\tdog\n")
+    voc = root / "voc-2007-classification"
+    files = write_images(voc / "test", 5)
+    rows = [["car"], ["car", "bus"], [], ["bus"], ["car"]]
+    (voc / "test" / "labels.txt").write_text("".join(f"{f}\t{' '.join(row)}\n" for f, row in zip(files, rows)))
+    (voc / "templates.txt").write_text("a {}\n")
+    (root / "notes").mkdir()
+    return np.array([[0, 1], [1, 1], [0, 0], [1, 0], [0, 1]], dtype=bool)
+
+
+def test_suite(checkpoint, tmp_path, capsys):
+    path, model, tokenizer = checkpoint
+    is_class = make_suite(tmp_path / "wild")
+    result, = evaluated(path, "--data", f"icinw:{tmp_path / 'wild'}", tmp_path=tmp_path)
+    scores = result["scores"]
+    assert set(scores) == {"hateful-memes", "oxford-iiit-pets", "voc-2007-classification"}
+    assert set(scores) | set(result["missing"]) == set(ICINW)
+    assert result["mean"] == pytest.approx(np.mean([entry["score"] for entry in scores.values()]))
+    assert "missing, and not in the mean: caltech-101, cifar-10" in capsys.readouterr().out
+    assert scores["hateful-memes"]["notes"] == ["7 images, the published test set has 500"]
+
+    def cosines(name, classes, templates):
+        """Of the images in the order of their paths."""
+        paths, transform = sorted((tmp_path / "wild" / name / "test").rglob("*.png")), data.EvalTransform(32)
+        images = torch.stack([transform(PIL.Image.open(path)) for path in paths])
+        embedded = embed_classes(model, tokenizer, classes, templates, ALONE, 8)
+        with torch.no_grad():
+            return (model.encode_image(data.normalize(images)) @ embedded.T).double()
+    templates = ("a photo of a {}.", "art of the {}.")
+    memes = cosines("hateful-memes", ["no", "yes"], templates)
+    difference = memes[:, 1] - memes[:, 0]                            # the softmax of two rises with their difference
+    assert scores["hateful-memes"]["score"] == pytest.approx(roc_auc(difference, torch.arange(7) >= 4))
+    pets = cosines("oxford-iiit-pets", ["cat", "dog", "pug\tpug dog"], templates)
+    right = pets.argmax(dim=1) == torch.tensor([0] * 4 + [1] * 3 + [2] * 2)
+    by_class = [part.double().mean() for part in right.split([4, 3, 2])]
+    assert scores["oxford-iiit-pets"]["score"] == pytest.approx(np.mean(by_class))
+    voc = (100 * cosines("voc-2007-classification", ["bus", "car"], ["a {}"])).softmax(dim=1)
+    by_class = [average_precision_11(voc[:, c], torch.from_numpy(is_class)[:, c]) for c in range(2)]
+    assert scores["voc-2007-classification"]["score"] == pytest.approx(np.mean(by_class))
+
+
+def test_suite_metrics():
+    """One case for each metric, worked out by hand."""
+    cosines = torch.tensor([[0.3, 0.1], [0.2, 0.4], [0.32, 0.1]], dtype=torch.float64)     # guesses 0, 1, 0
+    label = torch.tensor([0, 0, 1])
+    assert suite_score("accuracy", cosines, label) == pytest.approx(1 / 3)
+    assert suite_score("mean per class", cosines, label) == pytest.approx((1 / 2 + 0) / 2)
+    assert suite_score("ROC AUC", cosines, label) == 0                    # the one positive scores lowest
+    # class 0: ranked 2, 0, 1, the first and the last are of it: precision 1 up to recall 0.5, then 2/3; class 1 has no
+    # image
+    is_class = torch.tensor([[False, False], [True, False], [True, False]])
+    assert suite_score("11-point mAP", cosines, label, is_class) == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
+    assert len(ICINW) == 20 and {metric for *_, metric in ICINW.values()} == {
+        "accuracy", "mean per class", "ROC AUC", "11-point mAP"}
+    assert sum(images for _, images, _ in ICINW.values()) == 192677
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere.pt"], ["no checkpoint at nowhere.pt"]),
+    (["CHECKPOINT", "--data", "folder:nowhere"], ["nowhere"]),
+    (["CHECKPOINT", "--data", "icinw:nowhere"], ["nowhere", "caltech-101"]),
+    (["CHECKPOINT", "--data", "shapes", "--task", "icinw"], ["--task icinw", "shapes"]),
+    (["CHECKPOINT", "--data", "shapes:objects=2-3", "--task", "classes"], ["no image", "class"]),
+    (["CHECKPOINT", "--templates", "9"], ["cannot read", "templates", "9"]),
+    (["CHECKPOINT", "--templates", "a {} or {}"], ["one {}", "a {} or {}"]),
+    (["CHECKPOINT", "--classes", "CHECKPOINT"], ["class names", "UTF-8"]),
+    (["CHECKPOINT", "--classes", __file__], ["64 classes"]),
+])
+def test_mistakes_are_told_in_one_line(arguments, words, checkpoint):
+    with pytest.raises(UserError) as error:
+        main([str(checkpoint[0]) if word == "CHECKPOINT" else word for word in arguments])
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path):
+    make_suite(tmp_path / "wild")
+    specs = "shapes:val=67", karpathy("coco", tmp_path), f"icinw:{tmp_path / 'wild'}"       # 67: shares differ in size
+    for processes in (0, 2):
+        run_script("eval_zeroshot.py", checkpoint[0], *(word for spec in specs for word in ("--data", spec)),
+                   "--batch-size", 16, "--device", "cpu", "--json", tmp_path / f"{processes}.json", processes=processes)
+    one, two = ((tmp_path / f"{processes}.json").read_text() for processes in (0, 2))
+    assert one == two
+
+
+@needs_shared
+def test_real_pairs_and_photographs(checkpoint, tmp_path):
+    shards = f"shards:{SHARED}/pairs/00002.tar"
+    result, = evaluated(checkpoint[0], "--data", shards, "--out", tmp_path, tmp_path=tmp_path)
+    assert result["images"] == result["texts"] == 855 and result["bad"] == 0
+    result, = evaluated(checkpoint[0], "--data", f"folder:{SHARED}/imagefolder_photos", tmp_path=tmp_path)
+    assert result["classes"] == 11 and result["templates"] == 7 and result["images"] == sum(
+        1 for _ in (SHARED / "imagefolder_photos" / "val").glob("*/*.jpg"))

@@ -1,0 +1,714 @@
+"""Data sets on disk of data.py against tarfile, files made by hand and hostile ones.
+
+    python -m pytest tests/test_formats.py
+"""
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import tarfile
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import data
+from data import BadRecord, Mixed, Shards, Tar, UserError, expand_braces, hash_names, open_data
+
+PAIRS = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "pairs"
+
+
+def jpeg(gray: int = 0, size: tuple[int, int] = (8, 8)) -> bytes:
+    out = io.BytesIO()
+    PIL.Image.new("L", size, gray).save(out, "JPEG")
+    return out.getvalue()
+
+
+def make_tar(path, members: list, format: int = tarfile.PAX_FORMAT, **info):
+    """members: (name, bytes), or a TarInfo for what is no regular file."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                entry = tarfile.TarInfo(member[0])
+                entry.size = len(member[1])
+                for key, value in info.items():
+                    setattr(entry, key, value)
+                tar.addfile(entry, io.BytesIO(member[1]))
+    return path
+
+
+def pairs(n: int, first: int = 0) -> list:
+    """n images, picture k of gray value k, with caption "picture k"."""
+    return [item for k in range(first, first + n)
+            for item in ((f"{k:09d}.jpg", jpeg(k)), (f"{k:09d}.txt", f"picture {k}".encode()))]
+
+
+def captions(dataset) -> list[tuple[str, ...]]:
+    return [dataset.read(i).captions for i in range(len(dataset))]
+
+
+def gray(sample) -> int:
+    return round(np.asarray(data.decode(sample.image)).mean())
+
+
+# ---- shards ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("pattern, want", [
+    ("a.tar", ["a.tar"]),
+    ("{0..2}.tar", ["0.tar", "1.tar", "2.tar"]),
+    ("{00..02}.tar", ["00.tar", "01.tar", "02.tar"]),
+    ("{8..10}", ["8", "9", "10"]),
+    ("{08..10}", ["08", "09", "10"]),
+    ("{098..100}", ["098", "099", "100"]),
+    ("{5..5}", ["5"]),
+    ("{0..1}", ["0", "1"]),                              # a single 0 does not ask for padding
+    ("{a,b}.tar", ["a.tar", "b.tar"]),
+    ("{a,}.tar", ["a.tar", ".tar"]),
+    ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),       # the last one runs fastest, as in a shell
+    ("x{1..2}y{3,4}z", ["x1y3z", "x1y4z", "x2y3z", "x2y4z"]),
+    ("{00..02,07}.tar", ["00.tar", "01.tar", "02.tar", "07.tar"]),            # a range in a list: not in a shell
+])
+def test_braces(pattern, want):
+    assert expand_braces(pattern) == want
+
+
+@pytest.mark.parametrize("pattern", ["{0..2", "0..2}", "{a}", "{}", "{3..1}", "{a..c}", "{0..}", "{{0..2},7}",
+                                     "{0..9999999999}", "{0..4..2}", "}{"])
+def test_braces_that_cannot_be_meant(pattern):
+    with pytest.raises(UserError):
+        expand_braces(pattern)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("names", [
+    ["a.jpg", "b.txt"],
+    ["./a.jpg", "folder/b.txt", "folder/" * 16 + "long.jpg"],                 # 116 characters: split in two in USTAR
+    ["x" * 99 + ".jpg", "y" * 100, "z/" * 60 + "w" * 30],
+    ["ü" * 20 + ".jpg", "name with spaces.txt", "a=b\nc.json"],
+])
+@pytest.mark.parametrize("info", [{}, {"mtime": 1700000000.5}, {"uname": "ü", "uid": 3_000_000}])   # PAX says more
+def test_members_are_those_of_tarfile(tmp_path, format, names, info):
+    long = any(len(name) > 100 and "/" not in name for name in names)
+    if format == tarfile.USTAR_FORMAT and (long or "uid" in info):
+        pytest.skip("USTAR cannot hold this")
+    path = make_tar(tmp_path / "t.tar", [(name, b"x" * (k * 511)) for k, name in enumerate(names)], format, **info)
+    with tarfile.open(path) as tar:
+        want = [(os.fsencode(m.name), m.offset_data, m.size) for m in tar]
+    assert list(Tar(path).members()) == want
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_longer_than_a_header(tmp_path, format):
+    names = ["n" * length + ".jpg" for length in (96, 97, 150, 255, 5000)]
+    path = make_tar(tmp_path / "t.tar", [(name, b"1234") for name in names], format)
+    assert [(name.decode(), size) for name, _, size in Tar(path).members()] == [(name, 4) for name in names]
+
+
+@pytest.mark.skipif(not PAIRS.exists(), reason="needs ../shared/data/pairs")
+def test_real_shards_are_those_of_tarfile():
+    shards = Shards(f"{PAIRS}/{{00000..00002}}.tar")
+    assert len(shards) == 2855 and shards.notes == [] and shards.classes is None
+    with tarfile.open(PAIRS / "00001.tar") as tar:
+        for i in range(1000, 2000, 37):
+            stem, key = shards.name(i).split("/")
+            assert stem == "00001"
+            record, sample = json.load(tar.extractfile(f"{key}.json")), shards.read(i)
+            assert sample.captions == (record["caption"].strip(),)
+            assert sample.image.size == (record["width"], record["height"])
+
+
+def test_pairs_in_every_order_and_from_either_caption_file(tmp_path):
+    caption = json.dumps({"caption": "from json", "url": "x"}).encode()
+    shards = Shards(str(make_tar(tmp_path / "s.tar", [
+        ("b/1.txt", b"  apart \n"), ("2.JPG", jpeg(2)), ("3.json", caption), ("4.jpeg", jpeg(4)), ("4.json", caption),
+        ("3.png", jpeg(3)), ("2.txt", "\ufeffÄ cat".encode()), ("4.txt", b"text wins"), ("b/1.webp", jpeg(1)),
+        ("my.photo.jpg", jpeg(5)), ("my.photo.txt", b"dots"), ("./6.jpg", jpeg(6)), ("6.txt", b"dot slash"),
+        ("2.cls", b"7"), ("._2.jpg", b"left by a Mac"), ("README", b"?")])))
+    found = {shards.name(i): (gray(shards.read(i)), *shards.read(i).captions) for i in range(len(shards))}
+    assert found == {"s/b/1": (1, "apart"), "s/2": (2, "Ä cat"), "s/3": (3, "from json"), "s/4": (4, "text wins"),
+                     "s/my.photo": (5, "dots"), "s/6": (6, "dot slash")}
+    assert shards.notes == []
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    make_tar(tmp_path / "0.tar", [("1.jpg", jpeg()), ("2.txt", b"x"), ("3.txt", b"x"), *pairs(1), *pairs(1, 7),
+                                  ("000000007.txt", b"again"), ("4.json", b"{}")])
+    make_tar(tmp_path / "1.tar", [])
+    make_tar(tmp_path / "2.tar", pairs(2))
+    shards = Shards(str(tmp_path / "{0..2}.tar"))
+    assert [shards.name(i) for i in range(4)] == ["0/000000000", "0/000000007", "2/000000000", "2/000000001"]
+    assert captions(shards)[1] == ("again",), "of two members of one name tar leaves the last"
+    assert sorted(shards.notes) == sorted([
+        "1 images without a caption", "3 captions without an image", "1 members repeat a name, the last one is read",
+        f"1 of 3 shards hold no pair, the first is {tmp_path}/1.tar"])
+
+
+def special(name: str, kind: bytes, **more) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.type = kind
+    for key, value in more.items():
+        setattr(entry, key, value)
+    return entry
+
+
+@pytest.mark.parametrize("hostile", [
+    special("9.jpg", tarfile.SYMTYPE, linkname="/etc/passwd"),
+    special("9.txt", tarfile.SYMTYPE, linkname="/etc/passwd"),
+    special("9.txt", tarfile.LNKTYPE, linkname="000000000.txt"),
+    special("9.txt", tarfile.FIFOTYPE),
+    special("9.txt", tarfile.CHRTYPE, devmajor=1, devminor=5),
+    special("9.txt", tarfile.BLKTYPE, devmajor=8),
+    special("9.txt", tarfile.GNUTYPE_SPARSE),
+    special("9.txt", b"Z"),                                        # no kind that anybody knows
+    special("9.txt", tarfile.REGTYPE, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+    ("/etc/passwd.txt", b"x"),
+    ("../9.txt", b"x"),
+    ("a/../../9.jpg", b"x"),
+])
+def test_what_is_no_plain_file_is_never_read(tmp_path, hostile):
+    shards = Shards(str(make_tar(tmp_path / "s.tar", [hostile, ("9.jpg", jpeg(9)), *pairs(2)])))
+    assert captions(shards) == [("picture 0",), ("picture 1",)]
+    assert [note for note in shards.notes if "not read" in note] == [
+        "1 links, devices, sparse files or paths that leave the folder, not read"]
+
+
+def test_folders_in_a_shard_are_nothing_special(tmp_path):
+    members = [special("a/", tarfile.DIRTYPE), ("a/1.jpg", jpeg()), ("a/1.txt", b"x")]
+    shards = Shards(str(make_tar(tmp_path / "s.tar", members)))
+    assert len(shards) == 1 and shards.notes == []
+
+
+def with_header(tar: bytes, at: int, **fields: tuple[int, bytes]) -> bytes:
+    """The tar with fields of the header at byte `at` overwritten, each (place, bytes), and its checksum put right."""
+    header = bytearray(tar[at:at + 512])
+    for place, value in fields.values():
+        header[place:place + len(value)] = value
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return tar[:at] + bytes(header) + tar[at + 512:]
+
+
+def header_of(tar: bytes, member: int) -> int:
+    with tarfile.open(fileobj=io.BytesIO(tar)) as file:
+        return file.getmembers()[member].offset
+
+
+@pytest.mark.parametrize("damage, note", [
+    (lambda tar, at: tar[:at + 100], "without an end mark"),                          # cut in a header
+    (lambda tar, at: tar[:at], "without an end mark"),                                # cut between two members
+    (lambda tar, at: tar[:at + 512 + 50], "is cut short"),                            # cut in an image
+    (lambda tar, at: tar[:at + 9] + b"?" + tar[at + 10:], "is damaged"),              # the checksum is wrong
+    (lambda tar, at: tar[:at] + bytes(range(256)) * 2 + tar[at + 512:], "header should"),     # overwritten
+    (lambda tar, at: with_header(tar, at, size=(124, b"77777777777\0")), "is cut short"),            # claims 8 GiB
+    (lambda tar, at: with_header(tar, at, size=(124, b"\x80" + b"\x7f" * 11)), "is cut short"),      # claims 2 ** 87
+    (lambda tar, at: with_header(tar, at, size=(124, b"\xff" * 12)), "header should have a number"),  # claims -1
+    (lambda tar, at: with_header(tar, at, size=(124, b"-0000000600\0")), "header should have a number"),
+    (lambda tar, at: with_header(tar, at, size=(124, b"1_0\0        ")), "header should have a number"),
+    (lambda tar, at: with_header(tar, at, kind=(156, b"x")), "malformed extended header"),
+    (lambda tar, at: tar[:at] + b"\0" * (2 << 20) + tar[at:], "has its end mark"),    # zeros in the middle
+])
+def test_records_before_the_damage_are_used(tmp_path, damage, note):
+    tar = make_tar(tmp_path / "s.tar", pairs(4)).read_bytes()
+    (tmp_path / "s.tar").write_bytes(damage(tar, header_of(tar, 4)))
+    shards = Shards(str(tmp_path / "s.tar"))
+    assert captions(shards) == [("picture 0",), ("picture 1",)]
+    assert len(shards.notes) == 1 and shards.notes[0].startswith(f"{tmp_path}/s.tar ") and note in shards.notes[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 10240, b"garbage" * 1000, gzip.compress(b"x" * 5000), b"<html>"])
+def test_a_shard_without_pairs(tmp_path, content):
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(UserError, match="no image with a caption"):
+        Shards(str(tmp_path / "0.tar"))
+    make_tar(tmp_path / "1.tar", pairs(1))
+    shards = Shards(str(tmp_path / "{0..1}.tar"))
+    assert captions(shards) == [("picture 0",)]
+    assert f"1 of 2 shards hold no pair, the first is {tmp_path}/0.tar" in shards.notes
+
+
+def test_any_damage_to_a_shard_ends_in_pairs_or_one_line(tmp_path):
+    long = "n" * 150
+    tar = make_tar(tmp_path / "s.tar", [*pairs(2), (long + ".jpg", jpeg()), (long + ".txt", b"x")]).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        broken = bytearray(tar)
+        for _ in range(rng.integers(1, 8)):
+            broken[rng.integers(tar.rindex(b"x"))] = rng.integers(256)
+        (tmp_path / "s.tar").write_bytes(broken[:rng.integers(1, len(broken))] if rng.random() < 0.3 else broken)
+        try:
+            shards = Shards(str(tmp_path / "s.tar"))
+            for i in range(len(shards)):
+                data.decode(shards.read(i).image)
+        except (UserError, BadRecord):
+            pass
+
+
+@pytest.mark.parametrize("files, message", [
+    ([("1.txt", b"\xff\xfe caption")], "caption is not UTF-8: invalid start byte at byte 0"),
+    ([("1.txt", b"cut \xe2\x82")], "caption is not UTF-8: unexpected end of data at byte 4"),
+    ([("1.txt", b"")], "empty caption"),
+    ([("1.txt", " \u00a0\n\t".encode())], "empty caption"),
+    ([("1.json", b'{"caption": "half a pair \\ud83d"}')], "caption is not UTF-8"),
+    ([("1.json", b'{"caption": ""}')], "empty caption"),
+    ([("1.json", b'{"caption": null}')], "no caption"),
+    ([("1.json", b'{"caption": ["a"]}')], "no caption"),
+    ([("1.json", b'["caption"]')], "no caption"),
+    ([("1.json", b'{"caption": "x"')], "corrupt json"),
+    ([("1.json", b"[" * 100_000)], "corrupt json"),
+    ([("1.json", b'\xff{"caption": "x"}')], "corrupt json"),
+])
+def test_bad_captions(tmp_path, files, message):
+    shards = Shards(str(make_tar(tmp_path / "s.tar", [("1.jpg", jpeg()), *files])))
+    with pytest.raises(BadRecord) as error:
+        shards.read(0)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_long_captions_are_read(tmp_path):
+    shards = Shards(str(make_tar(tmp_path / "s.tar", [("1.jpg", jpeg()), ("1.txt", b"word " * 200_000)])))
+    assert len(shards.read(0).captions[0]) == 999_999
+
+
+def test_missing_shards_are_named(tmp_path):
+    for k in (0, 1, 3):
+        make_tar(tmp_path / f"{k:05d}.tar", pairs(1))
+    with pytest.raises(UserError) as error:
+        Shards(str(tmp_path / "{00000..00004}.tar"))
+    assert str(error.value) == f"2 of 5 shards are missing, the first is {tmp_path}/00002.tar"
+
+
+def test_a_shard_that_shrinks_after_indexing_gives_bad_records(tmp_path):
+    path = make_tar(tmp_path / "s.tar", pairs(3))
+    shards = Shards(str(path))
+    os.truncate(path, 2000)
+    assert shards.read(0).captions == ("picture 0",)
+    with pytest.raises(BadRecord, match="unreadable shard"):
+        shards.read(2)
+
+
+def test_the_cache_of_indices(tmp_path, monkeypatch):
+    cache, path, walks = tmp_path / "cache", make_tar(tmp_path / "s.tar", pairs(3)), []
+    index_tar = data.index_tar
+    monkeypatch.setattr(data, "index_tar", lambda path: walks.append(path) or index_tar(path))
+
+    def names_after(walked: int) -> list[str]:
+        walks.clear()
+        shards = Shards(str(path), cache)
+        assert len(walks) == walked
+        assert captions(shards) == [(f"picture {int(shards.name(i)[2:])}",) for i in range(len(shards))]
+        return [shards.name(i) for i in range(len(shards))]
+
+    first = names_after(walked=1)
+    assert names_after(walked=0) == first
+    [file] = cache.iterdir()                             # one file, nothing temporary beside it
+    for damaged in (b"", b"garbage", file.read_bytes()[:300], file.read_bytes()[:-100]):
+        file.write_bytes(damaged)
+        assert names_after(walked=1) == first
+        assert names_after(walked=0) == first
+    make_tar(tmp_path / "new.tar", pairs(5, first=2))    # another tar in the same place
+    os.replace(tmp_path / "new.tar", path)
+    assert len(names_after(walked=1)) == 5
+    make_tar(path, pairs(5, first=3))                    # of the same size, but newer
+    os.utime(path, ns=(1, 1))
+    assert names_after(walked=1)[0] == "s/000000003"
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_only_noted(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    shards = Shards(str(make_tar(tmp_path / "s.tar", pairs(1))), tmp_path / "file" / "cache")
+    assert captions(shards) == [("picture 0",)] and "not stored" in shards.notes[0]
+
+
+def test_notes_come_from_the_cache_too(tmp_path):
+    tar = make_tar(tmp_path / "s.tar", [("1.jpg", jpeg()), *pairs(2)]).read_bytes()
+    (tmp_path / "s.tar").write_bytes(tar[:tar.rindex(b"picture 1") + 512])
+    notes = [Shards(str(tmp_path / "s.tar"), tmp_path / "cache").notes for _ in range(2)]
+    assert notes[0] == notes[1] and len(notes[0]) == 2
+
+
+def test_many_shards_are_held_open_a_few_at_a_time(tmp_path):
+    for k in range(100):
+        make_tar(tmp_path / f"{k:03d}.tar", pairs(1, k))
+    shards = Shards(str(tmp_path / "{000..099}.tar"))
+    for i in np.random.default_rng(0).permutation(100).tolist() * 2:
+        assert shards.read(i).captions == (f"picture {i}",)
+    open_files = [os.path.realpath(link) for link in pathlib.Path("/proc/self/fd").glob("*")]       # on Linux
+    assert sum(file.startswith(os.path.realpath(tmp_path)) for file in open_files) <= 64
+
+
+def read_backwards(shards, queue):
+    queue.put([shards.read(i).captions[0] for i in reversed(range(len(shards)))])
+
+
+def test_forked_processes_read_from_the_files_of_their_parent(tmp_path):
+    shards = Shards(str(make_tar(tmp_path / "s.tar", pairs(50))))
+    shards.read(0)                                       # so that the file is open before the fork
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    children = [context.Process(target=read_backwards, args=(shards, queue)) for _ in range(3)]
+    for child in children:
+        child.start()
+    mine = [shards.read(i).captions[0] for i in range(50)]
+    theirs = [queue.get(timeout=60) for _ in children]
+    for child in children:
+        child.join()
+    assert mine == [f"picture {i}" for i in range(50)] and theirs == [mine[::-1]] * 3
+
+
+def test_fifteen_million_pairs_fit_in_memory(tmp_path):
+    shards = Shards(str(make_tar(tmp_path / "s.tar", pairs(200))))
+    size = shards.pairs.nbytes + len(shards.keys.blob) + shards.keys.ends.itemsize * len(shards.keys.ends)
+    assert size / len(shards) * 15e6 < 1e9
+
+
+def test_packed():
+    packed = data.Packed([b"a", b"", b"bcd"])
+    packed.extend(data.Packed())
+    packed.extend(data.Packed([b"", b"\xff"]))
+    assert [packed[i] for i in range(len(packed))] == [b"a", b"", b"bcd", b"", b"\xff"]
+
+
+# ---- csv ------------------------------------------------------------------------------------------------------------
+
+def make_csv(folder, text: str | bytes, images: int = 3):
+    for k in range(images):
+        (folder / f"{k}.jpg").write_bytes(jpeg(k))
+    (folder / "table.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return f"csv:{folder}/table.csv"
+
+
+@pytest.mark.parametrize("text, want", [
+    ("filepath,title\n0.jpg,one\n1.jpg,two\n", ["one", "two"]),
+    ("filepath\ttitle\n0.jpg\tone, two; three\n1.jpg\ttwo\n", ["one, two; three", "two"]),        # open_clip's default
+    ("filepath;title\n0.jpg;one, two\n", ["one, two"]),
+    ("title,url,filepath\none,http://x;y,0.jpg\n", ["one"]),                                  # order and other columns
+    ('filepath,title\n0.jpg,"A ""cat"", asleep"\n', ['A "cat", asleep']),
+    ('filepath,title\n0.jpg,"two\nlines"\n1.jpg,x\n', ["two\nlines", "x"]),
+    ('"filepath","title"\r\n"0.jpg","one"\r\n\r\n"1.jpg","two"\r\n', ["one", "two"]),          # Windows, an empty line
+    ("\ufefffilepath,title\n0.jpg,Ä\n", ["Ä"]),                                                 # as Excel saves it
+    ("filepath,title\n0.jpg,no end of line", ["no end of line"]),
+    ("filepath,title\n0.jpg,a\0b\n", ["a\0b"]),
+    ("filepath,title,tags\ta;b;c;d\n0.jpg,one,x\n", ["one"]),           # another separator is more frequent
+    ("filepath,title\n0.jpg," + "word " * 200_000 + "\n", ["word " * 199_999 + "word"]),
+])
+def test_csv(tmp_path, text, want):
+    table = open_data(make_csv(tmp_path, text))
+    assert [caption for [caption] in captions(table)] == want
+    assert [gray(table.read(i)) for i in range(len(table))] == list(range(len(want)))
+    assert table.name(0) == "0.jpg" and table.classes is None
+
+
+def test_csv_with_other_columns(tmp_path):
+    spec = make_csv(tmp_path, "image,caption,title\n0.jpg,right,wrong\n")
+    assert captions(open_data(f"{spec},image=image,caption=caption")) == [("right",)]
+
+
+@pytest.mark.parametrize("row, message", [
+    (b"0.jpg", "empty caption"),                           # a row cut short
+    (b"0.jpg,", "empty caption"),
+    (b"0.jpg,  ", "empty caption"),
+    (b"0.jpg,caf\xe9", "caption is not UTF-8"),            # Latin-1
+    (b"nowhere.jpg,x", "unreadable file: No such file"),
+    (b"a\0b.jpg,x", "unreadable file: embedded null"),
+    (b",x", "unreadable file: Is a directory"),
+])
+def test_bad_rows_of_a_csv(tmp_path, row, message):
+    table = open_data(make_csv(tmp_path, b"filepath,title\n" + row + b"\n1.jpg,good\n"))
+    with pytest.raises(BadRecord) as error:
+        table.read(0)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    assert table.read(1).captions == ("good",)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("path,title\n0.jpg,x\n", "has no column 'filepath', only 'path', 'title'"),
+    ("filepath|title\n0.jpg|x\n", "has no column 'filepath', only 'filepath|title'"),
+    ("filepath,caption\n0.jpg,x\n", "has no column 'title', only 'filepath', 'caption'"),
+    ("", "has no column 'filepath'"),
+    ("filepath,title\n", "holds no images"),
+    ("filepath,title\nx/0.jpg,a\nx/1.jpg,b\n", "none of the first 2 images"),
+    ('filepath,title\n0.jpg,x\n1.jpg,"never closed\n' + "2.jpg,filler filler filler\n" * 170_000, "record 2"),
+])
+def test_csv_that_cannot_be_used(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        open_data(make_csv(tmp_path, text))
+    assert message in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_captions_over_several_lines_are_noted(tmp_path):
+    stray = 'filepath,title\n0.jpg,"three rows\n1.jpg,became\n2.jpg,one"\n'
+    assert "1 captions go over several lines" in open_data(make_csv(tmp_path, stray)).notes[0]
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+def make_folder(root, files: list[str]):
+    for k, file in enumerate(files):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(jpeg(k))
+    return f"folder:{root}"
+
+
+@pytest.mark.parametrize("files, split, classes, labels", [
+    (["b/1.jpg", "a/1.png", "a/0.JPEG"], "train", ["a", "b"], [0, 0, 1]),
+    (["b/1.jpg", "a/1.png", "a/0.JPEG"], "val", ["a", "b"], [0, 0, 1]),                 # no splits: the same for all
+    (["train/ice_cream/1.jpg", "train/dog/1.jpg", "val/dog/1.jpg"], "train", ["dog", "ice cream"], [0, 1]),
+    (["train/cat/1.jpg", "train/dog/1.jpg", "val/dog/1.jpg"], "val", ["cat", "dog"], [1]),      # labels as in train
+    (["a/x/y/1.jpg", "a/0.jpg", "a/notes.txt", "b/2.jpg", ".git/1.jpg", "1.jpg"], "train", ["a", "b"], [0, 0, 1]),
+    (["10/1.png", "9/1.png"], "train", ["10", "9"], [0, 1]),                            # sorted as text, as elsewhere
+])
+def test_folder(tmp_path, files, split, classes, labels):
+    spec = make_folder(tmp_path, files)
+    found = open_data(spec, split, "classes")
+    assert found.classes == classes and [found.read(i).label for i in range(len(found))] == labels
+    assert [found.read(i).captions for i in range(len(found))] == [()] * len(labels)
+    names = [found.name(i) for i in range(len(found))]
+    assert all((tmp_path / name).is_file() for name in names) and len(set(names)) == len(names)
+
+
+def test_folder_with_class_names(tmp_path):
+    spec = make_folder(tmp_path, ["train/n02/1.jpg", "train/n01/1.jpg"])
+    (tmp_path / "classnames.txt").write_text("n01\tgreat white shark\n\nn02\thammerhead, or so\nn03\tnot here\n")
+    assert open_data(spec, "train", "classes").classes == ["great white shark", "hammerhead, or so"]
+
+
+@pytest.mark.parametrize("files, names, message", [
+    ([], None, "cannot read"),
+    (["a/notes.txt"], None, "holds no images"),
+    (["val/a/1.jpg"], None, "has no folder 'train', only val"),
+    (["a/1.jpg"], "a great white shark\n", "line 1: wanted CLASS<TAB>name"),
+    (["a/1.jpg", "b/1.jpg"], "a\tcat\n", "has no line for the folder 'b'"),
+])
+def test_folder_that_cannot_be_used(tmp_path, files, names, message):
+    spec = make_folder(tmp_path / "root", files)
+    if names:
+        (tmp_path / "root" / "classnames.txt").write_text(names)
+    with pytest.raises(UserError) as error:
+        open_data(spec, task="classes")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- coco and flickr30k ---------------------------------------------------------------------------------------------
+
+def make_coco(root, year: str, change=lambda content: content):
+    images = {"train": [4, 2], "val": [7]}
+    (root / "annotations").mkdir(parents=True)
+    for split, ids in images.items():
+        (root / f"{split}{year}").mkdir()
+        for k in ids:
+            (root / f"{split}{year}" / f"{k}.jpg").write_bytes(jpeg(k))
+        content = {"images": [{"id": k, "file_name": f"{k}.jpg"} for k in ids],
+                   "annotations": [{"image_id": k, "caption": f"caption {c} of {k}"} for c in range(5) for k in ids]}
+        (root / "annotations" / f"captions_{split}{year}.json").write_text(json.dumps(change(content)))
+    return f"coco:{root}"
+
+
+@pytest.mark.parametrize("year", ["2014", "2017"])
+def test_coco_captions(tmp_path, year):
+    spec = make_coco(tmp_path, year)
+    train, val = open_data(spec), open_data(spec, "val")
+    assert [train.name(i) for i in range(2)] == ["4.jpg", "2.jpg"] and [gray(train.read(i)) for i in range(2)] == [4, 2]
+    assert captions(train) == [tuple(f"caption {c} of {k}" for c in range(5)) for k in (4, 2)]
+    assert captions(val) == [tuple(f"caption {c} of 7" for c in range(5))]
+    rng = np.random.default_rng(0)
+    assert {data.pick_caption(val.read(0), rng) for _ in range(100)} == set(val.read(0).captions)
+
+
+def without(entry: dict, key: str) -> dict:
+    return {k: v for k, v in entry.items() if k != key}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: [c], "captions_train2017.json: wanted an object with 'images' of type list"),
+    (lambda c: without(c, "images"), "captions_train2017.json: wanted an object with 'images'"),
+    (lambda c: dict(c, annotations=None), "captions_train2017.json: wanted an object with 'annotations'"),
+    (lambda c: dict(c, images=[c["images"][0], {"id": 2}]), "images[1]: wanted an object with 'file_name' of type str"),
+    (lambda c: dict(c, images=["4.jpg"]), "images[0]: wanted an object with 'file_name'"),
+    (lambda c: dict(c, annotations=[{"image_id": 99, "caption": "x"}]), "annotations[0]: there is no image 99"),
+    (lambda c: dict(c, annotations=[{"image_id": 4, "caption": 5}]), "annotations[0]: wanted an object with 'caption'"),
+    (lambda c: dict(c, annotations=[]), "holds no images"),
+    (lambda c: dict(c, images=[dict(i, file_name="gone.jpg") for i in c["images"]]), "none of the first 2 images"),
+])
+def test_malformed_coco(tmp_path, change, message):
+    with pytest.raises(UserError) as error:
+        open_data(make_coco(tmp_path, "2017", change))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"images": [}', "\xff", "[" * 100_000])
+def test_coco_that_is_not_json(tmp_path, content):
+    spec = make_coco(tmp_path, "2017")
+    (tmp_path / "annotations" / "captions_train2017.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match="captions_train2017.json is not JSON"):
+        open_data(spec)
+
+
+def test_coco_images_without_captions_and_bad_captions(tmp_path):
+    def change(content):
+        kept = [a for a in content["annotations"] if a["image_id"] != 2]
+        bad = [dict(kept[0], caption="  "), dict(kept[0], caption="half a pair \ud83d")]
+        return dict(content, annotations=bad + kept[1:3])
+    train = open_data(make_coco(tmp_path, "2017", change))
+    assert captions(train) == [("caption 1 of 4", "caption 2 of 4")]
+    assert train.notes == [f"1 images of {tmp_path}/annotations/captions_train2017.json have no caption"]
+
+
+def make_karpathy(root, coco: bool, change=lambda content: content):
+    splits = ["train", "restval", "val", "test", "test"] if coco else ["train", "train", "val", "test", "test"]
+    images = []
+    for k, split in enumerate(splits):
+        folder = ("train2014" if split == "train" else "val2014") if coco else "flickr30k-images"
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / f"{k}.jpg").write_bytes(jpeg(k))
+        images.append({"filename": f"{k}.jpg", "split": split, "imgid": k, "sentences": [
+            {"raw": f"caption {c} of {k}", "tokens": []} for c in range(5)], **({"filepath": folder} if coco else {})})
+    name = "coco" if coco else "flickr30k"
+    (root / f"dataset_{name}.json").write_text(json.dumps(change({"images": images})))
+    return f"{name}:{root}"
+
+
+@pytest.mark.parametrize("coco", [True, False])
+@pytest.mark.parametrize("split, want", [(None, [3, 4]), ("test", [3, 4]), ("val", [2]), ("train", [0, 1])])
+def test_karpathy_splits(tmp_path, coco, split, want):
+    found = open_data(make_karpathy(tmp_path, coco), split, task="retrieval")
+    assert [gray(found.read(i)) for i in range(len(found))] == want
+    assert captions(found) == [tuple(f"caption {c} of {k}" for c in range(5)) for k in want]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda image: without(image, "split"), "images[0]: wanted an object with 'split'"),
+    (lambda image: dict(image, split="dev"), "has no image of the split 'test', only {'dev': 5}"),
+    (lambda image: without(image, "filename"), "images[3]: wanted an object with 'filename'"),
+    (lambda image: dict(image, sentences=["x"]), "images[3]: wanted an object with 'raw'"),
+    (lambda image: "0.jpg", "images[0]: wanted an object with 'split'"),
+])
+def test_malformed_karpathy(tmp_path, change, message):
+    with pytest.raises(UserError) as error:
+        spec = make_karpathy(tmp_path, False, lambda content: {"images": [change(i) for i in content["images"]]})
+        open_data(spec, task="retrieval")
+    assert "dataset_flickr30k.json" in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- all data sets --------------------------------------------------------------------------------------------------
+
+def test_every_task_says_what_it_opens():
+    for task, text in data.OPENS.items():
+        for kind in [name.partition(":")[0] for name in text.split(", ")]:
+            try:
+                open_data(f"{kind}:nowhere" if kind != "shapes" else kind, "train", task)
+            except UserError as error:
+                assert "nowhere" in str(error) and "cannot open" not in str(error)
+
+
+@pytest.mark.parametrize("spec, split, task, message", [
+    ("tar:x.tar", None, "captions", "cannot open 'tar:x.tar' for captions: wanted shapes, shards:PATH"),
+    ("x.tar", None, "captions", "wanted shapes, shards:PATH"),
+    ("", None, "captions", "wanted shapes"),
+    ("csv:x.csv", None, "classes", "cannot open 'csv:x.csv' for classes: wanted shapes, folder:DIR"),
+    ("folder:x", None, "retrieval", "cannot open 'folder:x' for retrieval: wanted shapes"),
+    ("shards:x.tar", None, "segmentation", "cannot open 'shards:x.tar' for segmentation: wanted shapes"),
+    ("shards:nowhere-{0..9}.tar", None, "captions", "10 of 10 shards are missing, the first is nowhere-0.tar"),
+    ("csv:nowhere.csv", None, "captions", "cannot read nowhere.csv: No such file"),
+    ("folder:nowhere", None, "classes", "cannot read nowhere: No such file"),
+    ("coco:nowhere", None, "captions", "wanted nowhere/annotations/captions_train2017.json"),
+    ("coco:nowhere", "test", "captions", "no captions of the split 'test'"),
+    ("coco:nowhere", None, "retrieval", "cannot read nowhere/dataset_coco.json"),
+    ("flickr30k:nowhere", None, "retrieval", "cannot read nowhere/dataset_flickr30k.json"),
+])
+def test_open_data_says_what_is_wrong(spec, split, task, message):
+    with pytest.raises(UserError) as error:
+        open_data(spec, split, task)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_open_data_passes_the_options_of_the_shapes_world():
+    train, val = (open_data("shapes:train=30,val=7,seed=3", split, size=32) for split in (None, "val"))
+    assert (len(train), len(val), len(open_data("shapes", "val"))) == (30, 7, 1024)
+    assert train.read(0).image.size == (32, 32) and train.read(0).objects is None
+    assert open_data("shapes:size=48", task="segmentation", size=32).read(0).label_map.shape == (48, 48)
+    assert hash_names(open_data("shapes:val=7,seed=3", task="retrieval")) == hash_names(val), "held out under any name"
+
+
+def test_mixed(tmp_path):
+    make_tar(tmp_path / "s.tar", pairs(3))
+    table = make_csv(tmp_path, "filepath,title\n2.jpg,two\n1.jpg,one\n")
+    mixed = Mixed([open_data(f"shards:{tmp_path}/s.tar"), open_data(table)])
+    assert len(mixed) == 5 and mixed.classes is None
+    assert [mixed.name(i) for i in range(5)] == ["s/000000000", "s/000000001", "s/000000002", "2.jpg", "1.jpg"]
+    assert [gray(mixed.read(i)) for i in range(5)] == [0, 1, 2, 2, 1]
+
+
+def test_hash_of_names_is_that_of_their_list(tmp_path):
+    make_tar(tmp_path / "s.tar", pairs(3))
+    want = hashlib.sha256(b"s/000000000\ns/000000001\ns/000000002\n").hexdigest()
+    assert hash_names(open_data(f"shards:{tmp_path}/s.tar")) == want
+
+
+@pytest.mark.skipif(not PAIRS.exists(), reason="needs ../shared/data/pairs")
+def test_hash_of_names_of_the_real_shards_never_changes():
+    want = "58bc22acd40ad8b02e64519bb2f409b0f5403c2fc459e497bcf5cc9296ab52d3"
+    assert hash_names(Shards(f"{PAIRS}/{{00000..00002}}.tar")) == want
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+class Words:
+    """Stands in for a tokenizer: a token a word, start and end."""
+    def length(self, text: str) -> int:
+        return len(text.split()) + 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_check_counts_and_names_what_is_bad(tmp_path, workers, capsys):
+    make_tar(tmp_path / "s.tar", [*pairs(3), ("a.jpg", jpeg(size=(40, 20))), ("a.txt", b"five words in all here"),
+                                  ("b.jpg", jpeg()[:200]), ("b.txt", b"x"), ("c.jpg", b"404"), ("c.txt", b"x"),
+                                  ("d.jpg", b"4041"), ("d.txt", b"x"), ("e.jpg", jpeg()), ("e.txt", b""),
+                                  ("f.txt", b"x")])
+    shards = open_data(f"shards:{tmp_path}/s.tar")
+    report = data.check(shards, Words(), context_length=6, workers=workers)
+    assert report["records"] == 8 and report["bad"] == 4
+    assert report["reasons"] == {"corrupt image": 1, "not an image": 2, "empty caption": 1}
+    assert [name for name, _ in report["bad_records"]] == ["s/b", "s/c", "s/d", "s/e"]
+    assert (report["width"], report["height"]) == ([8, 8, 40], [8, 8, 20])
+    assert (report["captions"], report["words"], report["tokens"], report["truncated"]) == (4, [2, 2, 5], [4, 4, 7], 1)
+    assert report["sample_hash"] == hash_names(shards) and report["notes"] == ["1 captions without an image"]
+    printed = capsys.readouterr().out
+    assert "bad: 4" in printed and "s/c: not an image" in printed and report["sample_hash"] in printed
+
+
+def test_check_without_a_good_record_or_a_tokenizer(tmp_path):
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "a" / "1.jpg").write_bytes(b"404")
+    report = data.check(open_data(f"folder:{tmp_path}/root"))
+    assert [report[key] for key in ("bad", "classes", "width", "words", "truncated")] == [1, 1, [], [], 0]
+
+
+def test_preview_draws_pictures_captions_classes_and_bad_records(tmp_path):
+    make_tar(tmp_path / "s.tar", [*pairs(3), ("b.jpg", b"404"), ("b.txt", b"x"), ("c.jpg", jpeg(9, (400, 8))),
+                                  ("c.txt", ("W" * 500 + " \u732b \u202e \0").encode())])
+    data.preview(open_data(f"shards:{tmp_path}/s.tar"), tmp_path / "a.png", rows=2, columns=4)
+    sheet = PIL.Image.open(tmp_path / "a.png")
+    assert sheet.size == (4 * 232 + 8, 2 * (224 + 72 + 8) + 8)
+    assert np.asarray(sheet)[304:].min() < 128, "five records go on in the second row"
+    folder = make_folder(tmp_path / "root", ["ice_cream/1.jpg"])
+    data.preview(open_data(folder, task="classes"), tmp_path / "b.png", rows=1, columns=1)
+    assert (np.asarray(PIL.Image.open(tmp_path / "b.png"))[240:] < 128).any(), "the class is written below"
+
+
+@pytest.mark.parametrize("text, want", [
+    ("", []),
+    ("a cat", ["a cat"]),
+    ("aaa bbb ccc", ["aaa bbb", "ccc"]),
+    ("abcdefghijklmnop", ["abcdefgh", "ijklmnop"]),        # a word wider than the line
+    ("a abcdefghij b", ["a", "abcdefgh", "ij b"]),
+])
+def test_wrap(text, want):
+    class Monospaced:
+        getlength = staticmethod(len)
+    assert data.wrap(text, 8, Monospaced()) == want

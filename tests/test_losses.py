@@ -1,0 +1,118 @@
+"""Each loss against a number worked out by hand or a slow loop written from its formula."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+
+
+@pytest.mark.parametrize("B, scale", [
+    (2, 1.0),       # two pairs, flat softmax
+    (4, 14.3),      # the scale at the start of training
+    (8, 100.0),     # the largest scale allowed
+])
+def test_contrastive_loss_of_perfect_pairs(B, scale):
+    z = torch.eye(B, dtype=torch.float64)                   # each pair alike, all pairs at right angles
+    want = math.log1p((B - 1) * math.exp(-scale))           # -log( e^s / (e^s + (B-1) e^0) )
+    for loss in losses.contrastive_loss(z, z, scale):
+        assert loss.item() == pytest.approx(want, rel=1e-5, abs=1e-12)
+
+
+def test_contrastive_loss_against_a_loop():
+    image, text, s = unit(5, 7, seed=1), unit(5, 7, seed=2), 3.0
+    loss_i = loss_t = 0.0
+    for i in range(5):
+        e_i = [math.exp(s * float(image[i] @ text[j])) for j in range(5)]
+        e_t = [math.exp(s * float(text[i] @ image[j])) for j in range(5)]
+        loss_i, loss_t = loss_i - math.log(e_i[i] / sum(e_i)) / 5, loss_t - math.log(e_t[i] / sum(e_t)) / 5
+    got_i, got_t = losses.contrastive_loss(image, text, s)
+    assert (got_i.item(), got_t.item()) == (pytest.approx(loss_i, rel=1e-5), pytest.approx(loss_t, rel=1e-5))
+
+
+def test_distillation_loss_against_a_loop():
+    B, N, C, temp_s, temp_t = 2, 3, 4, 0.1, 0.04
+    student, teacher, center = unit(B, N, C, seed=3), unit(B, N, C, seed=4), unit(C, seed=5)
+    hidden = torch.tensor([[True, False, True], [False, True, False]])
+    total = 0.0
+    for b, n in hidden.nonzero().tolist():
+        t = [math.exp(float(teacher[b, n, c] - center[c]) / temp_t) for c in range(C)]
+        s = [math.exp(float(student[b, n, c]) / temp_s) for c in range(C)]
+        total -= sum(t[c] / sum(t) * math.log(s[c] / sum(s)) for c in range(C))
+    got = losses.distillation_loss(student, teacher, hidden, temp_s, temp_t, center)
+    assert got.item() == pytest.approx(total / 3, rel=1e-4)
+
+
+def test_distillation_loss_knows_its_bounds():
+    teacher = 10.0 * torch.eye(4).repeat(2, 1, 1)                                       # (2, 4, 4), one sharp code each
+    hidden = torch.ones(2, 4, dtype=torch.bool)
+    flat = losses.distillation_loss(torch.zeros(2, 4, 4), teacher, hidden)
+    assert flat.item() == pytest.approx(math.log(4), rel=1e-5)                          # a student that says nothing
+    assert losses.distillation_loss(teacher, teacher, hidden).item() < 1e-3             # a student that is right
+
+
+def test_no_gradient_reaches_the_teacher():
+    student, teacher = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5, requires_grad=True)
+    losses.distillation_loss(student, teacher).backward()
+    losses.feature_loss(student, teacher).backward()
+    assert student.grad is not None and teacher.grad is None
+
+
+def test_masked_language_loss_counts_chosen_words_only():
+    logits, tokens = torch.randn(2, 3, 7), torch.randint(7, (2, 3))
+    chosen = torch.tensor([[True, False, True], [False, False, False]])
+    want = -sum(logits[0, l].log_softmax(0)[tokens[0, l]] for l in (0, 2)) / 2
+    assert losses.masked_language_loss(logits, tokens, chosen).item() == pytest.approx(want.item(), rel=1e-5)
+    nothing = losses.masked_language_loss(logits, tokens, torch.zeros_like(chosen))
+    assert nothing.item() == 0.0                                                        # no 0/0 in a batch without words
+
+
+def test_pixel_loss_against_numpy():
+    import numpy as np
+    prediction, patches = torch.randn(2, 3, 12), torch.rand(2, 3, 12)
+    hidden = torch.tensor([[True, True, False], [False, True, False]])
+    p, x = prediction.numpy(), patches.numpy()
+    target = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, ddof=1, keepdims=True) + 1e-6)
+    want = ((p - target) ** 2).mean(-1)[hidden.numpy()].mean()
+    assert losses.pixel_loss(prediction, patches, hidden).item() == pytest.approx(float(want), rel=1e-5)
+
+
+def test_patchify_puts_pixels_where_the_convolution_expects_them():
+    images, conv = torch.randn(2, 3, 8, 12), torch.nn.Conv2d(3, 5, 4, stride=4)
+    want = conv(images).flatten(2).transpose(1, 2)                                      # (2, 6, 5), row by row
+    got = F.linear(losses.patchify(images, 4), conv.weight.flatten(1), conv.bias)
+    torch.testing.assert_close(got, want)
+
+
+def test_total_loss_is_equation_8():
+    terms = dict(contrastive=torch.tensor(2.0), distillation=torch.tensor(3.0), mlm=torch.tensor(4.0))
+    assert losses.total_loss(terms, dict(distillation=0.05, mlm=0.05)).item() == pytest.approx(2 + 0.15 + 0.2)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])        # chunks of one, uneven, exact, all at once
+def test_sum_in_chunks_is_the_sum_with_its_gradient(rows):
+    x, other = torch.randn(7, 4, requires_grad=True), torch.randint(5, (7,))
+    table = torch.randn(5, 4, requires_grad=True)
+
+    def fn(x, y, table):
+        return F.cross_entropy(x @ table.T, y, reduction="sum")
+    want = fn(x, other, table)
+    want_grads = torch.autograd.grad(2 * want, [x, table])
+    got = losses.sum_in_chunks(fn, rows, x, other, table)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(2 * got, [x, table]), want_grads):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(losses.sum_in_chunks(fn, rows, x, other, table), want)
+
+
+def test_sum_in_chunks_of_nothing_is_zero_with_zero_gradient():
+    x, table = torch.zeros(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = losses.sum_in_chunks(lambda x, y, t: (x @ t.T).sum(), 3, x, torch.zeros(0).long(), table)
+    loss.backward()
+    assert loss.item() == 0 and table.grad.abs().sum() == 0

@@ -1,0 +1,230 @@
+"""The run as a whole: schedules, any number of processes, accumulation, resume, checkpoints, and what users do wrong."""
+import json
+import os
+import pickle
+import signal
+import time
+
+import pytest
+import torch
+
+import train
+from conftest import SHARED, needs_shared, run_script, start_script
+from model import METHODS
+from train import cosine_schedule, load_checkpoint, load_state, save_atomically
+
+# a run of seconds: 24 pairs a step can be shared by 1, 2, 3 and 4 processes
+SMALL = ["train.py", "--image-size", 32, "--width", 32, "--depth", 2, "--heads", 2, "--text-width", 32, "--text-depth", 2,
+         "--text-heads", 2, "--embed-dim", 16, "--n-codes", 32, "--quantizer-hidden", 32, "--quantizer-bottleneck", 16,
+         "--batch-size", 24, "--log-every", 1, "--data", "shapes:train=200", "--lr", 3e-3, "--drop-path", 0.2,
+         "--workers", 0]
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    state = load_state(out / "last.pt")
+    return {**state["model"], **{"teacher." + k: v for k, v in (state["teacher"] or {}).items()}}
+
+
+# ------------------------------------------------------------------------------------------------------ pure functions
+
+@pytest.mark.parametrize("step, want", [
+    (0, 1e-6),                      # starts where the warm-up starts
+    (5, 0.5 * (1e-6 + 1e-3)),       # half-way up
+    (10, 1e-3),                     # the peak
+    (55, 1e-5 + 0.5 * 9.9e-4),      # half-way down: the cosine's middle
+    (100, 1e-5),                    # the last step
+])
+def test_cosine_schedule(step, want):
+    assert cosine_schedule(step, 101, 10, 1e-3, 1e-5, 1e-6) == pytest.approx(want)
+
+
+def test_weight_decay_spares_vectors_tokens_and_positions():
+    from test_model import tiny
+    net = tiny()
+    spared = {name for name, p in net.named_parameters() if not train.decays(name, p)}
+    assert {"logit_scale", "visual.cls_token", "visual.pos_embed", "text.pos_embed", "text.mask_token", "visual.norm.weight",
+            "visual.blocks.0.attn.qkv.bias", "decoder.mask_token"} <= spared
+    assert not spared & {"visual.patch_embed.proj.weight", "text.token_embedding.weight", "image_proj.weight"}
+    groups = train.param_groups(net, 0.1)
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("seconds, want", [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])
+def test_duration(seconds, want):
+    assert train.duration(seconds) == want
+
+
+# ------------------------------------------------------------------------------------------------------ exactness
+
+def gradients(method, count, weights={"distillation": 0.05, "pixel": 0.05, "mlm": 0.05}):
+    """The gradient of one step over `count` micro-batches, after its batch went through the same preparation."""
+    from model import Teacher
+    from test_model import tiny, SOT
+    net = tiny(method, drop_path=0.0)
+    teacher = Teacher(net) if METHODS[method]["target"] == "teacher" else None
+    from test_model import captions
+    batch = dict(images=torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+                 tokens=captions([3, 5, 8, 1, 2, 4, 7, 9]))
+    options = train.TrainOptions(**{**train.asdict(net.config), "seed": 3})
+    batch = train.hide(batch, net, SOT, 0, options, 0, 1)
+    runtime = train.Runtime(0, 1, torch.device("cpu"), False, 0)
+    parts = train.micro_batches(batch, count, runtime.device)
+    terms, _ = train.backward(net, net, teacher, parts, weights, 0.04, runtime)
+    return terms, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_accumulation_is_exact_contrast_included(method, count):
+    terms, grads = gradients(method, 1)
+    terms_n, grads_n = gradients(method, count)
+    for name in terms:
+        assert terms_n[name].item() == pytest.approx(terms[name].item(), rel=1e-5), name
+    for name in grads:
+        torch.testing.assert_close(grads_n[name], grads[name], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_as_one(method, tmp_path):
+    """Each term's loss and, through the logged gradient norm and the weights, the gradient; masked words differ in number."""
+    runs = {}
+    for processes in (0, 2):
+        out = tmp_path / str(processes)
+        run_script(*SMALL, "--method", method, "--drop-path", 0, "--steps", 3, "--out", out, processes=processes)
+        runs[processes] = metrics(out), weights(out)
+    for one, two in zip(runs[0][0], runs[2][0]):
+        for name in set(one) - {"samples_per_second", "code_entropy", "patch_entropy", "codes_used"}:
+            assert two[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name
+    for name, value in runs[0][1].items():
+        # AdamW's first steps are signs of the gradient, so a gradient near zero may move a weight by twice the rate
+        assert (value - runs[2][1][name]).abs().mean() < 2e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["clip", "maskclip"])
+def test_resumed_run_equals_undisturbed_run_to_the_bit(method, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = [*SMALL, "--method", method, "--steps", 40]
+    run_script(*command, "--out", whole)
+    interrupted = start_script(*command, "--out", parts)
+    while not (parts / "metrics.jsonl").exists() or len(metrics(parts)) < 5:
+        time.sleep(0.05)
+    interrupted.send_signal(signal.SIGTERM)
+    assert "goes on from there" in interrupted.communicate(timeout=60)[0] and interrupted.returncode == 143
+    assert 5 <= load_state(parts / "last.pt")["step"] < 40
+    run_script(*command, "--out", parts)
+    a, b = weights(whole), weights(parts)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert [m["loss"] for m in metrics(whole)] == [m["loss"] for m in metrics(parts)]
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+class Boom:
+    def __reduce__(self):
+        return os.system, ("touch boom",)
+
+
+@pytest.mark.parametrize("content, remark", [
+    (b"", "empty file"),
+    (b"not a checkpoint", "text"),
+    (pickle.dumps(Boom()), "pickle that runs a program"),
+])
+def test_rubbish_is_no_checkpoint(content, remark, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.pt"
+    path.write_bytes(content)
+    with pytest.raises(train.UserError, match="not a whole checkpoint"):
+        load_checkpoint(path)
+    assert not (tmp_path / "boom").exists(), "the pickle was run"
+
+
+def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "last.pt"
+    save_atomically(path, dict(model={"w": torch.zeros(1000)}))
+    with pytest.raises(train.UserError, match="no pre-training checkpoint"):
+        load_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(train.UserError, match="not a whole checkpoint"):
+        load_checkpoint(path)
+    with pytest.raises(train.UserError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "nothing.pt")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "last.pt"
+    assert save_atomically(path, dict(step=1))
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    assert not save_atomically(path, dict(step=2))
+    assert load_state(path)["step"] == 1 and os.listdir(tmp_path) == ["last.pt"]
+    assert "No space left" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ as a user
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    done = run_script(*SMALL, "--steps", 3, "--out", out)
+    return out, done
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(finished):
+    out, done = finished
+    assert "zero-shot accuracy on unseen scenes" in done.stdout and "left" in done.stdout
+    config = json.loads((out / "config.json").read_text())
+    assert config["method"] == "maskclip" and config["width"] == 32
+    for line in metrics(out):
+        assert {"step", "epoch", "loss", "lr", "samples_per_second", "contrastive", "distillation", "mlm", "momentum",
+                "grad_norm", "logit_scale", "code_entropy"} <= set(line)
+    assert [line["step"] for line in metrics(out)] == [0, 1, 2]
+    net, tokenizer, loaded = load_checkpoint(out / "last.pt")
+    assert net.encode_text(tokenizer(["a red circle"], 32)).norm().item() == pytest.approx(1.0, abs=1e-5)
+    assert loaded.method == "maskclip" and not net.training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more, says", [
+    (["--width", 64, "--steps", 3], "holds a run with width = 32"),                 # another model in the same folder
+    (["--steps", 5], "holds a run with steps = 3"),                                 # another schedule
+    (["--data", "shapes:train=300", "--steps", 3], "shapes:train=200"),             # other data
+    (["--batch-size", 9999, "--steps", 3], "fewer than one batch"),
+    (["--accumulate", 5, "--steps", 3], "does not divide"),
+    (["--method", "clop"], "clip, clip+mae"),
+    (["--patch-size", 7], "no multiple"),
+    (["--heads", 3], "choose a divisor"),
+    (["--data", "shards:/nowhere/{0..3}.tar"], "/nowhere/0.tar"),
+    (["--data", "photos:x"], "shapes"),                                             # the kinds that there are
+    (["--bpe", "/nowhere/merges.gz"], "/nowhere/merges.gz"),
+])
+def test_a_mistake_ends_in_one_line(more, says, finished):
+    done = run_script(*SMALL, "--out", finished[0], *more, check=2)
+    last = done.stderr.strip().splitlines()
+    assert len(last) == 1 and last[0].startswith("error: ") and says in last[0], done.stderr
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_trained_again(finished):
+    before = (finished[0] / "last.pt").read_bytes()
+    done = run_script(*SMALL, "--steps", 3, "--out", finished[0])
+    assert "step 1/3" not in done.stdout and (finished[0] / "last.pt").read_bytes() == before
+
+
+@pytest.mark.slow
+@needs_shared
+def test_real_pairs_train_with_clips_merges(tmp_path):
+    out = tmp_path / "real"
+    run_script(*SMALL, "--data", f"shards:{SHARED}/pairs/{{00000..00001}}.tar", "--bpe",
+               SHARED / "bpe_simple_vocab_16e6.txt.gz", "--method", "clip", "--steps", 2, "--out", out)
+    net, tokenizer, config = load_checkpoint(out / "last.pt")
+    assert config.vocab_size == tokenizer.vocab_size == 49408

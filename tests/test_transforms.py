@@ -1,0 +1,376 @@
+"""Image transforms of data.py against torchvision, Pillow and pixels worked out by hand.
+
+    python -m pytest tests/test_transforms.py
+"""
+import functools
+import io
+import math
+import pathlib
+import struct
+import zlib
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+import torch
+
+import data
+from data import BadRecord, EvalTransform, TrainTransform, UserError, crop_box, decode, draft, open_image, resize_crop
+
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")        # pytest switches the filter of data.py off
+PHOTOS = sorted((pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "photos").glob("*.jpg"))
+
+
+def encoded(image: PIL.Image.Image, format: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+@functools.lru_cache
+def picture(width: int, height: int) -> PIL.Image.Image:
+    """Waves of all directions and lengths; as in photographs, a wave twice as long is twice as strong."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    total = np.zeros((height, width, 3), np.float32)
+    for length in (2.0 ** np.arange(1.5, 9, 0.5)).repeat(2):
+        angle, phase = rng.uniform(0, 2 * math.pi, 2)
+        wave = np.sin(2 * math.pi * (x * math.cos(angle) + y * math.sin(angle)) / length + phase)
+        total += length * wave[:, :, None] * rng.uniform(0.5, 1, 3).astype(np.float32)
+    total = 128 + total * 55 / total.std()
+    return PIL.Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+def agree(a: torch.Tensor, b: torch.Tensor, changed: float) -> bool:
+    """A share `changed` of the values at most is off by one level; by two, when two roundings meet, one in 10,000."""
+    assert a.shape == b.shape and a.dtype == b.dtype == torch.uint8
+    off = (a.int() - b.int()).abs()
+    return off.max() <= 2 and (off == 2).float().mean() < 1e-4 and (off == 1).float().mean() <= changed
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------------
+
+RED, WHITE, PINK, GRAY = (255, 0, 0), (255, 255, 255), (255, 127, 127), (128, 128, 128)
+
+
+def palette_image(**info) -> bytes:
+    """8 x 8 pixels of palette entry 1, red; entry 0 is blue."""
+    image = PIL.Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 255, 255, 0, 0])
+    return encoded(image, **info)
+
+
+def gray16(value: int, format: str) -> bytes:
+    return encoded(PIL.Image.fromarray(np.full((8, 8), value, np.uint16)), format)
+
+
+def animation(format: str, **options) -> bytes:
+    frames = [PIL.Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
+    return encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+
+
+@pytest.mark.parametrize("data_, want", [
+    (lambda: encoded(PIL.Image.new("RGB", (8, 8), RED)), RED),
+    (lambda: encoded(PIL.Image.new("RGB", (8, 8), RED), transparency=RED), WHITE),           # one color is transparent
+    (lambda: encoded(PIL.Image.new("RGB", (8, 8), RED), transparency=(0, 0, 9)), RED),       # another color is
+    (lambda: encoded(PIL.Image.new("RGBA", (8, 8), RED + (255,))), RED),
+    (lambda: encoded(PIL.Image.new("RGBA", (8, 8), RED + (0,))), WHITE),
+    (lambda: encoded(PIL.Image.new("RGBA", (8, 8), RED + (128,))), PINK),
+    (lambda: encoded(PIL.Image.new("RGBA", (8, 8), RED + (128,)), "WEBP", lossless=True), PINK),
+    (lambda: encoded(PIL.Image.new("L", (8, 8), 128)), GRAY),
+    (lambda: encoded(PIL.Image.new("L", (8, 8), 128), "JPEG"), GRAY),
+    (lambda: encoded(PIL.Image.new("L", (8, 8), 128), transparency=128), WHITE),
+    (lambda: encoded(PIL.Image.new("LA", (8, 8), (128, 255))), GRAY),
+    (lambda: encoded(PIL.Image.new("LA", (8, 8), (0, 127))), GRAY),                          # black, half transparent
+    (lambda: encoded(PIL.Image.new("1", (8, 8), 1)), WHITE),
+    (lambda: encoded(PIL.Image.new("1", (8, 8), 1), "TIFF"), WHITE),
+    (lambda: palette_image(), RED),
+    (lambda: palette_image(transparency=1), WHITE),                                          # one entry is transparent
+    (lambda: palette_image(transparency=0), RED),
+    (lambda: palette_image(transparency=b"\x00\x80"), PINK),                                 # opacity per entry
+    (lambda: gray16(0x8000, "PNG"), GRAY),
+    (lambda: gray16(0xFFFF, "PNG"), WHITE),
+    (lambda: gray16(0x80FF, "TIFF"), GRAY),
+    (lambda: gray16(0x8000, "PPM"), GRAY),
+    (lambda: encoded(PIL.Image.fromarray(np.full((8, 8), 0x80FF, np.int32)), "TIFF"), GRAY),
+    (lambda: encoded(PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), RED),
+    (lambda: encoded(PIL.Image.new("CMYK", (8, 8), (0, 0, 0, 127)), "JPEG"), GRAY),          # stored inverted
+    (lambda: encoded(PIL.Image.new("YCbCr", (8, 8), (128, 128, 128)), "JPEG"), GRAY),
+    (lambda: animation("GIF"), RED),                                                         # the first frame
+    (lambda: animation("WEBP", lossless=True), RED),
+    (lambda: animation("PNG"), RED),
+    (lambda: animation("TIFF"), RED),
+])
+def test_every_kind_of_image_becomes_rgb(data_, want):
+    image = decode(open_image(data_()))
+    assert image.mode == "RGB" and image.size == (8, 8)
+    assert np.abs(np.asarray(image).astype(int) - want).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(10))              # 1 to 8 are defined; 0 and 9 are left alone
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation(orientation, format):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    file = encoded(picture(96, 64), format, exif=exif)
+    want = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(file)))
+    assert data.upright_size(open_image(file)) == want.size
+    image = decode(open_image(file))
+    assert np.array_equal(image, want.convert("RGB"))
+    assert np.array_equal(decode(image), image) and data.upright_size(image) == image.size, "it is turned once"
+
+
+def test_broken_exif_is_no_broken_image():
+    file = encoded(picture(32, 32), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff garbage")
+    assert decode(open_image(file)).size == (32, 32)
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+JPEG, PNG = encoded(picture(64, 64), "JPEG"), encoded(picture(64, 64), "PNG")
+
+
+@pytest.mark.parametrize("file, reason", [
+    (b"", "not an image"),
+    (b"<html>404</html>", "not an image"),                              # what a dead link often leaves behind
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    (JPEG[:2], "not an image"),
+    (JPEG[:len(JPEG) // 2], "corrupt image"),
+    (JPEG[:-200], "corrupt image"),
+    (PNG[:len(PNG) // 2], "corrupt image"),
+    (PNG[:200] + b"\xff" * 40 + PNG[240:], "corrupt image"),
+    (encoded(picture(64, 64), "GIF")[:1000], "corrupt image"),
+    (encoded(picture(64, 64), "WEBP")[:300], "corrupt image"),
+    (encoded(PIL.Image.new("F", (8, 8)), "TIFF"), "corrupt image"),     # floating point: nobody says what is white
+    (encoded(PIL.Image.new("RGB", (1, 1))), "image too small"),         # a counter on a web page
+    (encoded(PIL.Image.new("RGB", (1, 300))), "image too small"),
+    (png_that_claims(12_000, 12_000), "image too large"),
+    (png_that_claims(60_000, 60_000), "image too large"),
+    (png_that_claims(2 ** 31 - 1, 2 ** 31 - 1), "image too large"),
+    (png_that_claims(0, 5), None),                                      # some reason
+])
+def test_bad_images_say_why_in_one_line(file, reason):
+    with pytest.raises(BadRecord) as error:
+        decode(open_image(file))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300 and " object at 0x" not in str(error.value)
+    assert reason is None or str(error.value).split(":")[0] == reason
+
+
+def test_too_large_is_said_before_decoding(monkeypatch):
+    monkeypatch.setattr(PIL.Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BadRecord, match="12000 x 12000"):
+        open_image(png_that_claims(12_000, 12_000))
+
+
+def test_any_damage_to_a_file_gives_an_image_or_a_bad_record():
+    rng = np.random.default_rng(0)
+    for k in range(300):
+        file = bytearray((JPEG, PNG)[k % 2])
+        for _ in range(rng.integers(1, 6)):
+            file[rng.integers(2, len(file))] = rng.integers(256)
+        try:
+            assert decode(open_image(bytes(file))).mode == "RGB"
+        except BadRecord:
+            pass
+
+
+# ---- JPEGs at reduced scale -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("width, height, shrink, times", [
+    (640, 480, 1.0, 1),
+    (640, 480, 1.99, 1),
+    (640, 480, 2.0, 2),
+    (641, 483, 3.9, 2),        # sides that do not divide
+    (643, 483, 5.0, 4),
+    (650, 490, 100.0, 8),      # no JPEG decodes smaller than an eighth
+    (17, 16, 8.0, 8),
+])
+def test_draft_divides_the_sides(width, height, shrink, times):
+    image = open_image(encoded(picture(width, height), "JPEG"))
+    assert draft(image, shrink) == times
+    assert decode(image).size == (math.ceil(width / times), math.ceil(height / times))
+    assert draft(image, shrink) == 1                                    # once decoded there is nothing to save
+    assert draft(open_image(PNG), shrink) == 1
+
+
+@pytest.mark.parametrize("width, height, size, box", [                  # box: multiples of the reduction
+    (480, 480, 48, (8, 16, 408, 416)),                                  # reduced 4 times
+    (401, 395, 96, (0, 0, 400, 392)),                                   # reduced 2 times, sides do not divide
+    (520, 430, 24, (104, 0, 520, 416)),                                 # reduced 8 times: a block becomes its mean
+])
+def test_draft_gives_nearly_the_pixels_of_the_full_decode(width, height, size, box):
+    file = encoded(picture(width, height), "JPEG", quality=90)
+    image = open_image(file)
+    times = draft(image, min(box[2] - box[0], box[3] - box[1]) / (data.DRAFT_MARGIN * size))
+    assert times > 1
+    reduced = resize_crop(decode(image), tuple(edge // times for edge in box), size)
+    full = resize_crop(decode(open_image(file)), box, size)
+    assert (reduced.float() - full.float()).abs().mean() < 2.5
+
+
+@pytest.mark.skipif(not PHOTOS, reason="needs ../shared/data/photos")
+def test_draft_on_photographs():
+    for path in PHOTOS:
+        file = path.read_bytes()
+        reduced = EvalTransform(64, squash=True)(open_image(file))
+        full = resize_crop(decode(open_image(file)), (0, 0, *open_image(file).size), 64)
+        assert (reduced.float() - full.float()).abs().mean() < 1.5, path.name
+
+
+def test_transforms_of_a_rotated_and_reduced_jpeg():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    upright = picture(400, 560)
+    file = encoded(upright.transpose(PIL.Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
+    for transform in (EvalTransform(48), EvalTransform(48, 60), EvalTransform(48, squash=True), TrainTransform(48)):
+        got = transform(open_image(file), np.random.default_rng(0))
+        want = transform(upright, np.random.default_rng(0))
+        # the box of a random crop is rounded to reduced pixels, which moves it by up to a quarter of a final one
+        assert (got.float() - want.float()).abs().mean() < (6 if isinstance(transform, TrainTransform) else 1.5)
+
+
+# ---- crops ----------------------------------------------------------------------------------------------------------
+
+class TorchDraws:
+    """Draws from torch's global generator, as torchvision does, through numpy's names."""
+    def __init__(self):
+        self.uniforms = 0
+
+    def uniform(self, low, high):
+        self.uniforms += 1
+        return torch.empty(1).uniform_(low, high).item()
+
+    def integers(self, n):
+        return torch.randint(0, n, (1,)).item()
+
+
+@pytest.mark.parametrize("width, height, scale, ratio", [
+    (640, 480, (0.5, 1.0), (3 / 4, 4 / 3)),
+    (224, 224, (0.08, 1.0), (3 / 4, 4 / 3)),
+    (5, 7, (0.01, 1.0), (3 / 4, 4 / 3)),          # crops of no pixels are drawn again
+    (1000, 20, (0.5, 1.0), (3 / 4, 4 / 3)),       # too wide: never fits, the center is taken
+    (20, 1000, (0.5, 1.0), (3 / 4, 4 / 3)),       # too high
+    (64, 64, (1.0, 1.0), (3 / 4, 4 / 3)),         # fits only when the ratio is 1
+    (300, 200, (1.0, 1.0), (0.2, 5.0)),
+])
+def test_crop_box_is_torchvisions(width, height, scale, ratio):
+    transforms = pytest.importorskip("torchvision.transforms", reason="parity with torchvision needs it")
+    image = torch.empty(3, height, width)
+    for seed in range(50):
+        torch.manual_seed(seed)
+        top, left, h, w = transforms.RandomResizedCrop.get_params(image, scale, ratio)
+        torch.manual_seed(seed)
+        assert crop_box(width, height, scale, ratio, TorchDraws()) == (left, top, w, h)
+
+
+@pytest.mark.parametrize("width, height", [(640, 480), (1000, 20), (20, 1000), (2, 2)])
+def test_crop_box_single_shot_draws_once_and_cuts_to_fit(width, height):
+    for seed in range(50):
+        torch.manual_seed(seed)
+        area = width * height * torch.empty(1).uniform_(0.08, 1).item()
+        aspect = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3)).item())
+        torch.manual_seed(seed)
+        draws = TorchDraws()
+        left, top, w, h = crop_box(width, height, (0.08, 1), (3 / 4, 4 / 3), draws, single_shot=True)
+        assert draws.uniforms == 2
+        assert 0 <= left <= left + w <= width and 0 <= top <= top + h <= height
+        if min(width, height) > 2:
+            assert (w, h) == (min(width, round((area * aspect) ** 0.5)), min(height, round((area / aspect) ** 0.5)))
+
+
+SIZES = [
+    (640, 480, (95, 40, 545, 440), 224),
+    (300, 200, (0, 0, 300, 200), 224),            # all of it
+    (400, 300, (10, 20, 234, 244), 224),          # of the wanted size: nothing is resized
+    (100, 90, (3, 5, 60, 80), 224),               # enlarged
+    (900, 30, (0, 0, 900, 30), 64),               # squashed
+    (50, 50, (7, 9, 8, 10), 16),                  # one pixel
+]
+
+
+@pytest.mark.parametrize("width, height, box, size", SIZES)
+@pytest.mark.parametrize("torch_resize", [True, False])
+@pytest.mark.parametrize("peer", ["Pillow", "torchvision"])
+def test_resize_crop_is_crop_then_resize(width, height, box, size, torch_resize, peer, monkeypatch):
+    monkeypatch.setattr(data, "TORCH_RESIZE", torch_resize)
+    image = picture(width, height)
+    if peer == "Pillow":
+        want = image.crop(box).resize((size, size), PIL.Image.Resampling.BICUBIC)
+    else:
+        functional = pytest.importorskip("torchvision.transforms.functional", reason="parity with torchvision needs it")
+        left, top, right, bottom = box
+        want = functional.resized_crop(image, top, left, bottom - top, right - left, [size, size],
+                                       functional.InterpolationMode.BICUBIC)
+    got = resize_crop(image, box, size)
+    assert got.is_contiguous()
+    assert agree(got, torch.from_numpy(np.array(want)).permute(2, 0, 1), changed=0.02 if torch_resize else 0)
+
+
+@pytest.mark.parametrize("torch_resize", [True, False])
+def test_resize_crop_sees_nothing_outside_the_box(torch_resize, monkeypatch):
+    monkeypatch.setattr(data, "TORCH_RESIZE", torch_resize)
+    image = PIL.Image.new("RGB", (100, 100), "white")
+    image.paste("black", (20, 30, 80, 90))
+    assert resize_crop(image, (20, 30, 80, 90), 24).max() == 0
+
+
+@pytest.mark.parametrize("width, height, size, resize", [
+    (640, 480, 224, 256),
+    (480, 640, 224, 224),
+    (333, 500, 224, 256),         # odd sides: where torchvision truncates and rounds shows
+    (101, 99, 96, 97),
+    (50, 40, 224, 224),           # enlarged
+    (1500, 10, 32, 36),
+])
+def test_eval_transform_is_torchvisions(width, height, size, resize):
+    transforms = pytest.importorskip("torchvision.transforms", reason="parity with torchvision needs it")
+    bicubic = transforms.InterpolationMode.BICUBIC
+    image = picture(width, height)
+    crop, to_tensor = transforms.CenterCrop(size), transforms.PILToTensor()
+    peer = transforms.Compose([transforms.Resize(resize, bicubic), crop, to_tensor])
+    assert agree(EvalTransform(size, resize)(image), peer(image), changed=0.3)
+    peer = transforms.Compose([transforms.Resize((size, size), bicubic), to_tensor])
+    assert agree(EvalTransform(size, squash=True)(image), peer(image), changed=0)
+
+
+def test_eval_transform_of_a_line_takes_no_memory():
+    image = PIL.Image.new("RGB", (50_000, 2), RED)                      # resized as a whole: 5.6 million x 224 pixels
+    assert EvalTransform(224)(image).flatten(1).float().mean(1).tolist() == [255, 0, 0]
+
+
+def test_eval_transform_refuses_a_crop_larger_than_the_image():
+    with pytest.raises(UserError, match="224"):
+        EvalTransform(224, 200)
+
+
+def test_train_transform():
+    image, transform = picture(300, 200), TrainTransform(64, flip=True)
+    views = [transform(image, np.random.default_rng(seed)) for seed in range(100)]
+    assert all(view.shape == (3, 64, 64) and view.dtype == torch.uint8 and view.is_contiguous() for view in views)
+    assert torch.equal(views[7], transform(image, np.random.default_rng(7))), "the same generator, the same view"
+    assert len({view.numpy().tobytes() for view in views}) == 100
+    straight = TrainTransform(64)
+    mirrored = [torch.equal(view, straight(image, np.random.default_rng(k)).flip(-1)) for k, view in enumerate(views)]
+    assert 30 <= sum(mirrored) <= 70
+
+
+def test_train_transform_of_a_fitting_image_changes_nothing():
+    image = picture(64, 64)
+    want = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(TrainTransform(64, scale=(1, 1))(image, np.random.default_rng(0)), want)
+    assert torch.equal(EvalTransform(64)(image), want)
+
+
+def test_normalize():
+    images = torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8)
+    before = images.clone()
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (data.MEAN, data.STD))
+    got = data.normalize(images)
+    assert got.dtype == torch.float32 and torch.equal(images, before)
+    torch.testing.assert_close(got.double(), (images.double() / 255 - mean) / std, atol=1e-6, rtol=0)

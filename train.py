@@ -1,0 +1,705 @@
+"""Pre-training from top to bottom, and the small runtime that all scripts share.
+
+    torchrun train.py                                       preset pocket on the embedded Shapes world: minutes on a CPU
+    torchrun train.py --preset vit-b16-yfcc15m --batch-size 64 --data "shards:yfcc/{00000..01499}.tar" --bpe MERGES
+    torchrun --nnodes 4 --nproc-per-node 8 ... train.py --preset vit-b16-yfcc15m --data ... --bpe ...     the paper's run
+
+One step, in the order of `train`:  schedules; masks; teacher without gradient; all branches in one forward; backward;
+clip; optimizer; clamp the logit scale; teacher <- average; log; save.
+Every random choice is a function of (seed, step) and of the row in the global batch, never of the process, so a run can
+be stopped anywhere and go on, on another number of processes too.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data as data_module
+from data import BytePairTokenizer, UserError
+from losses import mean_over_processes, total_loss
+from model import METHODS, PRESETS, Config, MaskCLIP, Teacher, mask_words, momentum_at, opt, random_mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class RunOptions:
+    """What every script takes."""
+    data: tuple = opt(("shapes",), "data set, may be given more than once: shapes, shards:A-{000..999}.tar, csv:FILE, "
+                      "folder:DIR, coco:DIR, flickr30k:DIR", "run")
+    out: str = opt("", "folder for everything that is written; empty: runs/NAME", "run")
+    seed: int = opt(0, "seed of every random choice", "run")
+    device: str = opt("auto", "where to compute", "run", ("auto", "cpu", "cuda", "mps"))
+    precision: str = opt("auto", "auto: bf16 where the hardware multiplies it natively", "run", ("auto", "fp32", "bf16"))
+    workers: int = opt(-1, "loader processes a process, -1: none on CPU, up to 8 on GPU", "run")
+
+
+@dataclass
+class TrainOptions(RunOptions, Config):
+    """RunOptions, the fields of model.Config, and what a pre-training run needs besides."""
+    preset: str = opt("pocket", "model and recipe that the other options change", "what", tuple(PRESETS))
+    bpe: str = opt("", "CLIP's merges file; empty: learn vocab_size entries from the captions", "run")
+    steps: int = opt(0, "length in steps instead of --epochs, 0: use --epochs", "run")
+    resume: str = opt("auto", "auto: go on from OUT/last.pt if there; none: start over; or a checkpoint's path", "run")
+    accumulate: int = opt(1, "micro-batches a step; gradients are those of the whole batch, contrast included", "run")
+    checkpoint_every: float = opt(300.0, "seconds between checkpoints", "run")
+    log_every: int = opt(20, "steps between lines of metrics.jsonl", "run")
+    compile: bool = opt(False, "torch.compile the model: faster after minutes of compiling, worth it on GPUs", "run")
+    max_bad: float = opt(0.05, "stop when more than this share of the records read is bad", "run")
+
+
+# fields in which a resumed run may differ from the interrupted one: they change neither data nor arithmetic
+FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate", "checkpoint_every", "log_every",
+                  "compile", "max_bad", "bpe"}
+
+
+def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None):
+    """The command line as an instance of dataclass cls: one --flag a field, --help with the field's group and text.
+
+    positional fields may stand without a flag.  `defaults` (an instance) replaces the class's own defaults.
+    """
+    cli = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    for f in fields(cls):
+        default = getattr(defaults, f.name) if defaults else f.default
+        name = f.metadata["group"]
+        group = groups.setdefault(name, cli.add_argument_group(name))
+        help = f.metadata["help"].replace("%", "%%")
+        if f.name in positional:
+            group.add_argument(f.name, nargs="?", default=default, help=f"{help} (default: {default or 'none'})")
+            continue
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                dict(action="append", metavar="SPEC") if f.type is tuple else
+                dict(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__))
+        shown = ", ".join(default) if f.type is tuple else default
+        group.add_argument("--" + f.name.replace("_", "-"), default=None, help=f"{help} (default: {shown})", **kind)
+    given = vars(cli.parse_args(argv))
+    values = {f.name: getattr(defaults, f.name) if defaults else f.default for f in fields(cls)}
+    values.update({name: tuple(value) if isinstance(value, list) else value
+                   for name, value in given.items() if value is not None})
+    return cls(**values)
+
+
+def parse_train_options(argv=None) -> TrainOptions:
+    """The command line over the preset it names."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=tuple(PRESETS), default=TrainOptions.preset)
+    preset = first.parse_known_args(argv)[0].preset
+    defaults = TrainOptions(**asdict(PRESETS[preset]), preset=preset)
+    options = parse(TrainOptions, __doc__, argv, defaults=defaults)
+    options.out = options.out or f"runs/{options.preset}"
+    check_options(options)
+    return options
+
+
+def check_options(o: TrainOptions):
+    if o.method not in METHODS:
+        raise UserError(f"--method {o.method} is unknown; choose one of {', '.join(METHODS)}")
+    if o.image_size % o.patch_size:
+        raise UserError(f"--image-size {o.image_size} is no multiple of --patch-size {o.patch_size}")
+    for width, heads in ((o.width, o.heads), (o.text_width, o.text_heads)):
+        if width % heads:
+            raise UserError(f"width {width} cannot be cut into {heads} attention heads: choose a divisor of {width}")
+    if not 0 <= o.mask_ratio < 1 or not 0 <= o.word_ratio <= 1:
+        raise UserError(f"--mask-ratio {o.mask_ratio} and --word-ratio {o.word_ratio} must lie between 0 and 1")
+    for name in ("batch_size", "accumulate", "log_every", "n_codes", "context_length"):
+        if getattr(o, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(o, name)}")
+
+
+def run(main):
+    """main(), with a user's mistake told in one line and exit status 2, and no traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, devices, precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Runtime:
+    """This process among all, and where it computes."""
+    rank: int
+    world: int
+    device: torch.device
+    bf16: bool
+    workers: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+    def share(self, batch_size: int) -> int:
+        """This process's rows of a global batch."""
+        if batch_size % self.world:
+            raise UserError(f"--batch-size {batch_size} cannot be shared by {self.world} processes: "
+                            f"choose a multiple of {self.world}")
+        return batch_size // self.world
+
+
+def setup(options: RunOptions) -> Runtime:
+    """Reads what torchrun set, joins the process group, chooses device and precision, seeds."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kind = options.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {kind}: this machine or this build of torch has none; use --device auto")
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if kind == "cpu" and local_world > 1:
+        torch.set_num_threads(max(1, cores // local_world))
+    workers = options.workers
+    if workers < 0:
+        workers = min(8, max(1, cores // local_world - 1)) if kind == "cuda" else 0
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    torch.manual_seed(options.seed)
+    bf16 = options.precision == "bf16" or options.precision == "auto" and multiplies_bf16(device)
+    return Runtime(rank, world, device, bf16, workers)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware has bfloat16 matrix units; elsewhere bfloat16 is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    try:
+        return device.type == "cpu" and "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules and optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cosine_schedule(step: int, total: int, warmup: int, peak: float, final: float, start: float = 0.0) -> float:
+    """Learning rate of step 0 ... total-1: linear from start to peak over `warmup` steps, then half a cosine to final."""
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    t = (step - warmup) / max(total - 1 - warmup, 1)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(t, 1.0)))
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Matrices decay; biases, norms, tokens, positions and the logit scale do not."""
+    return parameter.ndim >= 2 and not any(word in name for word in ("cls_token", "mask_token", "pos_embed"))
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [dict(params=[p for name, p in trained if decays(name, p)], weight_decay=weight_decay),
+            dict(params=[p for name, p in trained if not decays(name, p)], weight_decay=0.0)]
+
+
+def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Optimizer groups for a module that holds one vision transformer: the lower a layer, the slower it learns (BEiT).
+
+    The transformer is what has the parameter cls_token: the module itself, or its part "visual.", "backbone." ...
+        layer 0        its class token, position embedding, patch embedding          lr * layer_decay ** (N + 1)
+        layer i + 1    block i of its N blocks                                       lr * layer_decay ** (N - i)
+        layer N + 1    everything else, inside or outside: norms, pyramids, heads    lr
+    Matrices have weight_decay, vectors, class token and positions none.  Frozen parameters are left out.
+    Groups {"params", "lr", "lr_scale", "weight_decay"}: a schedule sets group["lr"] = lr_now * group["lr_scale"].
+    """
+    names = [name for name, _ in model.named_parameters()]
+    towers = [name.removesuffix("cls_token") for name in names if name.split(".")[-1] == "cls_token"]
+    if len(towers) != 1:
+        raise ValueError(f"want a module with one vision transformer, got {len(towers)} parameters named cls_token")
+    stem = tuple(towers[0] + part for part in ("cls_token", "pos_embed", "patch_embed."))
+    block = re.compile(re.escape(towers[0]) + r"blocks\.(\d+)\.")
+    last = 1 + len({found[1] for name in names if (found := block.match(name))})               # N + 1
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found = block.match(name)
+            layer = 0 if name.startswith(stem) else int(found[1]) + 1 if found else last
+            scale, decay = layer_decay ** (last - layer), weight_decay if decays(name, parameter) else 0.0
+            new = dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=decay)
+            groups.setdefault((layer, decays(name, parameter)), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_atomically(path: Path, state: dict) -> bool:
+    """Writes state to path so that a whole file stands there at any moment.  A full disk is told, not raised: False."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return True
+    except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
+        reason = str(error).splitlines()[0]
+        print(f"warning: {path} was not saved ({reason}); the one before it stays, and training goes on",
+              file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        return False
+
+
+def load_state(path: str | Path, device="cpu") -> dict:
+    """The dict that save_atomically wrote.  Never runs code from the file; rubbish is a UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; make one with: torchrun train.py")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+            pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): "
+                        f"train again, or name another file") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint of this project")
+    return state
+
+
+def save_checkpoint(path: str | Path, model: MaskCLIP, tokenizer: BytePairTokenizer, options, **more) -> bool:
+    """Everything needed to resume and to evaluate with no other file; `more` holds optimizer, step, teacher ..."""
+    return save_atomically(Path(path), dict(
+        kind="pretraining", config=asdict(options), model=model.state_dict(), tokenizer=tokenizer.state(),
+        mean=list(data_module.MEAN), std=list(data_module.STD), torch=str(torch.__version__), **more))
+
+
+def config_of(state: dict, path: str | Path) -> Config:
+    try:
+        known = {f.name for f in fields(Config)}
+        config = Config(**{name: value for name, value in state["config"].items() if name in known})
+        if config.method not in METHODS:
+            raise UserError(f"{path} was trained with method {config.method}, which this version does not know")
+        return config
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no pre-training checkpoint: it holds no config") from None
+
+
+def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairTokenizer, Config]:
+    """(model in eval mode, tokenizer, config) from OUT/last.pt of train.py.  Strict: every weight must be there."""
+    state = load_state(path)
+    config = config_of(state, path)
+    try:
+        tokenizer = BytePairTokenizer.from_state(state["tokenizer"])
+        model = MaskCLIP(config, tokenizer.eot)
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit its own config: {str(error).splitlines()[0]}") from None
+    if (list(state["mean"]), list(state["std"])) != (list(data_module.MEAN), list(data_module.STD)):
+        raise UserError(f"{path} was trained with pixel normalization {state['mean']}, {state['std']}; "
+                        f"this version uses {data_module.MEAN}, {data_module.STD}")
+    return model.to(device).eval(), tokenizer, config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Log:
+    """metrics.jsonl, one object a line, and the progress line with rate and time left.  Only the main process writes."""
+
+    def __init__(self, out: Path, is_main: bool, total: int, samples_per_step: int, first_step: int = 0):
+        self.path, self.is_main, self.total, self.samples = out / "metrics.jsonl", is_main, total, samples_per_step
+        self.started, self.at = time.monotonic(), first_step
+        if is_main:
+            # lines beyond the checkpoint we go on from will be written again
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def line(self, step: int, values: dict[str, float]):
+        """After `step` (counted from 0) is done."""
+        now = time.monotonic()
+        rate = (step + 1 - self.at) * self.samples / max(now - self.started, 1e-9)
+        self.started, self.at = now, step + 1
+        if not self.is_main:
+            return
+        values = dict(step=step, **values, samples_per_second=rate)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        left = (self.total - step - 1) * self.samples / rate
+        terms = "  ".join(f"{k} {values[k]:.3f}" for k in ("loss", *TERMS, "code_entropy") if k in values)
+        print(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rate:.0f}/s  {duration(left)} left", flush=True)
+
+
+TERMS = ("contrastive", "distillation", "feature", "pixel", "mlm")
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05'"""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
+
+
+class StopSignal:
+    """SIGTERM or SIGINT: the current step is finished and saved, then the program ends with 128 + signal."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        if self.number:
+            sys.exit(128 + number)      # asked twice: at once
+        self.number = number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------------------------------
+
+class PairTransform:
+    """A record -> {"images": uint8 (3, H, W), "caption": str}, with a caption drawn at random from several."""
+
+    def __init__(self, options: Config):
+        self.image = data_module.TrainTransform(options.image_size, scale=(options.crop_min, 1.0), flip=options.flip)
+
+    def __call__(self, sample, rng) -> dict:
+        return dict(images=self.image(sample.image, rng), captions=data_module.pick_caption(sample, rng))
+
+
+class PairCollate:
+    """Joins records and tokenizes their captions, up to the longest one."""
+
+    def __init__(self, tokenizer: BytePairTokenizer, context_length: int, multiple: int):
+        self.tokenizer, self.context_length, self.multiple = tokenizer, context_length, multiple
+
+    def __call__(self, items: list[dict]) -> dict:
+        batch = data_module.collate(items)
+        tokens = self.tokenizer(batch.pop("captions"), self.context_length)
+        return dict(batch, tokens=data_module.trim(tokens, self.tokenizer.eot, self.multiple))
+
+
+def hide(batch: dict, model: MaskCLIP, sot: int, step: int, options: TrainOptions, rank: int, world: int) -> dict:
+    """Adds what the masked branches of this step need; see MaskCLIP.forward.  All draws are those of the global batch."""
+    c, B, method = model.config, len(batch["images"]), METHODS[model.config.method]
+    generator = torch.Generator().manual_seed((options.seed << 32) + step)
+    rows = slice(rank * B, rank * B + B)
+    if method["target"]:
+        keep, hidden = random_mask(world * B, c.grid ** 2, c.mask_ratio, generator)
+        batch = dict(batch, keep=keep[rows], hidden=hidden[rows])
+    if method["mlm"]:
+        noise = torch.rand(world * B, c.context_length, 3, generator=generator)[rows]
+        corrupted, chosen = mask_words(batch["tokens"], c.word_ratio, sot, model.eot, model.text.mask_id, noise)
+        batch = dict(batch, corrupted=corrupted, is_chosen=chosen)
+    return batch
+
+
+def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
+    """The batch cut into `count` equal parts on the device, pixels normalized."""
+    tensors = {name: value.chunk(count) for name, value in batch.items() if torch.is_tensor(value)}
+    parts = [{name: values[i] for name, values in tensors.items()} for i in range(count)]
+    for part in parts:
+        if "is_chosen" in part:
+            part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)       # here, where it costs no GPU sync
+    parts = [{name: value.to(device, non_blocking=True) for name, value in part.items()} for part in parts]
+    if "chosen" in parts[0]:
+        # L_MLM is the mean over all masked words: each part's sum is divided by the mean count of parts and processes
+        count = torch.tensor(sum(len(part["chosen"]) for part in parts) / len(parts), device=device)
+        for part in parts:
+            part["word_count"] = mean_over_processes(count)
+    return [dict(part, images=data_module.normalize(part["images"])) for part in parts]
+
+
+def seeded(seed: int, function, *arguments):
+    """function(*arguments) with layers' random numbers (stochastic depth) that depend on the seed alone."""
+    torch.manual_seed(seed)
+    return function(*arguments)
+
+
+def backward(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, parts: list[dict], weights: dict, temp: float,
+             runtime: Runtime, seed: int = 0) -> tuple[dict, list]:
+    """Forward and backward of one step over its micro-batches; returns the loss terms and the teacher's targets.
+
+    The contrastive terms need the features of all micro-batches.  With more than one, these are first computed without
+    gradient and the gradient of the contrast with respect to them is taken; then each part is computed again, and its
+    features receive their share.  So negatives are those of the whole batch and the gradient is exact, at the memory of
+    one part and the time of one more forward.  With one part nothing is computed twice.
+    """
+    count, terms, targets = len(parts), {}, []
+    if count > 1:
+        with torch.no_grad(), runtime.autocast():
+            cached = [seeded(seed + i, core.encode, part) for i, part in enumerate(parts)]
+        leaves = {name: torch.cat([c[name] for c in cached]).requires_grad_() for name in cached[0]}
+        contrast = total_loss(core.contrast(leaves), weights)
+        grads = dict(zip(leaves, torch.autograd.grad(contrast, list(leaves.values()))))
+    for i, part in enumerate(parts):
+        last = i == count - 1
+        sync = contextlib.nullcontext() if last or model is core else model.no_sync()
+        with sync:
+            with runtime.autocast():
+                target = teacher(part["images"], part["keep"], part["hidden"], temp) if teacher else None
+                features, local = seeded(seed + i, model, part, target)
+            loss = total_loss(local, weights) / count if local else 0.0
+            if last:        # the others stand as constants; parameters of the contrast itself get their gradient here
+                if count > 1:
+                    features = {name: torch.cat([leaves[name].detach()[:-len(own)], own]) for name, own in features.items()}
+                terms.update(core.contrast(features))
+                loss = loss + total_loss({name: terms[name] for name in terms if name not in local}, weights)
+            else:
+                rows = slice(i * len(part["tokens"]), (i + 1) * len(part["tokens"]))
+                loss = loss + sum((features[name] * grads[name][rows]).sum() for name in features)
+            loss.backward()
+        for name, value in local.items():
+            terms[name] = terms.get(name, 0.0) + value.detach() / count
+        targets.append(target)
+    return {name: value.detach() for name, value in terms.items()}, targets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: Path | None = None):
+    parts = [data_module.open_data(spec, split, task, size=size, cache=cache) for spec in specs]
+    return parts[0] if len(parts) == 1 else data_module.Mixed(parts)
+
+
+def make_tokenizer(options: TrainOptions, data) -> BytePairTokenizer:
+    """CLIP's merges from --bpe, or as many as vocab_size allows learned from the captions of the first records."""
+    if options.bpe:
+        tokenizer = BytePairTokenizer.from_file(options.bpe)
+        options.vocab_size = max(options.vocab_size, tokenizer.vocab_size)
+        return tokenizer
+    return data_module.learn_tokenizer(data, options.vocab_size)
+
+
+def find_resumable(options: TrainOptions, out: Path, identity: str) -> dict | None:
+    """The state to go on from, or None.  Another run in the same folder is never overwritten."""
+    last = out / "last.pt"
+    if options.resume == "none" and not last.exists() or options.resume == "auto" and not last.exists():
+        return None
+    state = load_state(last if options.resume in ("auto", "none") else options.resume)
+    if state.get("kind") != "pretraining" or "step" not in state:
+        raise UserError(f"{last} is no pre-training checkpoint: choose another --out")
+    old, new = state["config"], asdict(options)
+    for name in new:
+        if name not in FREE_TO_CHANGE and old.get(name) != new[name]:
+            raise UserError(f"{out} holds a run with {name} = {old.get(name)}, this one has {new[name]}: choose another "
+                            f"--out, or remove that folder")
+    if state["data"] != identity:
+        raise UserError(f"{out} holds a run on other data (sample hash {state['data'][:12]}, now {identity[:12]}): "
+                        f"choose another --out")
+    return None if options.resume == "none" else state
+
+
+def write_text_atomically(path: Path, text: str):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def zeroshot_accuracy(model: MaskCLIP, tokenizer: BytePairTokenizer, runtime: Runtime, count: int = 1024) -> dict:
+    """Accuracy over the 64 classes of the Shapes world on unseen scenes of one object; color and shape apart too."""
+    world = data_module.ShapesWorld(split="val", count=count, size=model.config.image_size, objects=(1, 1))
+    classes = model.encode_classes(world.classes, ("a {}",), tokenizer)                             # (64, E)
+    transform = data_module.EvalTransform(model.config.image_size)
+    right = dict(zeroshot=0, color=0, shape=0)
+    with torch.no_grad():
+        for first in range(0, count, 256):
+            samples = [world.read(i) for i in range(first, min(first + 256, count))]
+            images = torch.stack([transform(sample.image, None) for sample in samples]).to(runtime.device)
+            label = torch.tensor([sample.label for sample in samples])
+            guess = (model.encode_image(data_module.normalize(images)) @ classes.T).argmax(dim=1).cpu()
+            n_shapes = len(data_module.SHAPES)
+            right["zeroshot"] += (guess == label).sum().item()
+            right["color"] += (guess // n_shapes == label // n_shapes).sum().item()
+            right["shape"] += (guess % n_shapes == label % n_shapes).sum().item()
+    return {name: value / count for name, value in right.items()}
+
+
+def train(options: TrainOptions):
+    stop = StopSignal()
+    runtime = setup(options)
+    share = runtime.share(options.batch_size)
+    if share % options.accumulate:
+        raise UserError(f"--accumulate {options.accumulate} does not divide the {share} pairs of a process")
+    out = Path(options.out)
+    if runtime.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+
+    data = open_mixed(options.data, "train", "captions", options.image_size, out / "index")
+    if len(data) < options.batch_size:
+        raise UserError(f"{len(data)} records are fewer than one batch of {options.batch_size}: choose a smaller --batch-size")
+    tokenizer = make_tokenizer(options, data)
+    identity = data_module.hash_names(data)
+    steps_per_epoch = len(data) // options.batch_size
+    total = options.steps or int(options.epochs * steps_per_epoch)
+    warmup = min(int(options.warmup_epochs * steps_per_epoch), total // 5)
+
+    core = MaskCLIP(options, tokenizer.eot)
+    state = find_resumable(options, out, identity)
+    if state:
+        core.load_state_dict(state["model"])
+    core.to(runtime.device)
+    method = METHODS[options.method]
+    teacher = Teacher(core).to(runtime.device) if method["target"] == "teacher" else None
+    optimizer = torch.optim.AdamW(param_groups(core, options.weight_decay), lr=options.lr, betas=(0.9, options.beta2),
+                                  eps=options.eps, fused=True)
+    first, bad_count = 0, 0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        if teacher:
+            teacher.load_state_dict(state["teacher"])
+        first, bad_count = state["step"], state["bad_count"]
+
+    model = torch.compile(core) if options.compile else core
+    if runtime.world > 1:
+        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    loader = data_module.train_loader(
+        data, PairTransform(options), options.batch_size, options.seed, range(first, total), runtime.rank, runtime.world,
+        runtime.workers, PairCollate(tokenizer, options.context_length, 8 if options.compile else 1))
+    log = Log(out, runtime.is_main, total, options.batch_size, first)
+    if runtime.is_main:
+        write_text_atomically(out / "config.json", json.dumps(dict(asdict(options), data_hash=identity), indent=1))
+        announce(options, data, core, tokenizer, total, first, runtime)
+    weights = dict(distillation=options.distillation_weight, pixel=options.distillation_weight,
+                   feature=options.distillation_weight, mlm=options.mlm_weight)
+
+    def save(step: int) -> bool:
+        return not runtime.is_main or save_checkpoint(
+            out / "last.pt", core, tokenizer, options, step=step, total=total, data=identity, bad_count=bad_count,
+            optimizer=optimizer.state_dict(), teacher=teacher.state_dict() if teacher else None)
+
+    saved, skipped = time.monotonic(), 0
+    core.train()
+    for step, batch in enumerate(loader, start=first):
+        lr = cosine_schedule(step, total, warmup, options.lr, options.lr_end, options.lr_start)
+        momentum = momentum_at(step, total, options.momentum, options.momentum_end) if method["ema"] else 0.0
+        temp = teacher_temperature(step, total, options)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        bad_count += report_bad(batch.pop("bad"))
+        check_bad(bad_count, (step + 1 - first) * share, options.max_bad)
+
+        batch = hide(batch, core, tokenizer.sot, step, options, runtime.rank, runtime.world)
+        parts = micro_batches(batch, options.accumulate, runtime.device)
+        optimizer.zero_grad()
+        terms, targets = backward(model, core, teacher, parts, weights, temp, runtime,
+                                  seed=step * options.accumulate)
+        norm = nn.utils.clip_grad_norm_(core.parameters(), options.clip_grad or math.inf)
+
+        # one meeting a step: the terms' means, and whether some process was asked to stop
+        shared = mean_over_processes(torch.stack([*terms.values(), norm.new_tensor(float(stop.number > 0))]))
+        *values, stopping = [*shared.tolist()]
+        terms = dict(zip(terms, values))
+        if math.isfinite(sum(values)) and math.isfinite(norm.item()):
+            skipped = 0
+            optimizer.step()
+            with torch.no_grad():
+                core.logit_scale.clamp_(0, math.log(100))
+            if teacher:
+                teacher.update(core, momentum)
+                if core.target == "codes":
+                    for target in targets:
+                        teacher.update_center(target, options.center_momentum ** (1 / len(targets)))
+        else:
+            skipped += 1
+            refuse_update(terms, norm.item(), step, skipped, out)
+
+        if (step + 1) % options.log_every == 0 or step + 1 == total:
+            loss = total_loss(terms, weights)
+            collapse = teacher.collapse_monitor(targets[0]) if teacher and core.target == "codes" else {}
+            log.line(step, dict(epoch=(step + 1) / steps_per_epoch, loss=loss, lr=lr, **terms,
+                                momentum=momentum, logit_scale=core.logit_scale.exp().item(), grad_norm=norm.item(),
+                                **collapse))
+        if stopping:
+            save(step + 1)
+            if runtime.is_main:
+                print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)
+            sys.exit(128 + (stop.number or signal.SIGTERM))
+        if time.monotonic() - saved > options.checkpoint_every and step + 1 < total:
+            save(step + 1)
+            saved = time.monotonic()
+
+    if first < total and not save(total):
+        raise UserError(f"the finished model could not be saved to {out}/last.pt: free some space and run the command again")
+    finish(options, core, tokenizer, runtime, bad_count)
+
+
+def teacher_temperature(step: int, total: int, o: Config) -> float:
+    """Linear from temp_t_start to temp_t over the first temp_t_warmup of the run."""
+    progress = min(1.0, step / (o.temp_t_warmup * total)) if o.temp_t_warmup else 1.0
+    return o.temp_t_start + (o.temp_t - o.temp_t_start) * progress
+
+
+def report_bad(bad: list[tuple[str, str]]) -> int:
+    for name, reason in bad:
+        print(f"skipped {name}: {reason}", file=sys.stderr, flush=True)
+    return len(bad)
+
+
+def check_bad(bad: int, read: int, limit: float):
+    if bad > limit * max(read, 100):
+        raise UserError(f"{bad} of {read} records read so far are bad, more than --max-bad {limit}: "
+                        f"look at them with: python data.py check --data SPEC")
+
+
+def refuse_update(terms: dict, norm: float, step: int, skipped: int, out: Path):
+    """Names what is not finite; the tenth such step in a row ends the run."""
+    names = [name for name, value in terms.items() if not math.isfinite(value)] or [f"gradient (norm {norm})"]
+    print(f"warning: step {step + 1}: {', '.join(names)} is not finite; update skipped", file=sys.stderr, flush=True)
+    if skipped == 10:
+        raise UserError(f"{', '.join(names)} was not finite for 10 steps in a row, up to step {step + 1}; the last good "
+                        f"checkpoint is {out}/last.pt: try --precision fp32, a lower --lr or --clip-grad 1")
+
+
+def announce(o: TrainOptions, data, model: MaskCLIP, tokenizer, total: int, first: int, runtime: Runtime):
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
+          f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; "
+          f"{runtime.world} x {runtime.device.type}, {'bf16' if runtime.bf16 else 'fp32'}", flush=True)
+    for note in getattr(data, "notes", ()):
+        print(f"note: {note}", flush=True)
+    if first:
+        print(f"going on from step {first} of {o.out}/last.pt", flush=True)
+
+
+def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtime: Runtime, bad_count: int):
+    if not runtime.is_main:
+        return
+    print(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""), flush=True)
+    if all(spec.startswith("shapes") for spec in o.data):
+        core.eval()
+        accuracy = zeroshot_accuracy(core, tokenizer, runtime)
+        print(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
+              f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)", flush=True)
+    print(f"next:  python eval_zeroshot.py {o.out}/last.pt   |   python dense.py words {o.out}/last.pt")
+
+
+if __name__ == "__main__":
+    run(lambda: train(parse_train_options()))
