@@ -174,7 +174,7 @@ def crop_box(width: int, height: int, scale: tuple[float, float], ratio: tuple[f
     """(left, top, width, height) of a random crop, by torchvision's rule: an area of `scale` times the image's, with
     width / height log-uniform in `ratio`; the largest central crop in `ratio` if ten draws do not fit.
 
-    single_shot: MAE's rule for linear probing (PAPER.md 4.2), of BYOL and TensorFlow: one draw, cut to fit the image.
+    single_shot: MAE's rule for linear probing, of BYOL and TensorFlow: one draw, cut to fit the image.
     """
     for _ in range(1 if single_shot else 10):
         area = width * height * rng.uniform(*scale)
@@ -221,7 +221,7 @@ def center_box(width: int, height: int, size: int, resize: int) -> tuple[float, 
 class TrainTransform:
     """A random part of an image, by `crop_box`, as uint8 tensor (3, size, size); with `flip` half of them mirrored.
 
-    Scale 0.5 to 1 and no flip are SLIP's, where the paper is silent (PAPER.md section 3).  The image may be decoded at
+    Scale 0.5 to 1 and no flip are SLIP's, where the paper is silent.  The image may be decoded at
     reduced scale: for several crops of one image pass decode(image).
     """
     size: int
@@ -754,8 +754,8 @@ class ShapesWorld:
     classes = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 
     def __init__(self, split: str = "train", count: int = 20000, size: int = 64, seed: int = 0,
-                 objects: tuple[int, int] = (1, 4), object_size: tuple[float, float] = (0.32, 0.68),
-                 single: float = 0.5, unsaid: float = 0.0, dense: bool = False):
+                 objects: tuple[int, int] = (1, 4), object_size: tuple[float, float] = (0.45, 0.8),
+                 single: float = 0.7, unsaid: float = 0.0, dense: bool = False):
         if split not in ("train", "val"):
             raise UserError(f"the Shapes world has no split {split!r}; use train or val")
         for what, (low, high), least, most in [("objects", objects, 1, 6), ("object_size", object_size, 0.1, 0.8)]:
@@ -845,7 +845,7 @@ def shapes_options(text: str) -> dict:
             raise UserError(f"the Shapes world has no option {key!r}; it has {', '.join(forms)}")
         if not re.fullmatch(forms[key], value, re.ASCII):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
-                            "seed=0, objects=1-4, single=0.5, unsaid=0.2 (the last two from 0 to 1)")
+                            "seed=0, objects=1-4, single=0.7, unsaid=0.2 (the last two from 0 to 1)")
         options[key] = (tuple(map(int, value.split("-"))) if key == "objects" else
                         int(value) if forms[key] == whole else float(value))
     return options
@@ -1364,7 +1364,7 @@ def coco(root: str, split: str) -> ImageFiles:
 
 
 def karpathy(path: str, images: str, split: str) -> ImageFiles:
-    """Karpathy's splits for retrieval (PAPER.md 4.4), five captions an image or more; "train" has "restval" too.
+    """Karpathy's splits for retrieval, five captions an image or more; "train" has "restval" too.
 
         coco:DIR       DIR/dataset_coco.json          DIR/{train,val}2014/*.jpg        as the file's "filepath" says
         flickr30k:DIR  DIR/dataset_flickr30k.json     DIR/flickr30k-images/*.jpg
@@ -1472,7 +1472,7 @@ def split_templates(text: str) -> tuple[str, ...]:
     return tuple(" ".join(text.split()).split(" | "))
 
 
-# the paper's seven for zero-shot ImageNet (PAPER.md 4.1), OpenAI's 80, and for segmentation five more (DENSE.md 1.4)
+# the paper's seven for zero-shot ImageNet, OpenAI's 80, and for segmentation five more
 TEMPLATES_7 = split_templates("""
     itap of a {}. | a bad photo of the {}. | a origami {}. | a photo of the large {}. | a {} in a video game. |
     art of the {}. | a photo of the small {}.""")
@@ -1529,7 +1529,7 @@ def find_templates(text: str) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The suite of "Image Classification in the Wild": 20 data sets below one folder (PAPER.md 4.5)
+# The suite of "Image Classification in the Wild": 20 data sets below one folder
 #
 #   icinw:DIR      DIR/NAME/test/CLASS/**/*.jpg     NAME from the table below; classes in the order of their folders' names
 #                  DIR/NAME/classnames.txt          optional, as for folder:DIR; a class's further names after further tabs
@@ -1728,6 +1728,110 @@ class LabelMaps:
         if largest >= len(self.classes) + self.reduce_zero_label:
             raise BadRecord(f"label out of range: {largest}, with {len(self.classes)} classes")
         return Sample(image, label_map=label_map)
+
+
+# ---- photographs with a box, a category and a mask for each object --------------------------------------------------
+
+MIN_TRAINED_SIDE = 32        # of images to train on, pixels (mmdetection)
+
+
+class CocoInstances:
+    """COCO's objects, in the folders of its archives.
+
+        coco:DIR       DIR/annotations/instances_{train,val}2017.json     or 2014
+                       DIR/{train,val}2017/*.jpg
+
+    classes are the categories by rising id, category_ids those ids (COCO's 80 lie between 1 and 90), image_ids the ids of
+    the images.  read(i) gives objects {"box": (x1, y1, x2, y2), "category": index into classes, "area": the mask's,
+    "crowd": bool, "mask"} with the mask as in the file: polygons [[x1, y1, x2, y2, ...], ...], or RLE {"size": [h, w],
+    "counts": list or str}.  In the training split images that are small or without objects are left out, as
+    mmdetection does.  What is left out is counted in notes; what is malformed ends with a UserError that names it.
+    """
+    def __init__(self, root: str, split: str):
+        tried = [os.path.join(root, "annotations", f"instances_{split}{year}.json") for year in ("2017", "2014")]
+        path = next(filter(os.path.isfile, tried), None)
+        if path is None:
+            raise UserError(f"no objects of the split {split!r} in {root}: wanted {tried[0]} (COCO has train and val)")
+        content, names, images, objects = read_json(path), {}, {}, {}
+        for k, category in enumerate(want(content, "categories", list, path)):
+            where = f"{path}, categories[{k}]"
+            names[want(category, "id", int, where)] = want(category, "name", str, where)
+        self.category_ids, unknown, no_area = sorted(names), 0, 0
+        self.classes, index = [names[i] for i in self.category_ids], {i: k for k, i in enumerate(self.category_ids)}
+        for k, image in enumerate(want(content, "images", list, path)):
+            where = f"{path}, images[{k}]"
+            size = want(image, "width", int, where), want(image, "height", int, where)
+            images[want(image, "id", int, where)], objects[image["id"]] = (want(image, "file_name", str, where), *size), []
+        for k, annotation in enumerate(want(content, "annotations", list, path)):
+            where = f"{path}, annotations[{k}] (id {annotation.get('id') if isinstance(annotation, dict) else None})"
+            image = want(annotation, "image_id", int, where)
+            if image not in images:
+                raise UserError(f"{where}: there is no image {image}")
+            if want(annotation, "category_id", int, where) not in index:
+                unknown += 1
+                continue
+            objects[image].append(checked_object(annotation, index[annotation["category_id"]], *images[image][1:], where))
+            no_area += not has_area(objects[image][-1]["box"], *images[image][1:])
+        kept = [i for i, (_, *size) in images.items()
+                if split != "train" or objects[i] and min(size) >= MIN_TRAINED_SIDE]
+        if not kept:
+            raise UserError(f"{path} holds no images" + (" with objects" if images else ""))
+        self.image_ids = np.array(kept)
+        self.sizes = np.array([images[i][1:] for i in kept])                    # (n, 2) width, height
+        self.part = f"{split}{path[-len('2017.json'):-len('.json')]}"
+        self.root, self.files = root, Packed(as_bytes(images[i][0]) for i in kept)
+        self.objects = Packed(json.dumps(objects[i]).encode() for i in kept)    # as text they take the least memory
+        self.notes = [f"{path}: {count:,} {what}" for count, what in (
+            (len(images) - len(kept), f"images have no object, or a side under {MIN_TRAINED_SIDE} pixels: left out"),
+            (unknown, "objects have a category_id that is not among the categories: left out"),
+            (no_area, "objects have boxes under a pixel wide or high: not trained on")) if count]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, i: int) -> str:
+        return f"{self.part}/{self.files[i].decode('utf-8', 'replace')}"
+
+    def read(self, i: int) -> Sample:
+        image = open_image(read_file(os.path.join(self.root, self.part, os.fsdecode(self.files[i]))))
+        if upright_size(image) != tuple(self.sizes[i]):
+            raise BadRecord(f"image of another size: {upright_size(image)}, its annotations say {tuple(self.sizes[i])}")
+        return Sample(image, objects=json.loads(self.objects[i]))
+
+
+def has_area(box: tuple, width: int, height: int) -> bool:
+    """Whether a box (x1, y1, x2, y2) is at least a pixel wide and high inside the image."""
+    x1, y1, x2, y2 = box
+    return min(x2, width) - max(x1, 0) >= 1 and min(y2, height) - max(y1, 0) >= 1
+
+
+def checked_object(annotation: dict, category: int, width: int, height: int, where: str) -> dict:
+    """An entry of a COCO file, in an image of width x height pixels, as CocoInstances.read returns it."""
+    box, mask = want(annotation, "bbox", list, where), annotation.get("segmentation")
+    if len(box) != 4 or not are_numbers(box):
+        raise UserError(f"{where}: wanted a bbox [x, y, width, height], got {json.dumps(box)[:80]}")
+    if not are_numbers([annotation.get("area")]):
+        raise UserError(f"{where}: wanted an area in pixels, got {json.dumps(annotation.get('area'))[:80]}")
+    if isinstance(mask, list):
+        valid = mask and all(isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and are_numbers(points)
+                             for points in mask)
+    else:
+        valid = isinstance(mask, dict) and mask.get("size") == [height, width]
+        if valid and isinstance(counts := mask.get("counts"), list):
+            valid = set(map(type, counts)) <= {int} and min(counts, default=0) >= 0 and sum(counts) == width * height
+        else:                                                                   # a string is read when it is needed
+            valid = valid and isinstance(counts, str)
+    if not valid:
+        raise UserError(f"{where}: wanted a segmentation of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or an RLE of "
+                        f"size [{height}, {width}], got {json.dumps(mask)[:80]}")
+    x, y, w, h = box
+    return dict(box=(x, y, x + w, y + h), category=category, area=annotation["area"], mask=mask,
+                crowd=bool(annotation.get("iscrowd", 0)))
+
+
+def are_numbers(values: list) -> bool:
+    """Whether all are finite numbers."""
+    return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1986,8 +2090,8 @@ def first_captions(data, records: int) -> list[str]:
 
 
 def learn_tokenizer(data, vocab_size: int) -> BytePairTokenizer:
-    """Merges learned from the captions of the first ten thousand records."""
-    return BytePairTokenizer.train(first_captions(data, 10_000), vocab_size)
+    """Merges learned from the captions of the first five thousand records."""
+    return BytePairTokenizer.train(first_captions(data, 5_000), vocab_size)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     training   cross-entropy; LARS with momentum 0.9 and no weight decay; 90 epochs; learning rate 6.4 at batch 16384,
                scaled with the batch, cosine to 0; random crops, one draw an image, and mirroring
     test       top-1; short side resized to 256/224 of the input side, centre cut out
-                                                                                    (supplement B; MAE; PAPER.md 4.2)
+                                                                                    (supplement B; MAE)
     python eval_linear.py                                                  runs/pocket/last.pt, scenes of one object
     torchrun --nproc-per-node 8 eval_linear.py CHECKPOINT --data folder:IMAGENET --augment     the paper's protocol
 
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import data as data_module
 from data import EvalTransform, TrainTransform, UserError
-from eval_zeroshot import ReadRecord, extract
 from model import MaskCLIP, opt
-from train import RunOptions, Runtime, cosine_schedule, load_checkpoint, parse, report_bad, run, setup
+from train import (ReadRecord, RunOptions, Runtime, cosine_schedule, extract, load_checkpoint, parse, report_bad, run,
+                   setup)
 
 FEW = 100_000       # fewer training records than this are trained on in smaller steps, see `recipe`
 

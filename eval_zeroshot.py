@@ -2,10 +2,10 @@
 
     classes     An image belongs to the class whose embedding is nearest to its own.  That of a class is the mean of
                 its prompts' ("a photo of a {}." around each of its names), each of unit length, scaled to unit length.
-                Top-1, top-5, mean over classes, accuracy of each class, the most confused pairs        (PAPER.md 4.1)
+                Top-1, top-5, mean over classes, accuracy of each class, the most confused pairs       
     retrieval   Which caption belongs to an image, and which image to a caption: the share of queries of which a right
-                answer is among the k nearest, k = 1, 5, 10.  An image may have several captions        (PAPER.md 4.4)
-    icinw       20 data sets for classification, each with its own prompts and metric; their mean       (PAPER.md 4.5)
+                answer is among the k nearest, k = 1, 5, 10.  An image may have several captions       
+    icinw       20 data sets for classification, each with its own prompts and metric; their mean      
 
     python eval_zeroshot.py                                       runs/pocket/last.pt, unseen scenes of the Shapes world
     python eval_zeroshot.py CHECKPOINT --data folder:IMAGENET --classes imagenet_classes.txt       the paper's protocol
@@ -19,7 +19,7 @@ Letters: I images, T texts, E embedding, C classes, Q queries, M candidates.
 """
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from torch import Tensor
 import data as data_module
 from data import BytePairTokenizer, EvalTransform, UserError
 from model import MaskCLIP, opt
-from train import RunOptions, Runtime, load_checkpoint, parse, report_bad, run, setup
+from train import RunOptions, Runtime, extract, gather, load_checkpoint, parse, run, setup
 
 
 @dataclass
@@ -51,55 +51,8 @@ class Options(RunOptions):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Features of all records, on any number of processes
+# Texts and classes, on any number of processes
 # ---------------------------------------------------------------------------------------------------------------------
-
-class ReadRecord:
-    """A record -> what `extract` needs of it."""
-
-    def __init__(self, image: Callable):
-        self.image = image
-
-    def __call__(self, sample, rng) -> dict:
-        return dict(images=self.image(sample.image, rng), label=sample.label, captions=sample.captions)
-
-
-def gather(mine: object, runtime: Runtime) -> list:
-    """Each process's object, in rank order, on all of them."""
-    everyone = [mine] * runtime.world
-    if runtime.world > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-@torch.no_grad()
-def extract(data, transform: Callable, encode: Callable[[Tensor], Tensor], runtime: Runtime, batch_size: int) -> dict:
-    """encode(images) of each readable record, once and in order; all processes get the same dict:
-
-    features (n, D)   index (n,) of the record   label (n,), -1 unknown   captions [n tuples]   bad [(name, reason)]
-    """
-    loader = data_module.eval_loader(data, ReadRecord(transform), max(1, batch_size // runtime.world),
-                                     runtime.rank, runtime.world, runtime.workers)
-    features, index, label, captions, bad = [], [], [], [], []
-    for batch in data_module.progress(loader, len(loader), "batches of images") if runtime.is_main else loader:
-        bad += batch["bad"]
-        if "index" in batch:
-            with runtime.autocast():
-                x = encode(data_module.normalize(batch["images"].to(runtime.device)))              # (B, D)
-            features.append(x.float().cpu())
-            index += batch["index"].tolist()
-            label += batch["label"].tolist()
-            captions += batch["captions"]
-    parts = gather((features, index, label, captions, bad), runtime)
-    features, index, label, captions, bad = ([item for part in parts for item in part[k]] for k in range(5))
-    if runtime.is_main:
-        report_bad(bad)
-    if not features:
-        raise UserError(f"none of the {len(data)} records can be read; {bad[0][0]}: {bad[0][1]}")
-    order = torch.tensor(index).argsort()
-    return dict(features=torch.cat(features)[order].to(runtime.device), index=torch.tensor(index)[order],
-                label=torch.tensor(label)[order], captions=[captions[i] for i in order], bad=bad)
-
 
 @torch.no_grad()
 def encode_texts(model: MaskCLIP, tokenizer: BytePairTokenizer, texts: Sequence[str], runtime: Runtime,

@@ -1,4 +1,4 @@
-"""End-to-end fine-tuning of the image tower for classification (supplement B; PAPER.md 4.3), single-crop top-1.
+"""End-to-end fine-tuning of the image tower for classification (supplement B), single-crop top-1.
 
     python finetune.py                                             runs/pocket/last.pt on the Shapes world, 64 classes
     python finetune.py --from-scratch --out runs/scratch           the control: the same without pre-training
@@ -41,7 +41,7 @@ from data import (BICUBIC, MEAN, STD, BadRecord, EvalTransform, TrainTransform, 
                   normalize, to_tensor, train_loader)
 from losses import mean_over_processes
 from model import Config, VisionTransformer, opt
-from train import (FREE_TO_CHANGE, Log, RunOptions, Runtime, StopSignal, check_bad, cosine_schedule,
+from train import (Log, RunOptions, Runtime, StopSignal, check_bad, check_same_data, cosine_schedule, find_resumable,
                    layer_decay_groups, load_checkpoint, load_state, open_mixed, parse, refuse_update, report_bad, run, save_atomically,
                    setup)
 
@@ -283,20 +283,6 @@ def load_finetuned(path: Path) -> dict:
     return state
 
 
-def find_resumable(options: Options, out: Path) -> dict | None:
-    """The state to go on from, or None.  Another run in the same folder is never overwritten."""
-    paths = [out / "last.pt"] if (out / "last.pt").exists() else []
-    paths += [Path(options.resume)] if options.resume not in ("auto", "none") else []
-    state = None
-    for path in paths:
-        state = load_finetuned(path)
-        for name, value in asdict(options).items():
-            if name not in FREE_TO_CHANGE | {"json", "eval"} and state["config"].get(name) != value:
-                raise UserError(f"{path} is a run with {name} = {state['config'].get(name)}, this one has {value}: "
-                                f"choose another --out, or remove that folder")
-    return None if options.resume == "none" else state
-
-
 def classifier_of(state: dict) -> Classifier:
     """The model in a state of load_finetuned, by the config that lies with it.  Strict: every weight must be there."""
     try:
@@ -358,7 +344,7 @@ def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
     if runtime.is_main:
         out.mkdir(parents=True, exist_ok=True)
 
-    state = find_resumable(options, out)
+    state = find_resumable(options, out, "finetuning")
     if state:
         core, config = classifier_of(state), Config(**state["backbone"])
     else:
@@ -368,10 +354,9 @@ def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
     if len(data) < options.batch_size:
         raise UserError(f"{len(data)} records do not fill one batch: choose a --batch-size below {options.batch_size}")
     identity = hash_names(data)
-    if state and state["data"] != identity:
-        raise UserError(f"the files in {', '.join(options.data)} are not those that the run in {out} has seen: choose "
-                        f"another --out")
-    if not state:
+    if state:
+        check_same_data(state, identity, out)
+    else:
         core = Classifier(config, len(data.classes), options.drop_path)
         if not options.from_scratch:
             core.load_pretrained(pretrained.visual)

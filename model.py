@@ -104,10 +104,11 @@ class Config:
 PAPER = Config()
 PRESETS = {
     "pocket": replace(
-        PAPER, image_size=64, patch_size=8, width=128, depth=4, heads=4, text_width=128, text_depth=3, text_heads=4,
-        context_length=32, vocab_size=768, embed_dim=128, n_codes=512, quantizer_hidden=256, quantizer_bottleneck=64,
-        text_decoder_depth=1, epochs=10, batch_size=128, warmup_epochs=0.5, crop_min=1.0, pos_embed="sincos", init="mimetic",
-        # paper: 0.999 over 90,000 steps; here the run has some thousand, and the teacher must be able to follow
+        PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4, pos_embed="sincos", init="mimetic",
+        text_width=128, text_depth=2, text_heads=4, context_length=32, vocab_size=768, embed_dim=128, n_codes=512,
+        quantizer_hidden=256, quantizer_bottleneck=64, text_decoder_depth=1,
+        epochs=6, batch_size=64, warmup_epochs=0.3, crop_min=1.0,
+        # paper: 0.999 over 90,000 steps; here: less, because the teacher must be able to follow within two thousand
         momentum=0.99, momentum_end=0.999),
     "vit-b16-yfcc15m": PAPER,
     "vit-b32-yfcc15m": replace(PAPER, patch_size=32),
@@ -213,6 +214,39 @@ def init_linear(module: nn.Module):
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalization with the mean and variance of all processes, on any device, of (B, C) or (B, C, H, W).
+
+    Keys are nn.BatchNorm2d's, and on one process it is one.  On several, whose B may differ, output and gradient are
+    those of one process with the joined batch: what a loss asks of the common statistics goes back to every input.
+    torch's own exists on GPUs only.
+    """
+    def _check_input_dim(self, x: Tensor):
+        if x.ndim not in (2, 4):
+            raise ValueError(f"wanted (B, C) or (B, C, H, W), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or losses.world_size() == 1:
+            return super().forward(x)
+        self._check_input_dim(x)
+        axes = [0, *range(2, x.ndim)]
+        count = torch.full((x.shape[1],), x.numel() / x.shape[1], device=x.device)
+        own = torch.stack([count, x.float().mean(axes), x.float().var(axes, correction=0)])     # (3, C)
+        count, mean, var = losses.gather(own[None]).unbind(dim=1)                               # (W, C) each
+        n = count.sum(dim=0)                                                                    # (C,)
+        joint_mean = (count * mean).sum(dim=0) / n
+        joint_var = (count * (var + (mean - joint_mean) ** 2)).sum(dim=0) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(joint_mean, self.momentum)
+            self.running_var.lerp_(joint_var * n / (n - 1), self.momentum)
+
+        def per_channel(v):
+            return v.view(1, -1, *[1] * (x.ndim - 2))
+        y = (x - per_channel(joint_mean)) * per_channel((joint_var + self.eps).rsqrt())
+        return (y * per_channel(self.weight) + per_channel(self.bias) if self.affine else y).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,10 +597,14 @@ class MaskCLIP(nn.Module):
 
     @torch.no_grad()
     def encode_classes(self, names, templates, tokenizer) -> Tensor:
-        """(classes, E) zero-shot classifier: each name in every template, embedded, averaged, unit length again."""
+        """(classes, E) zero-shot classifier: each name in every template, embedded, averaged, unit length again.
+
+        Several names of one class stand in one string, divided by tabs.
+        """
         rows = []
         for name in names:
-            tokens = tokenizer([template.format(name) for template in templates], self.config.context_length)
+            prompts = [template.format(one) for one in name.split("\t") for template in templates]
+            tokens = tokenizer(prompts, self.config.context_length)
             rows.append(self.encode_text(tokens.to(self.logit_scale.device)).mean(dim=0))           # (E,)
         return F.normalize(torch.stack(rows), dim=-1)
 

@@ -42,7 +42,7 @@ from model import METHODS, PRESETS, Config, MaskCLIP, Teacher, mask_words, momen
 class RunOptions:
     """What every script takes."""
     data: tuple = opt(("shapes",), "data set, may be given more than once: shapes, shards:A-{000..999}.tar, csv:FILE, "
-                      "folder:DIR, coco:DIR, flickr30k:DIR", "run")
+                      "folder:DIR, coco:DIR, flickr30k:DIR ...", "run")
     out: str = opt("", "folder for everything that is written; empty: runs/NAME", "run")
     seed: int = opt(0, "seed of every random choice", "run")
     device: str = opt("auto", "where to compute", "run", ("auto", "cpu", "cuda", "mps"))
@@ -66,7 +66,7 @@ class TrainOptions(RunOptions, Config):
 
 # fields in which a resumed run may differ from the interrupted one: they change neither data nor arithmetic
 FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate", "checkpoint_every", "log_every",
-                  "compile", "max_bad", "bpe"}
+                  "compile", "max_bad", "bpe", "json", "eval", "draw"}
 
 
 def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None):
@@ -324,6 +324,29 @@ def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairT
     return model.to(device).eval(), tokenizer, config
 
 
+def find_resumable(options, out: Path, kind: str = "pretraining") -> dict | None:
+    """The state to go on from, or None.  Another run in the same folder is never overwritten."""
+    paths = [out / "last.pt"] if (out / "last.pt").exists() else []
+    paths += [Path(options.resume)] if options.resume not in ("auto", "none") else []
+    state = None
+    for path in paths:
+        state = load_state(path)
+        if state.get("kind") != kind or "step" not in state or not isinstance(state.get("config"), dict):
+            raise UserError(f"{path} is no {kind} checkpoint: choose another --out")
+        for name, value in asdict(options).items():
+            if name not in FREE_TO_CHANGE and state["config"].get(name) != value:
+                raise UserError(f"{path} is of a run with {name} = {state['config'].get(name)}, this one has {value}: "
+                                f"choose another --out, or remove that folder")
+    return None if options.resume == "none" else state
+
+
+def check_same_data(state: dict, identity: str, out: Path):
+    """A run goes on only with the records it began with."""
+    if state["data"] != identity:
+        raise UserError(f"{out} holds a run on other data (sample hash {str(state['data'])[:12]}, now {identity[:12]}): "
+                        f"choose another --out")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Log
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,6 +399,57 @@ class StopSignal:
         if self.number:
             sys.exit(128 + number)      # asked twice: at once
         self.number = number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features of a whole data set, shared out over the processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ReadRecord:
+    """A record -> what `extract` needs of it."""
+
+    def __init__(self, image):
+        self.image = image              # transform(PIL image, rng) -> uint8 (3, H, W)
+
+    def __call__(self, sample, rng) -> dict:
+        return dict(images=self.image(sample.image, rng), label=sample.label, captions=sample.captions)
+
+
+def gather(mine: object, runtime: Runtime) -> list:
+    """Each process's object, in rank order, on all of them."""
+    everyone = [mine] * runtime.world
+    if runtime.world > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+@torch.no_grad()
+def extract(data, transform, encode, runtime: Runtime, batch_size: int) -> dict:
+    """encode(images) of each readable record, once and in order; all processes get the same dict:
+
+    features (n, D)   index (n,) of the record   label (n,), -1 unknown   captions [n tuples]   bad [(name, reason)]
+    """
+    loader = data_module.eval_loader(data, ReadRecord(transform), max(1, batch_size // runtime.world),
+                                     runtime.rank, runtime.world, runtime.workers)
+    features, index, label, captions, bad = [], [], [], [], []
+    for batch in data_module.progress(loader, len(loader), "batches of images") if runtime.is_main else loader:
+        bad += batch["bad"]
+        if "index" in batch:
+            with runtime.autocast():
+                x = encode(data_module.normalize(batch["images"].to(runtime.device)))              # (B, D)
+            features.append(x.float().cpu())
+            index += batch["index"].tolist()
+            label += batch["label"].tolist()
+            captions += batch["captions"]
+    parts = gather((features, index, label, captions, bad), runtime)
+    features, index, label, captions, bad = ([item for part in parts for item in part[k]] for k in range(5))
+    if runtime.is_main:
+        report_bad(bad)
+    if not features:
+        raise UserError(f"none of the {len(data)} records can be read; {bad[0][0]}: {bad[0][1]}")
+    order = torch.tensor(index).argsort()
+    return dict(features=torch.cat(features)[order].to(runtime.device), index=torch.tensor(index)[order],
+                label=torch.tensor(label)[order], captions=[captions[i] for i in order], bad=bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,25 +572,6 @@ def make_tokenizer(options: TrainOptions, data) -> BytePairTokenizer:
     return data_module.learn_tokenizer(data, options.vocab_size)
 
 
-def find_resumable(options: TrainOptions, out: Path, identity: str) -> dict | None:
-    """The state to go on from, or None.  Another run in the same folder is never overwritten."""
-    last = out / "last.pt"
-    if options.resume == "none" and not last.exists() or options.resume == "auto" and not last.exists():
-        return None
-    state = load_state(last if options.resume in ("auto", "none") else options.resume)
-    if state.get("kind") != "pretraining" or "step" not in state:
-        raise UserError(f"{last} is no pre-training checkpoint: choose another --out")
-    old, new = state["config"], asdict(options)
-    for name in new:
-        if name not in FREE_TO_CHANGE and old.get(name) != new[name]:
-            raise UserError(f"{out} holds a run with {name} = {old.get(name)}, this one has {new[name]}: choose another "
-                            f"--out, or remove that folder")
-    if state["data"] != identity:
-        raise UserError(f"{out} holds a run on other data (sample hash {state['data'][:12]}, now {identity[:12]}): "
-                        f"choose another --out")
-    return None if options.resume == "none" else state
-
-
 def write_text_atomically(path: Path, text: str):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
@@ -527,19 +582,12 @@ def zeroshot_accuracy(model: MaskCLIP, tokenizer: BytePairTokenizer, runtime: Ru
     """Accuracy over the 64 classes of the Shapes world on unseen scenes of one object; color and shape apart too."""
     world = data_module.ShapesWorld(split="val", count=count, size=model.config.image_size, objects=(1, 1))
     classes = model.encode_classes(world.classes, ("a {}",), tokenizer)                             # (64, E)
-    transform = data_module.EvalTransform(model.config.image_size)
-    right = dict(zeroshot=0, color=0, shape=0)
-    with torch.no_grad():
-        for first in range(0, count, 256):
-            samples = [world.read(i) for i in range(first, min(first + 256, count))]
-            images = torch.stack([transform(sample.image, None) for sample in samples]).to(runtime.device)
-            label = torch.tensor([sample.label for sample in samples])
-            guess = (model.encode_image(data_module.normalize(images)) @ classes.T).argmax(dim=1).cpu()
-            n_shapes = len(data_module.SHAPES)
-            right["zeroshot"] += (guess == label).sum().item()
-            right["color"] += (guess // n_shapes == label // n_shapes).sum().item()
-            right["shape"] += (guess % n_shapes == label % n_shapes).sum().item()
-    return {name: value / count for name, value in right.items()}
+    alone = dataclasses.replace(runtime, rank=0, world=1)       # the main process does this while no other is waiting
+    found = extract(world, data_module.EvalTransform(model.config.image_size), model.encode_image, alone, 256)
+    guess, label = (found["features"] @ classes.T).argmax(dim=1).cpu(), found["label"]              # (n,) each
+    n = len(data_module.SHAPES)
+    right = dict(zeroshot=guess == label, color=guess // n == label // n, shape=guess % n == label % n)
+    return {name: hit.double().mean().item() for name, hit in right.items()}
 
 
 def train(options: TrainOptions):
@@ -562,8 +610,9 @@ def train(options: TrainOptions):
     warmup = min(int(options.warmup_epochs * steps_per_epoch), total // 5)
 
     core = MaskCLIP(options, tokenizer.eot)
-    state = find_resumable(options, out, identity)
+    state = find_resumable(options, out)
     if state:
+        check_same_data(state, identity, out)
         core.load_state_dict(state["model"])
     core.to(runtime.device)
     method = METHODS[options.method]

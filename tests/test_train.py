@@ -95,14 +95,14 @@ def test_two_processes_train_as_one(method, tmp_path):
     runs = {}
     for processes in (0, 2):
         out = tmp_path / str(processes)
-        run_script(*SMALL, "--method", method, "--drop-path", 0, "--steps", 3, "--out", out, processes=processes)
+        run_script(*SMALL, "--method", method, "--eps", 1e-3, "--steps", 3, "--out", out, processes=processes)
         runs[processes] = metrics(out), weights(out)
     for one, two in zip(runs[0][0], runs[2][0]):
         for name in set(one) - {"samples_per_second", "code_entropy", "patch_entropy", "codes_used"}:
             assert two[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name
     for name, value in runs[0][1].items():
-        # AdamW's first steps are signs of the gradient, so a gradient near zero may move a weight by twice the rate
-        assert (value - runs[2][1][name]).abs().mean() < 2e-5, name
+        # a large epsilon, because AdamW makes a full step of a gradient that is zero but for rounding (a key's bias)
+        torch.testing.assert_close(runs[2][1][name], value, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.slow
@@ -195,8 +195,8 @@ def test_a_run_leaves_what_it_promises(finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more, says", [
-    (["--width", 64, "--steps", 3], "holds a run with width = 32"),                 # another model in the same folder
-    (["--steps", 5], "holds a run with steps = 3"),                                 # another schedule
+    (["--width", 64, "--steps", 3], "of a run with width = 32"),                 # another model in the same folder
+    (["--steps", 5], "of a run with steps = 3"),                                 # another schedule
     (["--data", "shapes:train=300", "--steps", 3], "shapes:train=200"),             # other data
     (["--batch-size", 9999, "--steps", 3], "fewer than one batch"),
     (["--accumulate", 5, "--steps", 3], "does not divide"),
@@ -207,10 +207,16 @@ def test_a_run_leaves_what_it_promises(finished):
     (["--data", "photos:x"], "shapes"),                                             # the kinds that there are
     (["--bpe", "/nowhere/merges.gz"], "/nowhere/merges.gz"),
 ])
-def test_a_mistake_ends_in_one_line(more, says, finished):
-    done = run_script(*SMALL, "--out", finished[0], *more, check=2)
-    last = done.stderr.strip().splitlines()
-    assert len(last) == 1 and last[0].startswith("error: ") and says in last[0], done.stderr
+def test_a_mistake_is_a_user_error(more, says, finished):
+    with pytest.raises(train.UserError) as error:
+        train.train(train.parse_train_options([str(word) for word in (*SMALL[1:], "--out", finished[0], *more)]))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_user_error_ends_in_one_line():
+    done = run_script(*SMALL, "--heads", 3, check=2)
+    assert done.stderr.splitlines() == ["error: width 32 cannot be cut into 3 attention heads: choose a divisor of 32"]
 
 
 @pytest.mark.slow
