@@ -503,9 +503,9 @@ def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
     parts = [{name: value.to(device, non_blocking=True) for name, value in part.items()} for part in parts]
     if "chosen" in parts[0]:
         # L_MLM is the mean over all masked words: each part's sum is divided by the mean count of parts and processes
-        count = torch.tensor(sum(len(part["chosen"]) for part in parts) / len(parts), device=device)
+        words = mean_over_processes(torch.tensor(sum(len(part["chosen"]) for part in parts) / len(parts), device=device))
         for part in parts:
-            part["word_count"] = mean_over_processes(count)
+            part["word_count"] = words
     return [dict(part, images=data_module.normalize(part["images"])) for part in parts]
 
 
@@ -613,6 +613,8 @@ def train(options: TrainOptions):
     state = find_resumable(options, out)
     if state:
         check_same_data(state, identity, out)
+        if state["tokenizer"] != tokenizer.state():
+            raise UserError(f"{out} holds a run with another vocabulary: give the same --bpe, or choose another --out")
         core.load_state_dict(state["model"])
     core.to(runtime.device)
     method = METHODS[options.method]
@@ -653,7 +655,10 @@ def train(options: TrainOptions):
         for group in optimizer.param_groups:
             group["lr"] = lr
         bad_count += report_bad(batch.pop("bad"))
-        check_bad(bad_count, (step + 1 - first) * share, options.max_bad)
+        check_bad(bad_count, (step + 1) * share, options.max_bad)
+        if len(batch["images"]) < share:
+            raise UserError(f"step {step + 1}: too many bad records in a row to fill the batch; look at them with: "
+                            f"python data.py check --data SPEC")
 
         batch = hide(batch, core, tokenizer.sot, step, options, runtime.rank, runtime.world)
         parts = micro_batches(batch, options.accumulate, runtime.device)
