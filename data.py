@@ -752,6 +752,7 @@ class ShapesWorld:
     have all classes: held out is where a thing is, how large, and beside which others.
     """
     classes = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    reduce_zero_label = True            # label 0 of a label_map is no class
 
     def __init__(self, split: str = "train", count: int = 20000, size: int = 64, seed: int = 0,
                  objects: tuple[int, int] = (1, 4), object_size: tuple[float, float] = (0.45, 0.8),
@@ -1424,8 +1425,8 @@ OPENS = {       # what can be opened for each task
     "captions": "shapes, shards:PATH-{00000..00999}.tar, csv:FILE, folder:DIR, coco:DIR, flickr30k:DIR",
     "retrieval": "shapes, shards:PATH-{00000..00999}.tar, csv:FILE, coco:DIR, flickr30k:DIR",
     "classes": "shapes, folder:DIR",
-    "segmentation": "shapes",
-    "detection": "shapes"}
+    "segmentation": "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR, voc:DIR",
+    "detection": "shapes, coco:DIR"}
 
 
 def open_data(spec: str, split: str | None = None, task: str = "captions", size: int | None = None,
@@ -1446,8 +1447,14 @@ def open_data(spec: str, split: str | None = None, task: str = "captions", size:
         held_out = split != "train"
         counts = options.pop("train", 20000), options.pop("val", 1024)
         options.setdefault("size", size or 64)
+        if task == "classes":
+            options.setdefault("objects", (1, 1))
         return ShapesWorld(split="val" if held_out else "train", count=counts[held_out],
                            dense=task in ("segmentation", "detection"), **options)
+    if task == "segmentation":
+        return LabelMaps(kind, root, split)
+    if task == "detection":
+        return CocoInstances(root, split)
     if kind == "shards":
         return Shards(root, cache)
     if kind == "csv":
@@ -1741,50 +1748,51 @@ class CocoInstances:
         coco:DIR       DIR/annotations/instances_{train,val}2017.json     or 2014
                        DIR/{train,val}2017/*.jpg
 
-    classes are the categories by rising id, category_ids those ids (COCO's 80 lie between 1 and 90), image_ids the ids of
-    the images.  read(i) gives objects {"box": (x1, y1, x2, y2), "category": index into classes, "area": the mask's,
-    "crowd": bool, "mask"} with the mask as in the file: polygons [[x1, y1, x2, y2, ...], ...], or RLE {"size": [h, w],
-    "counts": list or str}.  In the training split images that are small or without objects are left out, as
-    mmdetection does.  What is left out is counted in notes; what is malformed ends with a UserError that names it.
+    classes are the categories by rising id, category_ids these ids (COCO's 80 are between 1 and 90), image_ids those of
+    the images.  read(i) gives objects {"box": (x1, y1, x2, y2), "category": index into classes, "area": of the mask,
+    "crowd": bool, "mask"}, with the mask as the file has it: polygons [[x1, y1, x2, y2, ...], ...], or RLE {"size":
+    [h, w], "counts": list or str}.  As in mmdetection, images that are small or without objects are not trained on.
+    What is left out is counted in notes; the first malformed entry ends with a UserError that names it.
     """
     def __init__(self, root: str, split: str):
         tried = [os.path.join(root, "annotations", f"instances_{split}{year}.json") for year in ("2017", "2014")]
         path = next(filter(os.path.isfile, tried), None)
         if path is None:
             raise UserError(f"no objects of the split {split!r} in {root}: wanted {tried[0]} (COCO has train and val)")
-        content, names, images, objects = read_json(path), {}, {}, {}
+        content, names, files, sizes = read_json(path), {}, {}, {}
         for k, category in enumerate(want(content, "categories", list, path)):
             where = f"{path}, categories[{k}]"
             names[want(category, "id", int, where)] = want(category, "name", str, where)
-        self.category_ids, unknown, no_area = sorted(names), 0, 0
-        self.classes, index = [names[i] for i in self.category_ids], {i: k for k, i in enumerate(self.category_ids)}
         for k, image in enumerate(want(content, "images", list, path)):
             where = f"{path}, images[{k}]"
-            size = want(image, "width", int, where), want(image, "height", int, where)
-            images[want(image, "id", int, where)], objects[image["id"]] = (want(image, "file_name", str, where), *size), []
+            i = want(image, "id", int, where)
+            files[i] = want(image, "file_name", str, where)
+            sizes[i] = want(image, "width", int, where), want(image, "height", int, where)
+        self.category_ids, objects, unknown, no_area = sorted(names), {i: [] for i in files}, 0, 0
+        self.classes = [names[i] for i in self.category_ids]
+        index = {category_id: k for k, category_id in enumerate(self.category_ids)}
         for k, annotation in enumerate(want(content, "annotations", list, path)):
-            where = f"{path}, annotations[{k}] (id {annotation.get('id') if isinstance(annotation, dict) else None})"
-            image = want(annotation, "image_id", int, where)
-            if image not in images:
-                raise UserError(f"{where}: there is no image {image}")
-            if want(annotation, "category_id", int, where) not in index:
+            where = f"{path}, annotations[{k}]"
+            i = want(annotation, "image_id", int, where)
+            if i not in objects:
+                raise UserError(f"{where}: there is no image {i}")
+            thing = checked_object(annotation, *sizes[i], f"{where}, of image {files[i]}")
+            if annotation["category_id"] in index:
+                objects[i].append(dict(thing, category=index[annotation["category_id"]]))
+                no_area += not has_area(thing["box"], *sizes[i])
+            else:
                 unknown += 1
-                continue
-            objects[image].append(checked_object(annotation, index[annotation["category_id"]], *images[image][1:], where))
-            no_area += not has_area(objects[image][-1]["box"], *images[image][1:])
-        kept = [i for i, (_, *size) in images.items()
-                if split != "train" or objects[i] and min(size) >= MIN_TRAINED_SIDE]
+        kept = [i for i in files if split != "train" or objects[i] and min(sizes[i]) >= MIN_TRAINED_SIDE]
         if not kept:
-            raise UserError(f"{path} holds no images" + (" with objects" if images else ""))
-        self.image_ids = np.array(kept)
-        self.sizes = np.array([images[i][1:] for i in kept])                    # (n, 2) width, height
-        self.part = f"{split}{path[-len('2017.json'):-len('.json')]}"
-        self.root, self.files = root, Packed(as_bytes(images[i][0]) for i in kept)
+            raise UserError(f"{path} holds no image" + (f" that can be trained on, of {len(files)}" if files else ""))
+        self.root, self.part = root, split + path[-len("2017.json"):-len(".json")]
+        self.files = Packed(as_bytes(files[i]) for i in kept)
         self.objects = Packed(json.dumps(objects[i]).encode() for i in kept)    # as text they take the least memory
+        self.image_ids, self.sizes = np.array(kept), np.array([sizes[i] for i in kept])      # (n,) and (n, 2)
         self.notes = [f"{path}: {count:,} {what}" for count, what in (
-            (len(images) - len(kept), f"images have no object, or a side under {MIN_TRAINED_SIDE} pixels: left out"),
-            (unknown, "objects have a category_id that is not among the categories: left out"),
-            (no_area, "objects have boxes under a pixel wide or high: not trained on")) if count]
+            (len(files) - len(kept), f"images left out: no object, or a side under {MIN_TRAINED_SIDE} pixels"),
+            (unknown, "objects left out, whose category_id is not among the categories"),
+            (no_area, "objects under a pixel wide or high, not trained on")) if count]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -1794,44 +1802,50 @@ class CocoInstances:
 
     def read(self, i: int) -> Sample:
         image = open_image(read_file(os.path.join(self.root, self.part, os.fsdecode(self.files[i]))))
-        if upright_size(image) != tuple(self.sizes[i]):
-            raise BadRecord(f"image of another size: {upright_size(image)}, its annotations say {tuple(self.sizes[i])}")
+        wanted = tuple(self.sizes[i].tolist())
+        if upright_size(image) != wanted:
+            raise BadRecord(f"image of another size: {upright_size(image)}, the annotations are for {wanted}")
         return Sample(image, objects=json.loads(self.objects[i]))
 
 
 def has_area(box: tuple, width: int, height: int) -> bool:
-    """Whether a box (x1, y1, x2, y2) is at least a pixel wide and high inside the image."""
+    """Whether a box (x1, y1, x2, y2) has a pixel or more each way inside an image of width x height."""
     x1, y1, x2, y2 = box
     return min(x2, width) - max(x1, 0) >= 1 and min(y2, height) - max(y1, 0) >= 1
 
 
-def checked_object(annotation: dict, category: int, width: int, height: int, where: str) -> dict:
-    """An entry of a COCO file, in an image of width x height pixels, as CocoInstances.read returns it."""
-    box, mask = want(annotation, "bbox", list, where), annotation.get("segmentation")
+def checked_object(annotation: dict, width: int, height: int, where: str) -> dict:
+    """An entry of a COCO file, for an image of width x height, as CocoInstances.read returns it, less the category."""
+    want(annotation, "category_id", int, where)
+    box, area, mask = want(annotation, "bbox", list, where), annotation.get("area"), annotation.get("segmentation")
     if len(box) != 4 or not are_numbers(box):
         raise UserError(f"{where}: wanted a bbox [x, y, width, height], got {json.dumps(box)[:80]}")
-    if not are_numbers([annotation.get("area")]):
-        raise UserError(f"{where}: wanted an area in pixels, got {json.dumps(annotation.get('area'))[:80]}")
-    if isinstance(mask, list):
-        valid = mask and all(isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and are_numbers(points)
-                             for points in mask)
-    else:
-        valid = isinstance(mask, dict) and mask.get("size") == [height, width]
-        if valid and isinstance(counts := mask.get("counts"), list):
-            valid = set(map(type, counts)) <= {int} and min(counts, default=0) >= 0 and sum(counts) == width * height
-        else:                                                                   # a string is read when it is needed
-            valid = valid and isinstance(counts, str)
-    if not valid:
+    if not are_numbers([area]):
+        raise UserError(f"{where}: wanted an area, a number of pixels, got {json.dumps(area)[:80]}")
+    if not (are_polygons(mask) if isinstance(mask, list) else is_rle(mask, width, height)):
         raise UserError(f"{where}: wanted a segmentation of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or an RLE of "
                         f"size [{height}, {width}], got {json.dumps(mask)[:80]}")
     x, y, w, h = box
-    return dict(box=(x, y, x + w, y + h), category=category, area=annotation["area"], mask=mask,
-                crowd=bool(annotation.get("iscrowd", 0)))
+    return dict(box=(x, y, x + w, y + h), area=area, mask=mask, crowd=bool(annotation.get("iscrowd", 0)))
 
 
 def are_numbers(values: list) -> bool:
     """Whether all are finite numbers."""
-    return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
+    return set(map(type, values)) <= {int, float} and abs(sum(values)) < 1e12
+
+
+def are_polygons(mask: list) -> bool:
+    return bool(mask) and all(isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and
+                              are_numbers(points) for points in mask)
+
+
+def is_rle(mask, width: int, height: int) -> bool:
+    """Whether this is an RLE for an image of this size; if its counts are a string, whoever reads it will see."""
+    if not isinstance(mask, dict) or mask.get("size") != [height, width]:
+        return False
+    counts = mask.get("counts")
+    return isinstance(counts, str) or (isinstance(counts, list) and set(map(type, counts)) <= {int} and
+                                       min(counts, default=0) >= 0 and sum(counts) == width * height)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

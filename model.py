@@ -107,7 +107,7 @@ PRESETS = {
         PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4, pos_embed="sincos", init="mimetic",
         text_width=128, text_depth=2, text_heads=4, context_length=32, vocab_size=768, embed_dim=128, n_codes=512,
         quantizer_hidden=256, quantizer_bottleneck=64, text_decoder_depth=1,
-        epochs=6, batch_size=64, warmup_epochs=0.3, crop_min=1.0,
+        epochs=5, batch_size=64, warmup_epochs=0.3, crop_min=1.0,
         # paper: 0.999 over 90,000 steps; here: less, because the teacher must be able to follow within two thousand
         momentum=0.99, momentum_end=0.999),
     "vit-b16-yfcc15m": PAPER,

@@ -66,7 +66,7 @@ class TrainOptions(RunOptions, Config):
 
 # fields in which a resumed run may differ from the interrupted one: they change neither data nor arithmetic
 FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate", "checkpoint_every", "log_every",
-                  "compile", "max_bad", "bpe", "json", "eval", "draw"}
+                  "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "fit"}
 
 
 def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None):

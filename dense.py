@@ -1,0 +1,1801 @@
+"""Dense prediction: which patch features carry meaning, and what can be built on them.
+
+    python dense.py zeroshot [CHECKPOINT]    segmentation without training: each patch against the names of the classes
+    python dense.py words    [CHECKPOINT]    pictures of where the words of a caption are     (supplement, Figures 2, 3)
+    python dense.py upernet  [CHECKPOINT]    segmentation, fine-tuned with UperNet            (supplement B)
+    python dense.py maskrcnn [CHECKPOINT]    boxes and masks, fine-tuned with Mask R-CNN      (supplement B)
+
+Zero-shot features are those of the value path (VisionTransformer.value_features): in the last block softmax attention
+would mix all patches, so the identity takes its place, and a patch's feature stays its own.  UperNet takes the outputs
+of four blocks as they are and trains everything.  With no options each command runs on the Shapes world.
+
+Letters: B images, C classes (or words), D width, E embedding, H x W pixels of an image, w pixels along a window.
+Labels are 0 ... C-1, and 255 for pixels that do not count.      Check:  python -m pytest tests/test_segmentation.py
+"""
+import hashlib
+import itertools
+import json
+import math
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data as data_module
+from data import BadRecord, UserError
+from losses import mean_over_processes
+from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, opt
+from train import (Log, RunOptions, StopSignal, check_bad, check_same_data, find_resumable, layer_decay_groups,
+                   load_checkpoint, load_state, parse, refuse_update, report_bad, run, save_atomically, seeded,
+                   setup)
+
+IGNORED = 255
+BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels and mean IoU
+# ---------------------------------------------------------------------------------------------------------------------
+
+def reduce_zero_label(label_map: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 labels of which 0 is no class: 0 -> 255, 1 -> 0, 2 -> 1, ...; 255 stays."""
+    reduced = label_map - np.uint8(1)                               # wraps around: 0 -> 255, as wanted, and 255 -> 254
+    reduced[reduced == 254] = IGNORED
+    return reduced
+
+
+def confusion_matrix(truth: Tensor, predicted: Tensor, n_classes: int) -> Tensor:
+    """Two (H, W) label maps -> (C, C) int64 counts of pixels, a row a true class, a column a predicted one."""
+    counts = truth != IGNORED
+    pairs = truth[counts].long() * n_classes + predicted[counts].long()
+    return torch.bincount(pairs, minlength=n_classes ** 2).view(n_classes, n_classes)
+
+
+def mean_iou(confusion: Tensor) -> tuple[float, Tensor, float]:
+    """(C, C) counts, summed over a whole data set -> mIoU, (C,) IoU of each class, accuracy over all pixels.
+
+    IoU = both / (true + predicted - both); NaN for a class that is neither true nor predicted, and not in the mean.
+    """
+    both, true, predicted = confusion.diag().double(), confusion.sum(dim=1), confusion.sum(dim=0)
+    iou = both / (true + predicted - both)
+    return iou.nanmean().item(), iou, (both.sum() / true.sum()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From an image of any size to scores for each of its pixels
+# ---------------------------------------------------------------------------------------------------------------------
+
+def scaled_sides(width: int, height: int, size: float, fit: str = "short") -> tuple[int, int]:
+    """(width, height) that an image is resized to.
+
+    "short": short side `size`, long side at most 4 times that, which is mmsegmentation's scale (2048, 512);
+    "inside": long side `size`;  "square": both, whatever the shape.
+    """
+    if fit == "square":
+        return round(size), round(size)
+    short, long = min(width, height), max(width, height)
+    scale = size / long if fit == "inside" else min(size / short, 4 * size / long)
+    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+
+
+def starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side: every `stride` pixels, the last one moved back to end at the border."""
+    count = max(size - window + stride - 1, 0) // stride + 1
+    return [min(i * stride, size - window) for i in range(count)]
+
+
+def slide(image: Tensor, predict: Callable[[Tensor], Tensor], window: int, stride: int, at_once: int = 16) -> Tensor:
+    """image (3, H, W) -> scores (C, H, W), averaged where windows overlap.
+
+    predict   (n, 3, w, w) -> (n, C, w, w) scores of n <= at_once windows
+    """
+    H, W = image.shape[1:]
+    image = F.pad(image, (0, max(0, window - W), 0, max(0, window - H)))               # with the mean color, which is 0
+    corners = itertools.product(starts(image.shape[1], window, stride), starts(image.shape[2], window, stride))
+    areas = [(..., slice(y, y + window), slice(x, x + window)) for y, x in corners]
+    total, count = None, torch.zeros(image.shape[1:], device=image.device)
+    for first in range(0, len(areas), at_once):
+        some = areas[first:first + at_once]
+        scores = predict(torch.stack([image[area] for area in some])).float()                        # (n, C, w, w)
+        total = scores.new_zeros(scores.shape[1], *image.shape[1:]) if total is None else total      # (C, H, W)
+        for area, score in zip(some, scores):
+            total[area] += score
+            count[area] += 1
+    return (total / count)[:, :H, :W]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The test that zero-shot segmentation and UperNet share
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class SegmentationOptions(RunOptions):
+    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
+    data: str = opt("shapes:objects=2-4", "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR or voc:DIR")
+    json: str = opt("", "file for the results, as one JSON object")
+    draw: int = opt(8, "how many images are drawn into OUT/maps.png, with truth and prediction")
+    limit: int = opt(0, "how many images to test on, 0: all", "test")
+    background: str = opt("auto", "label 0: left out or a class; auto: left out where the protocol does so (ADE20K, "
+                          "Pascal Context, Shapes)", "test", ("auto", "ignore", "class"))
+    test_size: int = opt(0, "test images are resized to this, pixels; 0: as the paper", "test")
+    fit: str = opt("short", "what gets that size: the short side, the long one (inside), or both (paper: 512x512, in "
+                   "mmsegmentation short)", "test", ("short", "inside", "square"))
+
+
+def open_segmentation(options: SegmentationOptions, split: str):
+    """The data set, the names of its C classes, and whether its label maps must be reduced."""
+    data = data_module.open_data(options.data, split, "segmentation", size=options.test_size)
+    names, reduce = list(data.classes), data.reduce_zero_label
+    if options.background == "class" and reduce:
+        names, reduce = ["background", *names], False
+    elif options.background == "ignore" and not reduce:
+        if names[0] != "background":
+            raise UserError(f"--background ignore: label 0 of {options.data} is {names[0]}, not the background")
+        names, reduce = names[1:], True
+    return data, names, reduce
+
+
+@dataclass
+class ResizeTransform:
+    """A record -> images, uint8 (3, h, w), resized; labels (H, W), as they are."""
+    size: int
+    fit: str
+    reduce: bool
+
+    def __call__(self, sample, rng) -> dict:
+        image = data_module.decode(sample.image)
+        image = image.resize(scaled_sides(*image.size, self.size, self.fit), BILINEAR)
+        labels = reduce_zero_label(sample.label_map) if self.reduce else sample.label_map
+        return dict(images=data_module.to_tensor(image), labels=labels)
+
+
+@torch.no_grad()
+def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, runtime, out: Path, protocol: dict):
+    """Tests score, (3, h, w) -> (C, h, w), against all labels at their own size; prints, draws and writes the results:
+
+    miou, accuracy, class_accuracy (its mean over classes), images, bad (records), iou {class: IoU, None for NaN}, and
+    the protocol that these numbers depend on
+    """
+    data, names, reduce = open_segmentation(options, "val")
+    loader = data_module.eval_loader(data, ResizeTransform(options.test_size, options.fit, reduce), 1, runtime.rank,
+                                     runtime.world, runtime.workers)
+    confusion = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
+    counts, rows, started = torch.zeros(2, dtype=torch.long, device=runtime.device), [], time.monotonic()
+    for batch in data_module.progress(loader, len(loader), "images tested") if runtime.is_main else loader:
+        bad = report_bad(batch["bad"])
+        counts += torch.tensor([1 - bad, bad], device=runtime.device)
+        if not bad:
+            with runtime.autocast():
+                scores = score(data_module.normalize(batch["images"].to(runtime.device))[0])         # (C, h, w)
+            truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                          # (H, W)
+            predicted = resize(scores[None], truth.shape)[0].argmax(dim=0)                           # (H, W)
+            confusion += confusion_matrix(truth, predicted, len(names))
+            if len(rows) < options.draw:
+                rows.append((batch["images"][0].permute(1, 2, 0).numpy(), truth.cpu().numpy(), predicted.cpu().numpy()))
+        if options.limit and counts[0] * runtime.world >= options.limit:
+            break
+    if runtime.world > 1:
+        dist.all_reduce(confusion)
+        dist.all_reduce(counts)
+    if not counts[0]:
+        raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
+    confusion = confusion.cpu()
+    miou, iou, accuracy = mean_iou(confusion)
+    by_class = (confusion.diag() / confusion.sum(dim=1)).nanmean().item()
+    results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=counts[0].item(), bad=counts[1].item(),
+                   iou={name: None if math.isnan(value) else value for name, value in zip(names, iou.tolist())},
+                   protocol=dict(data=options.data, resized_to=f"{options.fit} {options.test_size}", **protocol,
+                                 classes=f"{len(names)} ({hashlib.sha256(','.join(names).encode()).hexdigest()[:8]})"))
+    if runtime.is_main:
+        known = sorted(((value, name) for name, value in results["iou"].items() if value is not None), reverse=True)
+        for what, some in (("best", known[:5]), ("worst", known[-5:])):
+            print(f"{what:9} " + "   ".join(f"{name} {value:.1%}" for value, name in some))
+        print("protocol  " + "   ".join(f"{key.replace('_', ' ')} {v}" for key, v in results["protocol"].items()))
+        print(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({counts[0]} images, "
+              f"{counts[1]} bad, {time.monotonic() - started:.0f} s)", flush=True)
+        if rows:
+            out.mkdir(parents=True, exist_ok=True)
+            draw_label_maps(rows, len(names)).save(out / "maps.png")
+            print(f"image, truth and prediction side by side: {out}/maps.png", flush=True)
+        if options.json:
+            Path(options.json).write_text(json.dumps(dict(results, task="segmentation")) + "\n")
+    return results
+
+
+def palette(n: int) -> np.ndarray:
+    """(n, 3) uint8, colors that differ, those of neighbors most."""
+    hsv = [(int(158.2 * i) % 256, (255, 160, 210)[i % 3], (235, 255, 170)[i // 3 % 3]) for i in range(n)]
+    return np.asarray(PIL.Image.frombytes("HSV", (n, 1), bytes(sum(hsv, ()))).convert("RGB"))[0]
+
+
+def draw_label_maps(rows: list[tuple], n_classes: int, cell: int = 192) -> PIL.Image.Image:
+    """Rows of image (h, w, 3), true and predicted labels (H, W): side by side, darker where the truth is not known."""
+    colors, gap = palette(n_classes), 4
+    sheet = PIL.Image.new("RGB", (3 * (cell + gap), len(rows) * (cell + gap)), "white")
+    for k, (image, truth, predicted) in enumerate(rows):
+        known = (truth != IGNORED)[:, :, None]
+        pictures = [image, colors[truth * known[:, :, 0]] * known, colors[predicted] // np.where(known, 1, 3)]
+        size = [round(cell * side / max(truth.shape)) for side in truth.shape[::-1]]
+        for column, pixels in enumerate(pictures):
+            picture = PIL.Image.fromarray(pixels.astype(np.uint8)).resize(size, NEAREST)
+            sheet.paste(picture, (column * (cell + gap), k * (cell + gap)))
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Zero-shot segmentation: the class whose name is nearest to the patch
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class ZeroShotOptions(SegmentationOptions):
+    templates: str = opt("auto", "sentences around a name: 85, 80, 7, a file, or one with {}; auto: 85 (paper), for "
+                         "shapes a {}", "test")
+    value_path: str = opt("code", "last block: with residual and MLP as DenseCLIP's code, or plain as its text", "test",
+                          ("code", "plain"))
+
+
+def templates_for(choice: str, spec: str) -> tuple[str, ...]:
+    """What --templates says.  The Shapes world's language knows few words, so its default is the plainest sentence."""
+    return data_module.find_templates(choice if choice != "auto" else "a {}" if spec.startswith("shapes") else "85")
+
+
+def patch_scores(model: MaskCLIP, texts: Tensor, path: str) -> Callable[[Tensor], Tensor]:
+    """texts (C, E), unit length -> function (n, 3, h, w) -> (n, C, h, w), the cosine of text and patch, upsampled."""
+    def predict(images: Tensor) -> Tensor:
+        h, w = images.shape[2:]
+        cosine = model.encode_patches(images, path) @ texts.T                                        # (n, N, C)
+        grid = h // model.config.patch_size, w // model.config.patch_size
+        return resize(cosine.transpose(1, 2).unflatten(2, grid), (h, w))
+    return predict
+
+
+def zeroshot(argv=None):
+    options = parse(ZeroShotOptions, __doc__, argv, positional=("checkpoint",))
+    runtime = setup(options)
+    model, tokenizer, config = load_checkpoint(options.checkpoint, runtime.device)
+    # paper: 512, Pascal Context 480, for windows of 224 with stride 112, so that positions are never resized
+    window, spec = config.image_size, options.data
+    paper = 480 if spec.startswith("pascal-context") else 512
+    options.test_size = options.test_size or (2 * window if spec.startswith("shapes") else paper * window // 224)
+    templates = templates_for(options.templates, spec)
+    texts = model.encode_classes(open_segmentation(options, "val")[1], templates, tokenizer)         # (C, E)
+    predict = patch_scores(model, texts, options.value_path)
+    evaluate(partial(slide, predict=predict, window=window, stride=window // 2), options, runtime,
+             Path(options.out or "runs/zeroshot-segmentation"),
+             dict(checkpoint=options.checkpoint, method=config.method, window=window, stride=window // 2,
+                  value_path=options.value_path, templates=len(templates)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Word-image maps: where the words of a caption are
+# ---------------------------------------------------------------------------------------------------------------------
+
+FUNCTION_WORDS = set("a an the and or plus of in on at to by with from for below under above left right top bottom "
+                     "there is are its two three four five six photo picture image drawing background".split())
+
+
+@dataclass
+class WordOptions(RunOptions):
+    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
+    compare: str = opt("", "another checkpoint, whose maps stand beside")
+    data: str = opt("shapes", "data set with captions, as train.py reads it")
+    samples: int = opt(6, "how many records, drawn by --seed")
+    image: str = opt("", "file of an image to take instead of records")
+    caption: str = opt("", "its caption")
+    words: str = opt("", "words or phrases to look for, with commas; empty: those of the caption that mean something")
+    templates: str = opt("auto", "sentences around a word, as for zeroshot; auto: 85 (paper silent), for shapes a {}")
+    value_path: str = opt("code", "last block: with residual and MLP, or plain", "run", ("code", "plain"))
+    test_size: int = opt(0, "short side of the image, pixels, seen in windows of the model's size; 0: that size")
+    scale: str = opt("shared", "a word's colors go from its least to its greatest value: over both models, or in each",
+                     "run", ("shared", "own"))
+
+
+def words_of(caption: str) -> list[str]:
+    """The different words of a caption, in order, without those that stand for nothing one could point at."""
+    return list(dict.fromkeys(word for word in re.findall(r"\w[\w'-]*", caption.lower()) if word not in FUNCTION_WORDS))
+
+
+@torch.no_grad()
+def word_maps(model: MaskCLIP, tokenizer, image: PIL.Image.Image, phrases: list[str], templates: tuple[str, ...],
+              path: str = "code", size: int = 0) -> np.ndarray:
+    """RGB image of W x H pixels -> (phrases, H, W) float32, cosine of phrase and patch, upsampled.
+
+    # paper: shows such maps, silent on how they are made; here: scores of zero-shot segmentation, phrases for classes
+    """
+    window = model.config.image_size
+    pixels = data_module.to_tensor(image.resize(scaled_sides(*image.size, size or window), BILINEAR))
+    pixels = data_module.normalize(pixels[None].to(model.logit_scale.device))[0]                     # (3, h, w)
+    predict = patch_scores(model, model.encode_classes(phrases, templates, tokenizer), path)
+    return resize(slide(pixels, predict, window, window // 2)[None], image.size[::-1])[0].cpu().numpy()
+
+
+def overlay(image: PIL.Image.Image, values: np.ndarray, low: float, high: float) -> PIL.Image.Image:
+    """values (H, W) from blue (low) by green and yellow to red (high), over the image in gray."""
+    share = (values - low) / max(high - low, 1e-6)
+    stops = np.array([(20, 20, 140), (20, 130, 220), (60, 200, 120), (250, 220, 50), (200, 20, 20)])
+    colors = np.stack([np.interp(share, np.linspace(0, 1, len(stops)), stops[:, k]) for k in range(3)], axis=-1)
+    gray = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None]
+    return PIL.Image.fromarray((0.4 * gray + 0.6 * colors).astype(np.uint8))                         # (H, W, 3)
+
+
+def draw_word_maps(rows: list[tuple], models: list[str], own_scale: bool, cell: int = 160) -> PIL.Image.Image:
+    """Rows of (image, caption, phrases, maps (models, phrases, H, W)): the image, then each phrase's map by each."""
+    font, gap, line = PIL.ImageFont.load_default(14), 6, 20
+    high, wide = cell + 3 * line, [round(cell * image.width / image.height) for image, *_ in rows]
+    width = max((1 + len(phrases) * len(models)) * (w + gap) for w, (_, _, phrases, _) in zip(wide, rows))
+    sheet = PIL.Image.new("RGB", (width + gap, len(rows) * high), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for k, (w, (image, caption, phrases, maps)) in enumerate(zip(wide, rows)):
+        draw.text((gap, k * high), caption, "black", font)
+        sheet.paste(image.resize((w, cell)), (gap, k * high + 2 * line))
+        for (j, phrase), (m, model) in itertools.product(enumerate(phrases), enumerate(models)):
+            x = gap + (1 + j * len(models) + m) * (w + gap)
+            span = maps[m, j] if own_scale else maps[:, j]
+            draw.text((x, k * high + line), f"{phrase} ({model})" if len(models) > 1 else phrase, "black", font)
+            picture = overlay(image, maps[m, j], span.min(), span.max()).resize((w, cell))
+            sheet.paste(picture, (x, k * high + 2 * line))
+    return sheet
+
+
+def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Image, str]]:
+    """(RGB image, caption) of the file, or of records drawn by the seed; bad ones are named and left out."""
+    if options.image:
+        try:
+            return [(data_module.decode(data_module.open_image(data_module.read_file(options.image))), options.caption)]
+        except BadRecord as error:
+            raise UserError(f"--image {options.image}: {error}") from None
+    data, pairs = data_module.open_data(options.data, "val", "captions", size=size), []
+    order = np.random.default_rng(options.seed).permutation(len(data)).tolist()
+    while order and len(pairs) < options.samples:
+        i = order.pop()
+        try:
+            sample = data.read(i)
+            pairs.append((data_module.decode(sample.image), sample.captions[0] if sample.captions else ""))
+        except BadRecord as error:
+            report_bad([(data.name(i), str(error))])
+    return pairs
+
+
+def words(argv=None):
+    options = parse(WordOptions, __doc__, argv, positional=("checkpoint",))
+    runtime, out = setup(options), Path(options.out or "runs/words")
+    paths = [options.checkpoint, options.compare] if options.compare else [options.checkpoint]
+    loaded = [load_checkpoint(path, runtime.device) for path in paths]              # (model, tokenizer, config) each
+    templates, rows, arrays = templates_for(options.templates, "" if options.image else options.data), [], {}
+    for k, (image, caption) in enumerate(captioned_images(options, loaded[0][2].image_size)):
+        phrases = [phrase.strip() for phrase in options.words.split(",")] if options.words else words_of(caption)
+        if not phrases:
+            raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
+        maps = np.stack([word_maps(model, tokenizer, image, phrases, templates, options.value_path, options.test_size)
+                         for model, tokenizer, _ in loaded])                        # (models, phrases, H, W)
+        rows.append((image, caption, phrases, maps))
+        arrays.update({f"image{k}": np.asarray(image), f"words{k}": np.array(phrases), f"maps{k}": maps})
+    out.mkdir(parents=True, exist_ok=True)
+    methods = [config.method for _, _, config in loaded]
+    names = methods if len(set(methods)) == len(methods) else paths
+    draw_word_maps(rows, names, options.scale == "own").save(out / "words.png")
+    np.savez_compressed(out / "words.npz", models=np.array(paths), **arrays)
+    print(f"{out}/words.png: {len(rows)} images;  {out}/words.npz: image, words and maps of each", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pyramid: one scale of a ViT made four
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Pyramid(nn.Module):
+    """Outputs of four blocks of a ViT with patches of p pixels, at strides p/4, p/2, p, 2p (4, 8, 16, 32 for p = 16).
+
+    # paper: blocks 4, 6, 8, 12, counted from 1; here: in a tower of another depth, those in proportion
+    No norm follows them (as in BEiT and iBOT), so the tower's final one goes: DDP wants a gradient for each parameter.
+    """
+    def __init__(self, visual: VisionTransformer, drop_path: float = 0.0):
+        super().__init__()
+        self.visual = visual
+        self.visual.norm = nn.Identity()
+        depth, D = len(visual.blocks), visual.cls_token.shape[-1]
+        self.taps = [max(1, round(block * depth / 12)) for block in (4, 6, 8, 12)]
+        for block, rate in zip(visual.blocks, np.linspace(0, drop_path, depth).tolist()):
+            block.drop_path = rate
+        self.up4 = nn.Sequential(nn.ConvTranspose2d(D, D, 2, stride=2), SyncBatchNorm(D), nn.GELU(),
+                                 nn.ConvTranspose2d(D, D, 2, stride=2))
+        self.up2 = nn.ConvTranspose2d(D, D, 2, stride=2)
+        self.down2 = nn.MaxPool2d(2, stride=2)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W), sides multiples of p -> four maps (B, D, ., .), the finest first"""
+        grid = [side // self.visual.patch_size for side in images.shape[2:]]
+        outputs = dict(zip(sorted(set(self.taps)), self.visual.block_outputs(images, self.taps)))    # (B, 1+N, D) each
+        a, b, c, d = (outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in self.taps)   # (B, D, *grid)
+        return [self.up4(a), self.up2(b), c, self.down2(d)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UperNet (Xiao et al. 2018) on the pyramid
+# ---------------------------------------------------------------------------------------------------------------------
+
+def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), SyncBatchNorm(outputs),
+                         nn.ReLU())
+
+
+class UperNet(nn.Module):
+    """Pyramid pooling of the coarsest map, a path from coarse to fine that adds the other three, and all four fused.
+
+    # paper: silent on the head's width; here: 768, as in BEiT, iBOT and BootMAE, and not mmsegmentation's 512
+    """
+    def __init__(self, visual: VisionTransformer, n_classes: int, channels: int = 768, aux_channels: int = 256,
+                 drop_path: float = 0.1, dropout: float = 0.1):
+        super().__init__()
+        D, c = visual.cls_token.shape[-1], channels
+        self.pyramid = Pyramid(visual, drop_path)
+        self.pools = nn.ModuleList([nn.Sequential(nn.AdaptiveAvgPool2d(n), conv_norm(D, c, 1)) for n in (1, 2, 3, 6)])
+        self.top = conv_norm(D + 4 * c, c, 3)
+        self.lateral = nn.ModuleList([conv_norm(D, c, 1) for _ in range(3)])
+        self.smooth = nn.ModuleList([conv_norm(c, c, 3) for _ in range(3)])
+        self.fuse = conv_norm(4 * c, c, 3)
+        self.classify = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(c, n_classes, 1))
+        self.auxiliary = nn.Sequential(conv_norm(D, aux_channels, 3), nn.Dropout2d(dropout),
+                                       nn.Conv2d(aux_channels, n_classes, 1))
+        for head in (self.classify, self.auxiliary):
+            nn.init.normal_(head[-1].weight, std=0.01)
+            nn.init.zeros_(head[-1].bias)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, 3, H, W) -> scores (B, C, 4H/p, 4W/p); in training those of the auxiliary head too, (B, C, H/p, W/p)"""
+        *fine, coarse = self.pyramid(images)
+        pooled = [resize(pool(coarse), coarse.shape[2:]) for pool in self.pools]
+        x = top = self.top(torch.cat([coarse, *pooled], dim=1))                                     # (B, c, H/2p, W/2p)
+        levels = []
+        for lateral, smooth, y in zip(self.lateral[::-1], self.smooth[::-1], fine[::-1]):
+            x = lateral(y) + resize(x, y.shape[2:])
+            levels.append(smooth(x))
+        size = x.shape[2:]                                                                           # 4H/p, 4W/p
+        x = self.fuse(torch.cat([resize(level, size) for level in (*levels[::-1], top)], dim=1))     # (B, c, *size)
+        return self.classify(x), self.auxiliary(fine[2]) if self.training else None
+
+    def predict(self, images: Tensor) -> Tensor:
+        """(n, 3, h, w) -> (n, C, h, w)"""
+        return resize(self(images)[0], images.shape[2:])
+
+
+@torch.no_grad()
+def parts_of(net: UperNet, images: Tensor) -> list[tuple[str, int, list[tuple]]]:
+    """(name, number of parameters, shapes (channels, h, w) of its outputs) of each part, from one pass over images."""
+    parts = {**dict(net.pyramid.named_children()), **dict(net.named_children())}
+    del parts["pyramid"]
+    layers = {name: part if isinstance(part, nn.ModuleList) else [part] for name, part in parts.items()}
+    layers["visual"] = [net.pyramid.visual.blocks[tap - 1] for tap in net.pyramid.taps]              # (1+N, D) each
+    shapes = {name: [] for name in parts}
+    hooks = [layer.register_forward_hook(lambda _, __, out, name=name: shapes[name].append(tuple(out.shape[1:])))
+             for name in parts for layer in layers[name]]
+    net.eval().training = True                      # the auxiliary head too, but batch norm as in a test
+    net(images)
+    for hook in hooks:
+        hook.remove()
+    return [(name, sum(p.numel() for p in part.parameters()), shapes[name]) for name, part in parts.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: augmentation, loss, and the loop that UperNet and Mask R-CNN share
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class FineTuneOptions:
+    """What `fine_tune` takes; the defaults are UperNet's."""
+    steps: int = opt(160_000, "length in steps (paper)", "recipe")
+    batch_size: int = opt(16, "images a step, over all processes (paper)", "recipe")
+    lr: float = opt(2e-4, "peak learning rate (paper)", "recipe")
+    warmup_steps: int = opt(1500, "steps of linear warm-up, then linear decay to 0 (paper)", "recipe")
+    weight_decay: float = opt(0.05, "AdamW weight decay of matrices (paper)", "recipe")
+    layer_decay: float = opt(0.6, "learning rate of a block relative to the one above it (paper)", "recipe")
+    drop_path: float = opt(0.1, "stochastic depth: how often the last block is skipped (paper)", "recipe")
+    clip_grad: float = opt(3.0, "largest gradient norm, 0: no clipping (BootMAE; paper silent)", "recipe")
+    resume: str = opt("auto", "auto: go on from OUT/last.pt if there; none: start over; or a checkpoint's path")
+    checkpoint_every: float = opt(300.0, "seconds between checkpoints")
+    log_every: int = opt(20, "steps between lines of metrics.jsonl")
+    max_bad: float = opt(0.05, "stop when more than this share of the records read is bad")
+
+
+@dataclass
+class UperNetOptions(FineTuneOptions, SegmentationOptions):
+    recipe: str = opt("auto", "the defaults of all other options: the paper's on ADE20K, or one for a CPU; auto: the "
+                      "latter for shapes", "recipe", ("auto", "ade20k", "pocket"))
+    crop: int = opt(512, "side of training crops and of test windows, pixels (paper)", "recipe")
+    channels: int = opt(768, "width of the head (BEiT, iBOT, BootMAE; mmsegmentation 512; paper silent)", "recipe")
+    aux_channels: int = opt(256, "width of the auxiliary head (mmsegmentation)", "recipe")
+    aux_weight: float = opt(0.4, "weight of its loss (mmsegmentation)", "recipe")
+    distort: bool = opt(True, "photometric distortion of training images (paper)", "recipe")
+    mean_over: str = opt("all", "pixels the loss is divided by: all (BootMAE's mmsegmentation), or those with a label; "
+                         "paper silent", "recipe", ("all", "labeled"))
+
+
+# paper: nothing so small; here: few steps at a higher rate; colors stay as they are, as they are half of the class
+POCKET = dict(steps=600, lr=2e-3, warmup_steps=50, crop=64, test_size=128, channels=48, aux_channels=32, distort=False)
+
+
+def parse_upernet(argv=None) -> UperNetOptions:
+    """The command line over the recipe that it, or else the data, names."""
+    asked = parse(UperNetOptions, __doc__, argv, positional=("checkpoint",))
+    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "ade20k"
+    defaults = replace(UperNetOptions(test_size=512), **(POCKET if recipe == "pocket" else {}))
+    options = parse(UperNetOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults)
+    return replace(options, recipe=recipe, out=options.out or f"runs/upernet-{recipe}")
+
+
+def linear_schedule(step: int, total: int, warmup: int) -> float:
+    """Share of the peak rate at step 0 ... total-1: linear from 1 to 0, times a linear rise over `warmup` steps."""
+    return (1 - step / total) * min(1.0, 1e-6 + step / max(warmup, 1))
+
+
+def affine(image: PIL.Image.Image, scale: float, offset: float = 0.0) -> PIL.Image.Image:
+    """scale * v + offset for each 8-bit value v, clipped."""
+    values = (np.arange(256) * scale + offset).clip(0, 255).astype(np.uint8)
+    return image.point(list(values) * len(image.getbands()))
+
+
+def photometric_distortion(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
+    """Brightness +-32, contrast and saturation x 0.5 to 1.5, hue +-18 of 180, each for half of the images (SSD)."""
+    brightness, contrast, contrast_first, saturation, hue = rng.random(5) < 0.5
+    gain = rng.uniform(0.5, 1.5)
+    if brightness:
+        image = affine(image, 1, rng.uniform(-32, 32))
+    if contrast and contrast_first:
+        image = affine(image, gain)
+    if saturation or hue:
+        h, s, v = image.convert("HSV").split()
+        if saturation:
+            s = affine(s, rng.uniform(0.5, 1.5))
+        if hue:
+            turn = rng.integers(-18, 18) * 256 / 180
+            h = h.point([round(value + turn) % 256 for value in range(256)])
+        image = PIL.Image.merge("HSV", (h, s, v)).convert("RGB")
+    return affine(image, gain) if contrast and not contrast_first else image
+
+
+@dataclass
+class CropTransform:
+    """A record, rescaled, cropped, flipped, distorted, padded -> images (3, crop, crop) uint8, labels (crop, crop)."""
+    size: int
+    crop: int
+    reduce: bool
+    distort: bool
+
+    def __call__(self, sample, rng: np.random.Generator) -> dict:
+        image = data_module.decode(sample.image)
+        labels = reduce_zero_label(sample.label_map) if self.reduce else sample.label_map
+        sides = scaled_sides(*image.size, self.size * rng.uniform(0.5, 2))
+        labels = np.asarray(PIL.Image.fromarray(labels).resize(sides, NEAREST))
+        left, top = self.corner(labels, rng)
+        labels = labels[top:top + self.crop, left:left + self.crop]
+        height, width = labels.shape
+        image = image.resize(sides, BILINEAR).crop((left, top, left + width, top + height))
+        if rng.random() < 0.5:
+            image, labels = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), labels[:, ::-1]
+        mean_color = tuple(round(255 * mean) for mean in data_module.MEAN)          # 0 to the model
+        padded = PIL.Image.new("RGB", (self.crop, self.crop), mean_color)
+        padded.paste(photometric_distortion(image, rng) if self.distort else image, (0, 0))
+        full = np.full((self.crop, self.crop), IGNORED, dtype=np.int64)
+        full[:height, :width] = labels
+        return dict(images=data_module.to_tensor(padded), labels=torch.from_numpy(full))
+
+    def corner(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+        """(left, top) of a random crop with several classes, none over 75% of what has a label; ten redraws at most."""
+        for _ in range(1 + 10):
+            top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in labels.shape)
+            area = labels[top:top + self.crop, left:left + self.crop]
+            count = np.bincount(area.ravel(), minlength=256)[:IGNORED]
+            if (count > 0).sum() > 1 and count.max() < 0.75 * count.sum():
+                break
+        return left, top
+
+
+def pixel_cross_entropy(scores: Tensor, labels: Tensor, mean_over: str = "all") -> Tensor:
+    """scores (B, C, h, w), upsampled, against labels (B, H, W): cross-entropy summed over the pixels that have a label,
+    over the number of all pixels, or of the labeled ones."""
+    total = F.cross_entropy(resize(scores.float(), labels.shape[1:]), labels, ignore_index=IGNORED, reduction="sum")
+    labeled = (labels != IGNORED).sum().float()
+    return total / (labels.numel() if mean_over == "all" else mean_over_processes(labeled).clamp(min=1))
+
+
+def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, transform, options: FineTuneOptions,
+              runtime, out: Path, state: dict | None, more: dict, collate: Callable = data_module.collate):
+    """Fine-tunes net with AdamW and layer decay, as train.py trains: writes OUT/metrics.jsonl and OUT/last.pt.
+
+    losses_of   (net, batch) -> {name: loss} of this process's share of a batch; their sum is minimized
+    schedule    (step, total, warmup) -> share of the peak learning rate
+    state       what to go on from: an earlier OUT/last.pt, or None
+    more        what else OUT/last.pt holds, with "kind"
+    """
+    stop, share, identity = StopSignal(), runtime.share(options.batch_size), data_module.hash_names(data)
+    if len(data) < options.batch_size:
+        raise UserError(f"{len(data)} records are fewer than a batch of {options.batch_size}: lower --batch-size")
+    groups = layer_decay_groups(net, options.lr, options.weight_decay, options.layer_decay)
+    optimizer, first, bad_count = torch.optim.AdamW(groups, fused=True), 0, 0
+    if state:
+        check_same_data(state, identity, out)
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, bad_count = state["step"], state["bad_count"]
+    if runtime.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+    model = DistributedDataParallel(net, broadcast_buffers=False) if runtime.world > 1 else net
+    loader = data_module.train_loader(data, transform, options.batch_size, options.seed, range(first, options.steps),
+                                      runtime.rank, runtime.world, runtime.workers, collate)
+    log = Log(out, runtime.is_main, options.steps, options.batch_size, first)
+
+    def save(step: int) -> bool:
+        return not runtime.is_main or save_atomically(out / "last.pt", dict(
+            more, config=asdict(options), model=net.state_dict(), optimizer=optimizer.state_dict(), step=step,
+            bad_count=bad_count, data=identity))
+
+    saved, skipped = time.monotonic(), 0
+    net.train()
+    for step, batch in enumerate(loader, start=first):
+        lr = options.lr * schedule(step, options.steps, options.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        bad_count += report_bad(batch["bad"])
+        check_bad(bad_count, (step + 1 - first) * share, options.max_bad)
+        optimizer.zero_grad()
+        with runtime.autocast():
+            terms = seeded((options.seed << 32) + step * runtime.world + runtime.rank, losses_of, model, batch)
+        loss = sum(terms.values())
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(net.parameters(), options.clip_grad or math.inf)
+        told = torch.stack([*terms.values(), loss.new_tensor(float(stop.number > 0))])
+        *values, stopping = mean_over_processes(told).tolist()
+        terms = dict(zip(terms, values))
+        if math.isfinite(sum(values)) and math.isfinite(norm.item()):
+            skipped = 0
+            optimizer.step()
+        else:
+            skipped += 1
+            refuse_update(terms, norm.item(), step, skipped, out)
+        if (step + 1) % options.log_every == 0 or step + 1 == options.steps:
+            epoch = (step + 1) / (len(data) // options.batch_size)
+            log.line(step, dict(epoch=epoch, loss=sum(values), lr=lr, **terms, grad_norm=norm.item()))
+        if stopping:
+            save(step + 1)
+            if runtime.is_main:
+                print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)
+            sys.exit(128 + (stop.number or signal.SIGTERM))
+        if time.monotonic() - saved > options.checkpoint_every and step + 1 < options.steps:
+            save(step + 1)
+            saved = time.monotonic()
+    if first < options.steps and not save(options.steps):
+        raise UserError(f"the model could not be saved to {out}/last.pt: free some space and run the command again")
+    net.eval()
+
+
+def upernet(argv=None):
+    options = parse_upernet(argv)
+    runtime, out = setup(options), Path(options.out)
+    state = find_resumable(options, out, "upernet")
+    if state:
+        c = Config(**state["backbone"])
+        visual = VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, pos_embed=c.pos_embed)
+    else:
+        pretrained, _, c = load_checkpoint(options.checkpoint)
+        visual = pretrained.visual
+    data, names, reduce = open_segmentation(options, "train")
+    net = UperNet(visual, len(names), options.channels, options.aux_channels, options.drop_path).to(runtime.device)
+    if runtime.is_main:
+        print(f"UperNet, recipe {options.recipe}, on blocks {net.pyramid.taps} of {options.checkpoint}: {len(names)} "
+              f"classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
+        for name, count, shapes in parts_of(net, torch.zeros(2, 3, options.crop, options.crop, device=runtime.device)):
+            print(f"{name:10}{count:12,}  " + "  ".join("x".join(map(str, shape)) for shape in shapes))
+        print(f"{'in all':10}{sum(p.numel() for p in net.parameters()):12,}  parameters", flush=True)
+
+    def losses_of(net: nn.Module, batch: dict) -> dict[str, Tensor]:
+        labels = batch["labels"].to(runtime.device)
+        scores, auxiliary = net(data_module.normalize(batch["images"].to(runtime.device)))
+        return dict(segmentation=pixel_cross_entropy(scores, labels, options.mean_over),
+                    auxiliary=options.aux_weight * pixel_cross_entropy(auxiliary, labels, options.mean_over))
+
+    transform = CropTransform(options.test_size, options.crop, reduce, options.distort)
+    fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, out, state,
+              dict(kind="upernet", backbone=asdict(c), classes=names))
+    stride = options.crop * 2 // 3                                  # 341 of 512, as in BEiT, iBOT and BootMAE
+    evaluate(partial(slide, predict=net.predict, window=options.crop, stride=stride), options, runtime, out,
+             dict(checkpoint=options.checkpoint, steps=options.steps, window=options.crop, stride=stride))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes: IoU, non-maximum suppression, RoIAlign, masks pasted into boxes.  A box is x1, y1, x2, y2 in continuous pixels:
+# x2 - x1 is its width, and the center of the first pixel is at 0.5.
+# ---------------------------------------------------------------------------------------------------------------------
+
+NMS_BLOCK = 64                 # boxes settled at a time
+POOLED_PIXELS = 1 << 21        # pixel reads of roi_align at a time, and
+PASTED_PIXELS = 1 << 24        # pixels of paste_masks: these two bound the memory
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of boxes a (N, 4) with boxes b (M, 4) -> (N, M); 0 for boxes without area."""
+    x1, y1, x2, y2 = a.T[:, :, None]                                               # (N, 1) each
+    width = (torch.minimum(x2, b[:, 2]) - torch.maximum(x1, b[:, 0])).clamp(min=0)             # (N, M)
+    height = (torch.minimum(y2, b[:, 3]) - torch.maximum(y1, b[:, 1])).clamp(min=0)
+    shared = width * height
+    union = (x2 - x1) * (y2 - y1) + (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) - shared
+    return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first.
+
+    Going down the scores, a box is kept unless its IoU with one kept before exceeds the threshold.  The best boxes left
+    are settled among themselves, a block at a time; the survivors then strike out what they cover in the rest.
+    """
+    order = np.argsort(-scores.detach().cpu().numpy(), kind="stable")
+    rest = np.ascontiguousarray(boxes.detach().cpu().numpy()[order].T)             # (4, N), best first
+    limit = rest.dtype.type(iou_threshold)
+    if float(limit) > iou_threshold:             # 0.3 rounds up to float32, and an IoU of just that value exceeds 0.3
+        limit = np.nextafter(limit, rest.dtype.type(-1))
+
+    def covers(a, b):
+        """Boxes (4, n, 1) and (4, m) -> (n, m) bool, True where their IoU exceeds the threshold."""
+        width = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
+        height = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
+        shared = np.maximum(width, 0, out=width) * np.maximum(height, 0, out=height)
+        union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+        with np.errstate(divide="ignore", invalid="ignore"):                       # 0/0 covers nothing
+            return shared / union > limit
+
+    kept = [order[:0]]
+    while len(order):
+        best, rest = rest[:, :NMS_BLOCK, None], rest[:, NMS_BLOCK:]
+        struck, alive = covers(best, best[:, :, 0]), np.ones(best.shape[1], dtype=bool)
+        for i in range(len(alive)):
+            if alive[i]:
+                alive[i + 1:] &= ~struck[i, i + 1:]
+        kept.append(order[:NMS_BLOCK][alive])
+        clear = ~covers(best[:, alive], rest).any(axis=0)
+        order, rest = order[NMS_BLOCK:][clear], rest[:, clear]
+    return torch.from_numpy(np.concatenate(kept)).to(boxes.device)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """nms() within each group (N,), a class or pyramid level -> indices kept of all groups, by falling score."""
+    kept = [groups.new_empty(0, dtype=torch.long)]
+    for group in groups.unique():
+        members = (groups == group).nonzero()[:, 0]
+        kept.append(members[nms(boxes[members], scores[members], iou_threshold)])
+    kept = torch.cat(kept).sort().values                                           # so that the first of equals leads
+    return kept[scores[kept].sort(descending=True, stable=True).indices]
+
+
+def joined_ranges(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The ranges start[i] ... start[i] + count[i] - 1, end to end -> for each number its i, and the number."""
+    owner = torch.repeat_interleave(count)                                         # (count.sum(),)
+    return owner, torch.arange(len(owner), device=count.device) + (start - count.cumsum(0) + count)[owner]
+
+
+def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
+    """One axis of RoIAlign: what each of `length` pixels adds to the mean of a bin's samples -> (R * bins, length).
+
+    low, high  (R,) the ends of the boxes, in coordinates where the center of the first pixel is 0
+    """
+    step = (high - low) / bins
+    samples = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
+    box, k = joined_ranges(torch.zeros_like(samples, dtype=torch.long), samples.long())        # (S,) each
+    bin = torch.arange(bins, device=low.device)
+    at = low[box, None] + bin * step[box, None] + ((k + 0.5) * step[box] / samples[box])[:, None]      # (S, bins)
+    share = ((at >= -1) & (at <= length)) / samples[box, None]                     # a sample farther out reads zero
+    at = at.clamp(0, length - 1)
+    pixel, cell = at.long(), (box[:, None] * bins + bin) * length
+    weights = torch.zeros(len(low) * bins * length, dtype=low.dtype, device=low.device)
+    weights.index_add_(0, (cell + pixel).flatten(), ((1 - at % 1) * share).flatten())
+    weights.index_add_(0, (cell + (pixel + 1).clamp(max=length - 1)).flatten(), (at % 1 * share).flatten())
+    return weights.view(-1, length)
+
+
+def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float,
+              sampling_ratio: int = 0) -> Tensor:
+    """Pool each box to a grid of bins, averaging bilinear samples (He et al. 2017, Mask R-CNN; half-pixel shift).
+
+    features        (B, C, H, W); the result (R, C, oh, ow) has a gradient with respect to it
+    boxes           (R, 5) image index, x1, y1, x2, y2 in pixels of the image
+    spatial_scale   size of the map over size of the image
+    sampling_ratio  samples per bin and axis; 0 for one a pixel of the map, rounded up
+
+    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] features[y, x],
+    with few weights above 0.  So a bin is a bag of pixels, and one weighted embedding_bag fills all bins.
+    """
+    oh, ow = (output_size, output_size) if isinstance(output_size, int) else output_size
+    (B, C, H, W), R, device = features.shape, len(boxes), features.device
+    image, (x1, y1, x2, y2) = boxes[:, 0].long(), (boxes[:, 1:].detach() * spatial_scale - 0.5).T
+    wy, wx = bin_weights(y1, y2, oh, H, sampling_ratio), bin_weights(x1, x2, ow, W, sampling_ratio)
+    rows, columns = (wy != 0).sum(dim=1), (wx != 0).sum(dim=1)                     # (R * oh,), (R * ow,) pixels of each
+    first_row, first_column = rows.cumsum(0) - rows, columns.cumsum(0) - columns
+    (row_bin, y), (column_bin, x) = wy.nonzero().T, wx.nonzero().T                 # the pixels of all, end to end
+    wy, wx = wy[row_bin, y], wx[column_bin, x]
+    y = y + H * image[row_bin // oh]                                               # in the stack of all images
+
+    table, pooled = features.permute(0, 2, 3, 1).reshape(B * H * W, C), []
+    reads = rows.view(R, oh).sum(dim=1) * columns.view(R, ow).sum(dim=1)           # (R,)
+    for box in torch.arange(R, device=device).split((reads.cumsum(0) // POOLED_PIXELS).bincount().tolist() or [0]):
+        row = (box[:, None] * oh + torch.arange(oh, device=device)).repeat_interleave(ow)      # (bins,) box, i, j
+        column = (box[:, None] * ow + torch.arange(ow, device=device)).repeat(1, oh).flatten()
+        bin, i = joined_ranges(first_row[row], rows[row])                          # (strips,) a pixel row of a bin
+        strip, j = joined_ranges(first_column[column[bin]], columns[column[bin]])  # (reads,) a pixel of a strip
+        count = rows[row] * columns[column]
+        pooled.append(F.embedding_bag((y[i] * W)[strip] + x[j], table, count.cumsum(0) - count, mode="sum",
+                                      per_sample_weights=(wy[i][strip] * wx[j]).to(table.dtype)))      # (bins, C)
+    return torch.cat(pooled).view(R, oh, ow, C).permute(0, 3, 1, 2)                # (R, C, oh, ow)
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+    """Stretch probabilities (R, m, m) over their boxes (R, 4) in an image of size (H, W) -> masks (R, H, W) bool.
+
+    Bilinear: the box's edges are the outer edges of the mask's pixels, outside is 0, and a pixel is True where the
+    value reaches the threshold.  It is separable, so rows and columns are stretched by a matrix product each.
+    """
+    def stretch(low, high, length):
+        """(R, length, m): what each pixel of a mask adds to each pixel of the image, along one axis."""
+        m, pixel = masks.shape[-1], torch.arange(length, device=boxes.device)
+        at = (pixel + 0.5 - low[:, None]) / (high - low)[:, None] * m - 0.5        # (R, length)
+        return (1 - (at[:, :, None] - torch.arange(m, device=boxes.device)).abs()).clamp(min=0)
+
+    pasted = torch.empty(len(masks), *size, dtype=torch.bool, device=boxes.device)
+    for r in torch.arange(len(masks)).split(max(1, PASTED_PIXELS // (size[0] * size[1]))):
+        x1, y1, x2, y2 = boxes[r].T
+        rows, columns = stretch(y1, y2, size[0]), stretch(x1, x2, size[1])
+        pasted[r] = rows @ masks[r].to(boxes.dtype) @ columns.transpose(1, 2) >= threshold
+    return pasted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COCO's masks.  Here a mask is its runs, (n, 2) integers: the start and end of each stretch of pixels inside it, with
+# pixels counted down the columns, first column first.  Files hold it as RLE, the lengths of the stretches outside and
+# inside by turns, in a list or packed into a string, or as polygons.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encode_rle(mask: np.ndarray) -> dict:
+    """Mask (H, W), nonzero inside -> {"size": [H, W], "counts": bytes}: compressed RLE, the bytes of pycocotools."""
+    mask = np.asarray(mask)
+    if mask.ndim != 2:
+        raise ValueError(f"want one mask (H, W), got an array of shape {mask.shape}")
+    edges = np.flatnonzero(np.diff(mask.T.ravel() != 0, prepend=False, append=False))
+    return runs_to_rle(edges.reshape(-1, 2), *mask.shape)
+
+
+def decode_rle(rle: dict) -> np.ndarray:
+    """RLE, its counts a list, str or bytes -> mask (H, W) uint8, 1 inside."""
+    runs, (h, w) = rle_to_runs(rle), rle["size"]
+    lengths = np.diff(runs.ravel(), prepend=0, append=h * w)
+    return np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2, lengths).reshape(w, h).T
+
+
+def runs_to_rle(runs: np.ndarray, h: int, w: int) -> dict:
+    """Runs -> compressed RLE.
+
+    From the fourth on, a length is stored less the length two before it.  Each number is cut into digits of five bits,
+    lowest first, until the rest is only sign; bit 5 of a digit says that more follow, and adding 48 makes it text.
+    """
+    lengths = np.diff(runs.ravel(), prepend=0, append=h * w)
+    if len(runs) and lengths[-1] == 0:
+        lengths = lengths[:-1]
+    number = lengths.copy()
+    number[3:] -= lengths[1:-2]
+    number = number[:, None] >> np.arange(0, 35, 5)                                # (n, 7) what is left at each digit
+    digit, rest = number & 31, number >> 5
+    more = rest != -(digit >> 4)
+    used = np.insert(more[:, :-1], 0, True, axis=1)
+    return {"size": [int(h), int(w)], "counts": (digit + 32 * more + 48)[used].astype(np.uint8).tobytes()}
+
+
+def rle_to_runs(rle: dict) -> np.ndarray:
+    """RLE, compressed or not -> runs.  ValueError if it does not describe a mask of its size."""
+    try:
+        (h, w), lengths = rle["size"], rle["counts"]
+        if isinstance(lengths, (str, bytes)):
+            lengths = unpack_lengths(lengths.encode() if isinstance(lengths, str) else lengths)
+        lengths = np.asarray(lengths, dtype=np.int64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"malformed RLE, want size [h, w] and counts, integers or a string: {error!r}") from None
+    if (lengths < 0).any() or lengths.sum() != h * w:
+        raise ValueError(f"malformed RLE: runs of {lengths.sum()} pixels in all for a mask of {h}x{w}")
+    return lengths.cumsum()[:len(lengths) // 2 * 2].reshape(-1, 2)
+
+
+def unpack_lengths(text: bytes) -> np.ndarray:
+    """The string of a compressed RLE -> its lengths: undoes what runs_to_rle does."""
+    code = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    last = code < 32                                                               # digit of its number
+    if len(code) == 0 or (code & ~63).any() or not last[-1]:
+        raise ValueError(f"the string {text[:20]!r} is cut off or no RLE")
+    end = np.flatnonzero(last) + 1
+    first = np.append(0, end[:-1])
+    shift = 5 * (np.arange(len(code)) - np.repeat(first, end - first))
+    number = np.add.reduceat((code & 31) << shift, first)
+    number -= (code[last] >> 4) << 5 * (end - first)                               # the top bit of the last is the sign
+    number[1::2] = number[1::2].cumsum()
+    number[2::2] = number[2::2].cumsum()
+    return number
+
+
+def polygons_to_rle(polygons: list, h: int, w: int) -> dict:
+    """Polygons [[x1, y1, x2, y2, ...], ...] of one object -> RLE of their union, the bytes of pycocotools."""
+    return runs_to_rle(polygons_to_runs(polygons, h, w), h, w)
+
+
+def polygons_to_mask(polygons: list, h: int, w: int) -> np.ndarray:
+    """Polygons [[x1, y1, x2, y2, ...], ...] of one object -> their union (H, W) uint8, the pixels of pycocotools."""
+    return decode_rle(polygons_to_rle(polygons, h, w))
+
+
+def polygons_to_runs(polygons: list, h: int, w: int) -> np.ndarray:
+    """Polygons -> runs of their union: a pixel is inside while more runs have started than ended."""
+    if not isinstance(polygons, (list, tuple)) or len(polygons) == 0:
+        raise ValueError(f"want a list of polygons [x1, y1, x2, y2, ...], got {str(polygons)[:60]}")
+    edges = np.concatenate([polygon_edges(polygon, h, w) for polygon in polygons])
+    edges, which = np.unique(edges, return_inverse=True)
+    inside = np.bincount(which, weights=np.resize([1, -1], len(which))).cumsum() > 0
+    return edges[np.diff(inside, prepend=False)].reshape(-1, 2)
+
+
+def polygon_edges(polygon: list, h: int, w: int) -> np.ndarray:
+    """One polygon -> the edges of its runs, start and end by turns (COCO's rleFrPoly).
+
+    The outline is walked on a grid five times finer than the pixels.  Where it crosses the middle of a pixel column,
+    all pixels from there on are flipped, so that those between two crossings are inside.
+    """
+    try:
+        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+    except (TypeError, ValueError):
+        points = np.zeros((0, 2))
+    if len(points) < 3 or not np.isfinite(points).all():
+        raise ValueError(f"want a polygon [x1, y1, x2, y2, ...] of 3 points or more, got {str(polygon)[:60]}")
+    start = (5 * points + 0.5).astype(np.int64)                                    # toward zero, as a cast in C
+    end = np.roll(start, -1, axis=0)
+    extent = np.abs(end - start)
+    steep = extent[:, 1] > extent[:, 0]
+    start[steep], end[steep] = start[steep, ::-1], end[steep, ::-1]                # (longer axis, shorter axis)
+    back = end[:, 0] < start[:, 0]
+    start[back], end[back] = end[back], start[back]
+    steps = end[:, 0] - start[:, 0]
+    slope = (end - start)[:, 1] / np.maximum(steps, 1)
+
+    side = np.repeat(np.arange(len(points)), steps + 1)                            # from here on one row a point passed
+    step = np.arange(len(side)) - (np.cumsum(steps + 1) - steps - 1)[side]
+    step = np.where(back[side], steps[side] - step, step)
+    longer = start[side, 0] + step
+    shorter = (start[side, 1] + slope[side] * step + 0.5).astype(np.int64)
+    x, y = np.where(steep[side], (shorter, longer), (longer, shorter))
+
+    column, place = np.divmod(np.minimum(x[1:], x[:-1]), 5)
+    crossing = (x[1:] != x[:-1]) & (place == 2) & (column >= 0) & (column < w)
+    row = np.clip((np.minimum(y[1:], y[:-1]) + 2) // 5, 0, h)
+    flips, times = np.unique((column * h + row)[crossing], return_counts=True)
+    return flips[times % 2 == 1]
+
+
+def shared_pixels(a: np.ndarray, b: np.ndarray) -> float:
+    """Number of pixels inside both of two masks, given as runs."""
+    if len(a) == 0 or len(b) == 0 or a[0, 0] >= b[-1, 1] or b[0, 0] >= a[-1, 1]:
+        return 0.0
+    length = a[:, 1] - a[:, 0]
+    covered = length.cumsum()
+    before = np.interp(b, a.ravel(), np.stack((covered - length, covered), axis=1).ravel())   # pixels of a before it
+    return (before[:, 1] - before[:, 0]).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COCO's average precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_POINTS = np.linspace(0, 1, 101)
+AREAS = {"": (0, 1e10), "s": (0, 32 ** 2), "m": (32 ** 2, 96 ** 2), "l": (96 ** 2, 1e10)}     # both ends included
+MAX_DETECTIONS = (1, 10, 100)                                                      # of each image and category
+MISS, HIT, PASSED = 0, 1, 2                                                       # what becomes of a detection
+
+
+def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type: str = "bbox") -> dict[str, float]:
+    """COCO's twelve numbers as pycocotools computes them, 0 to 1, or -1 where there is no object to measure them by.
+
+    ground_truth  contents of an annotation file: {"images": [{id, height, width}], "categories": [{id}],
+                  "annotations": [{image_id, category_id, area, bbox (x, y, width, height), segmentation, iscrowd}]}
+    detections    contents of a result file: [{image_id, category_id, score, bbox or segmentation}]
+    iou_type      what is compared, "bbox" or "segm"
+
+    AP               precision, mean over 10 IoU thresholds, 101 recalls and the categories
+    AP50 AP75        the same at one threshold
+    APs APm APl      of objects with an area up to 32^2, up to 96^2, and above
+    AR1 AR10 AR100   recall of the best 1, 10, 100 detections per image and category
+    ARs ARm ARl      recall of 100, by area
+
+    An object without "area" gets that of its box or mask.  As in pycocotools "iscrowd" counts and "ignore" does not,
+    detections of unknown categories are passed over, and a detection that has a bbox is sized by it, even where masks
+    are compared.  Unlike there, an annotation may have the id 0: ids of annotations are not read.
+    ValueError for detections of unknown images, and for malformed boxes and masks.
+    """
+    if iou_type not in ("bbox", "segm"):
+        raise ValueError(f"iou_type is {iou_type!r}, want 'bbox' or 'segm'")
+    images = {image["id"]: image for image in ground_truth["images"]}
+    unknown = {detection["image_id"] for detection in detections} - set(images)
+    if unknown:
+        raise ValueError(f"detections of {len(unknown)} images not in the ground truth, such as {unknown.pop()!r}")
+    image_rank = {image: rank for rank, image in enumerate(sorted(images))}
+    categories = sorted({category["id"] for category in ground_truth["categories"]})
+    category_rank = {category: rank for rank, category in enumerate(categories)}
+
+    def grouped(records, score):
+        """Records sorted by group, which is category and image, then by falling score; their groups and scores."""
+        records = [r for r in records if r["category_id"] in category_rank and r["image_id"] in image_rank]
+        group = [category_rank[r["category_id"]] * len(images) + image_rank[r["image_id"]] for r in records]
+        group, score = np.array(group, dtype=np.int64), np.array([score(r) for r in records], dtype=float)
+        order = np.lexsort((-score, group))                                        # stable
+        return [records[i] for i in order], group[order], score[order]
+
+    objects, object_group, _ = grouped(ground_truth["annotations"], lambda r: 0)
+    crowd = np.array([bool(o.get("iscrowd")) for o in objects], dtype=bool)
+    object_shapes, object_areas = shapes_and_areas(objects, images, iou_type)
+    object_sizes = np.array([o.get("area", area) for o, area in zip(objects, object_areas)], dtype=float)
+
+    found, group, score = grouped(detections, lambda r: r["score"])
+    rank = np.arange(len(found)) - np.searchsorted(group, group)                   # within the group
+    found = [d for d, r in zip(found, rank) if r < MAX_DETECTIONS[-1]]
+    group, score, rank = (x[rank < MAX_DETECTIONS[-1]] for x in (group, score, rank))
+    shapes, areas = shapes_and_areas(found, images, iou_type)
+    sizes = np.array([d["bbox"][2] * d["bbox"][3] if "bbox" in d else a for d, a in zip(found, areas)], dtype=float)
+
+    first = np.searchsorted(object_group, group)
+    count = np.searchsorted(object_group, group, side="right") - first
+    det = np.repeat(np.arange(len(found)), count)                                  # (P,) each detection with
+    obj = np.arange(len(det)) + np.repeat(first - np.cumsum(count) + count, count)     # each object of its group
+    iou = pair_iou(shapes, areas, object_shapes, object_areas, crowd, det, obj)
+    det, obj, iou = (x[iou >= IOU_THRESHOLDS[0]] for x in (det, obj, iou))
+
+    starts = np.searchsorted(group, np.arange(len(categories) + 1) * len(images))  # of a category's detections
+    precision, recall = {}, {}
+    for name, (low, high) in AREAS.items():
+        ignored = crowd | (object_sizes < low) | (object_sizes > high)
+        outcome = match_detections(det, obj, iou, rank, crowd, ignored)             # (T, detections)
+        outcome[(outcome == MISS) & ((sizes < low) | (sizes > high))] = PASSED
+        n_objects = np.bincount(object_group[~ignored] // max(len(images), 1), minlength=len(categories))
+        curves = [precision_and_recall(outcome[:, a:b], score[a:b], rank[a:b], n)
+                  for a, b, n in zip(starts, starts[1:], n_objects) if n]
+        precision[name] = np.array([p for p, _ in curves]).reshape(-1, len(IOU_THRESHOLDS), len(RECALL_POINTS))
+        recall[name] = np.array([r for _, r in curves]).reshape(-1, len(MAX_DETECTIONS), len(IOU_THRESHOLDS))
+
+    values = {f"AP{name}": precision[name] for name in AREAS}
+    values |= {"AP50": precision[""][:, 0], "AP75": precision[""][:, 5]}
+    values |= {f"AR{most}": recall[""][:, i] for i, most in enumerate(MAX_DETECTIONS)}
+    values |= {f"AR{name}": recall[name][:, -1] for name in "sml"}
+    return {name: float(value.mean()) if value.size else -1.0 for name, value in values.items()}
+
+
+def shapes_and_areas(records: list[dict], images: dict, iou_type: str) -> tuple[np.ndarray | list, np.ndarray]:
+    """What is compared of N records: boxes (N, 4), or the runs of their masks as a list; and the areas (N,)."""
+    shapes = []
+    for record in records:
+        try:
+            if iou_type == "bbox":
+                x, y, width, height = record["bbox"]
+                shapes.append((x, y, width, height))
+                continue
+            mask, image = record["segmentation"], images[record["image_id"]]
+            h, w = image["height"], image["width"]
+            if isinstance(mask, dict) and list(mask["size"]) != [h, w]:
+                raise ValueError(f"the mask is of size {mask['size']}, the image {[h, w]}")
+            shapes.append(polygons_to_runs(mask, h, w) if isinstance(mask, list) else rle_to_runs(mask))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"image {record['image_id']!r} has a record without a valid {iou_type}: {error}") from None
+    if iou_type == "segm":
+        return shapes, np.array([(runs[:, 1] - runs[:, 0]).sum() for runs in shapes], dtype=float)
+    boxes = np.array(shapes, dtype=float).reshape(-1, 4)
+    return boxes, boxes[:, 2] * boxes[:, 3]
+
+
+def pair_iou(shapes, areas, object_shapes, object_areas, crowd, det, obj) -> np.ndarray:
+    """IoU of detection det[p] with object obj[p] -> (P,); for a crowd, the share of the detection that lies in it."""
+    a, b, in_crowd = areas[det], object_areas[obj], crowd[obj]
+    if isinstance(shapes, list):
+        shared = np.zeros(len(det))                                                # stays 0 for areas too far apart
+        for p in np.flatnonzero(np.minimum(a, b) >= IOU_THRESHOLDS[0] * np.where(in_crowd, a, np.maximum(a, b))):
+            shared[p] = shared_pixels(shapes[det[p]], object_shapes[obj[p]])
+    else:
+        x, y = shapes[det], object_shapes[obj]                                     # (P, 4)
+        sides = np.minimum(x[:, :2] + x[:, 2:], y[:, :2] + y[:, 2:]) - np.maximum(x[:, :2], y[:, :2])
+        shared = np.maximum(sides, 0).prod(axis=1)
+    return np.divide(shared, np.where(in_crowd, a, a + b - shared), out=np.zeros(len(det)), where=shared > 0)
+
+
+def match_detections(det, obj, iou, rank, crowd, ignored) -> np.ndarray:
+    """What becomes of each detection at each IoU threshold, (T, detections): MISS, HIT or PASSED.
+
+    det, obj, iou  (P,) the pairs of a group whose IoU reaches the lowest threshold
+    rank           (detections,) place of each in its group, by falling score
+    crowd, ignored (objects,) bool, True where an object may be matched again, and where it does not count
+
+    From the best of a group down, each detection takes the free object that it overlaps most: one that counts if it
+    can, of equals the later one.  Groups do not touch each other, so the r-th detections of all groups choose together.
+    """
+    outcome = np.full((len(IOU_THRESHOLDS), len(rank)), MISS, dtype=np.int8)
+    taken = np.zeros((len(IOU_THRESHOLDS), len(ignored)), dtype=bool)
+    order = np.lexsort((obj, iou, ~ignored[obj], det, rank[det]))                  # a detection's best pair is its last
+    det, obj, iou = det[order], obj[order], iou[order]
+    turns = np.searchsorted(rank[det], np.arange(MAX_DETECTIONS[-1] + 1))
+    for start, stop in zip(turns, turns[1:]):
+        if start == stop:
+            continue
+        d, o = det[start:stop], obj[start:stop]
+        free = (iou[start:stop] >= IOU_THRESHOLDS[:, None]) & (crowd[o] | ~taken[:, o])              # (T, pairs)
+        first = np.flatnonzero(np.diff(d, prepend=-1))                             # pair of each detection
+        best = np.maximum.reduceat(np.where(free, np.arange(len(o)), -1), first, axis=1)             # (T, detections)
+        t, i = np.nonzero(best >= 0)
+        won = o[best[t, i]]
+        taken[t, won] = True
+        outcome[t, d[first[i]]] = np.where(ignored[won], PASSED, HIT)
+    return outcome
+
+
+def precision_and_recall(outcome, score, rank, n_objects: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of one category: precision at the recall points (T, 101), and recall of the best 1, 10, 100 an image (3, T).
+
+    The precision at a recall is the best one at that recall or above, and 0 where the recall is not reached.
+    """
+    order = np.argsort(-score, kind="stable")
+    hit, miss = outcome[:, order] == HIT, outcome[:, order] == MISS                # (T, detections)
+    hits, misses = hit.cumsum(axis=1), miss.cumsum(axis=1)
+    precision = np.pad(hits / np.maximum(hits + misses, 1), ((0, 0), (0, 1)))
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    at_points = [p[np.searchsorted(r, RECALL_POINTS)] for p, r in zip(precision, hits / n_objects)]
+    return at_points, [(hit & (rank[order] < most)).sum(axis=1) / n_objects for most in MAX_DETECTIONS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mask R-CNN (He et al. 2017) on the pyramid, with the constants of mmdetection 2.x
+#
+#     images ─► Pyramid ─► FeaturePyramid ─► 5 maps ─► ProposalHead ─► propose ─► boxes that may hold something
+#                                            4 of them ─► roi_align, 7 x 7 ─► BoxHead ─► class, better box
+#                                                     ─► roi_align, 14 x 14 ─► MaskHead ─► mask, 28 x 28
+#
+# Letters: G objects of an image, A anchors, P proposals, R boxes given to a head, C classes, c channels.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ANCHOR_SIDE = 8                         # of a square anchor, in strides
+ANCHOR_RATIOS = (0.5, 1.0, 2.0)         # height over width
+LARGEST_GROWTH = 1000 / 16              # how many times a box can become as large, or small, as its anchor
+BOX_SCALE = (0.1, 0.1, 0.2, 0.2)        # of the numbers that the box head puts out
+FINEST_SIDE = 14                        # boxes up to twice as large, in strides of the finest map, are read from there
+BOX_BINS, MASK_BINS = 7, 14             # of roi_align, for the two heads
+NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are to find no object
+
+
+# ---- anchors, box coding, targets -----------------------------------------------------------------------------------
+
+def make_anchors(rows: int, columns: int, stride: int, device=None) -> Tensor:
+    """(rows * columns * 3, 4) boxes around the upper left corners of a map's cells: row by row, three ratios each."""
+    ratio = torch.tensor(ANCHOR_RATIOS, device=device)
+    half = ANCHOR_SIDE * stride / 2 * torch.stack([ratio ** -0.5, ratio ** 0.5], dim=1)              # (3, 2)
+    y, x = torch.meshgrid(stride * torch.arange(rows, device=device), stride * torch.arange(columns, device=device),
+                          indexing="ij")
+    corners = torch.stack([x, y, x, y], dim=-1)[:, :, None]                                # (rows, columns, 1, 4)
+    return (corners + torch.cat([-half, half], dim=1)).reshape(-1, 4)
+
+
+def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 4) -> (..., 2) each"""
+    return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor, scale: tuple = (1, 1, 1, 1)) -> Tensor:
+    """What leads from anchors (..., 4) to boxes (..., 4): shift in sizes of the anchor, log of growth; over `scale`."""
+    (center, size), (from_center, from_size) = center_and_size(boxes), center_and_size(anchors)
+    deltas = torch.cat([(center - from_center) / from_size, (size / from_size).log()], dim=-1)
+    return deltas / deltas.new_tensor(scale)
+
+
+def decode_boxes(deltas: Tensor, anchors: Tensor, scale: tuple = (1, 1, 1, 1)) -> Tensor:
+    """The inverse of encode_boxes, with growth limited: deltas (..., 4), anchors (..., 4) -> boxes (..., 4)"""
+    center, size = center_and_size(anchors)
+    shift, growth = (deltas * deltas.new_tensor(scale)).split(2, dim=-1)
+    limit = math.log(LARGEST_GROWTH)
+    center, half = center + shift * size, size * growth.clamp(-limit, limit).exp() / 2
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def clip_boxes(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Boxes (..., 4), cut at the border of the image, and (...) bool, True where something is left."""
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    return boxes, (center_and_size(boxes)[1] > 0).all(dim=-1)
+
+
+def assign(iou: Tensor, positive: float, negative: float, low_quality: float = math.inf) -> Tensor:
+    """Which object each of A boxes is to find: IoU (G, A) -> (A,) index of the object, or NEGATIVE or UNUSED.
+
+    A box is to find the object that it overlaps most if their IoU is at least `positive`, none if it is below
+    `negative`, and is not used in between.  But an object whose best IoU is at least `low_quality` gets all boxes that
+    reach this best, so that it does not go without.
+    """
+    if len(iou) == 0:
+        return torch.full(iou.shape[1:], NEGATIVE, device=iou.device)
+    best, owner = iou.max(dim=0)                                                           # (A,) each
+    assigned = torch.where(best >= positive, owner, torch.where(best < negative, NEGATIVE, UNUSED))
+    most = iou.amax(dim=1, keepdim=True)                                                   # (G, 1)
+    number = torch.arange(1, len(iou) + 1, device=iou.device)[:, None]
+    last = (number * ((iou == most) & (most >= low_quality))).amax(dim=0)                  # the last of those that ask
+    return torch.where(last > 0, last - 1, assigned)
+
+
+def sample(assigned: Tensor, count: int, share: float) -> tuple[Tensor, Tensor]:
+    """Indices drawn at random: of boxes with an object at most a `share` of `count`, of NEGATIVE ones the rest."""
+    def draw(candidates: Tensor, most: int) -> Tensor:
+        indices = candidates.nonzero()[:, 0]
+        return indices[torch.randperm(len(indices), device=indices.device)[:most]]
+    positives = draw(assigned >= 0, int(count * share))
+    return positives, draw(assigned == NEGATIVE, count - len(positives))
+
+
+def roi_levels(boxes: Tensor, finest_side: float, n_levels: int = 4) -> Tensor:
+    """(R, 4) -> (R,) the map to read each box from: 0 for sides under 2 * finest_side, one more for each doubling."""
+    side = center_and_size(boxes)[1].prod(dim=1).sqrt()
+    return (side / finest_side + 1e-6).log2().floor().clamp(0, n_levels - 1).long()
+
+
+def mask_targets(masks: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
+    """Of masks (G, h, w) those of the objects `owner` (R,), cut out by boxes (R, 4) -> (R, 28, 28), 1 inside"""
+    rois = torch.cat([owner[:, None].to(boxes.dtype), boxes], dim=1)                       # (R, 5)
+    return (roi_align(masks[:, None].to(boxes.dtype), rois, 2 * MASK_BINS, 1.0)[:, 0] >= 0.5).to(boxes.dtype)
+
+
+# ---- networks -------------------------------------------------------------------------------------------------------
+
+class FeaturePyramid(nn.Module):
+    """FPN (Lin et al. 2017): levels of the same width, each enriched by the coarser ones, and one coarser yet."""
+
+    def __init__(self, inputs: int, channels: int):
+        super().__init__()
+        self.lateral = nn.ModuleList([nn.Conv2d(inputs, channels, 1) for _ in range(4)])
+        self.smooth = nn.ModuleList([nn.Conv2d(channels, channels, 3, padding=1) for _ in range(4)])
+        for conv in (*self.lateral, *self.smooth):
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Four maps (B, D, ., .), each twice as fine as the next -> five maps (B, c, ., .)"""
+        levels = [lateral(x) for lateral, x in zip(self.lateral, maps)]
+        for i in (2, 1, 0):
+            levels[i] = levels[i] + F.interpolate(levels[i + 1], levels[i].shape[2:], mode="nearest")
+        levels = [smooth(x) for smooth, x in zip(self.smooth, levels)]
+        return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
+
+
+class ProposalHead(nn.Module):
+    """RPN (Ren et al. 2015): at each place of a map, for each of its three anchors: is there something, and where?"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.score = nn.Conv2d(channels, len(ANCHOR_RATIOS), 1)
+        self.delta = nn.Conv2d(channels, 4 * len(ANCHOR_RATIOS), 1)
+        for conv in (self.conv, self.score, self.delta):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, c, rows, columns) -> scores (B, A), deltas (B, A, 4), in the order of make_anchors"""
+        x = F.relu(self.conv(x))
+        scores, deltas = (y.permute(0, 2, 3, 1).flatten(1).float() for y in (self.score(x), self.delta(x)))
+        return scores, deltas.unflatten(1, (-1, 4))
+
+
+class BoxHead(nn.Module):
+    """Two layers; a score for each class and, last, for none; a better box for each class."""
+
+    def __init__(self, channels: int, width: int, n_classes: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(channels * BOX_BINS ** 2, width), nn.Linear(width, width)
+        self.score, self.delta = nn.Linear(width, n_classes + 1), nn.Linear(width, 4 * n_classes)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(self.score.weight, std=0.01)
+        nn.init.normal_(self.delta.weight, std=0.001)
+        for layer in self.children():
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, c, 7, 7) -> scores (R, C+1), deltas (R, C, 4)"""
+        x = F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))
+        return self.score(x).float(), self.delta(x).float().unflatten(1, (-1, 4))
+
+
+class MaskHead(nn.Sequential):
+    """Convolutions, doubled resolution, a mask for each class: (R, c, 14, 14) -> (R, C, 28, 28)"""
+
+    def __init__(self, channels: int, n_classes: int, depth: int):
+        layers = [layer for _ in range(depth) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
+        layers += [nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU(), nn.Conv2d(channels, n_classes, 1)]
+        super().__init__(*layers)
+        for layer in layers[::2]:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self[-1].weight, std=0.01)      # mmdetection: as above, far too large if there are few classes
+
+
+class MaskRCNN(nn.Module):
+    """Finds objects: their boxes, classes and masks.  `o` are MaskRCNNOptions."""
+
+    def __init__(self, visual: VisionTransformer, n_classes: int, o):
+        super().__init__()
+        p, self.o = visual.patch_size, o
+        self.strides = [p // 4, p // 2, p, 2 * p, 4 * p]
+        self.pyramid = Pyramid(visual, o.drop_path)
+        self.fpn = FeaturePyramid(visual.cls_token.shape[-1], o.channels)
+        self.rpn = ProposalHead(o.channels)
+        self.box_head = BoxHead(o.channels, o.head_width, n_classes)
+        self.mask_head = MaskHead(o.channels, n_classes, o.mask_depth)
+
+    def see(self, images: Tensor) -> tuple[list[Tensor], ...]:
+        """(B, 3, H, W) -> of each level: map (B, c, ., .), scores (B, A), deltas (B, A, 4), anchors (A, 4)"""
+        maps = self.fpn(self.pyramid(images))
+        scores, deltas = zip(*map(self.rpn, maps))
+        return maps, scores, deltas, [make_anchors(*x.shape[2:], s, x.device) for x, s in zip(maps, self.strides)]
+
+    @torch.no_grad()
+    def propose(self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: list, before: int,
+                keep: int) -> list[Tensor]:
+        """What the RPN says, by level -> for each image at most `keep` boxes (P, 4), the best first.
+
+        The best `before` of each level are thinned out among themselves, so that none overlap by an IoU over 0.7.
+        """
+        best, boxes, level = [], [], []
+        for k, (score, delta, anchor) in enumerate(zip(scores, deltas, anchors)):
+            top, index = score.topk(min(before, score.shape[1]), dim=1)                    # (B, n) each
+            best.append(top)
+            boxes.append(decode_boxes(delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index]))
+            level.append(torch.full_like(index, k))
+        proposals = []
+        for score, box, k, size in zip(*(torch.cat(x, dim=1) for x in (best, boxes, level)), sizes):
+            box, is_left = clip_boxes(box, *size)
+            box = box[is_left]
+            proposals.append(box[batched_nms(box, score[is_left], k[is_left], 0.7)[:keep]])
+        return proposals
+
+    def pool(self, maps: list[Tensor], boxes: list[Tensor], bins: int) -> Tensor:
+        """Maps of B images, boxes (., 4) of each -> (R, c, bins, bins), each read from the map that fits its size"""
+        rois = torch.cat([F.pad(some, (1, 0), value=i) for i, some in enumerate(boxes)])   # (R, 5)
+        level = roi_levels(rois[:, 1:], FINEST_SIDE * self.strides[0])
+        order = [(level == k).nonzero()[:, 0] for k in range(4)]
+        pooled = [roi_align(x.float(), rois[some], bins, 1 / s) for x, some, s in zip(maps, order, self.strides)]
+        return torch.cat(pooled)[torch.cat(order).argsort()]
+
+    def forward(self, images: Tensor, sizes: list, targets: list[dict]) -> dict[str, Tensor]:
+        """The five losses of a batch.
+
+        images   (B, 3, H, W), padded to multiples of 2p;  sizes  [(h, w)] of what is in them
+        targets  of each image: boxes (G, 4), labels (G,) and masks (G, h, w) bool of its objects
+
+            rpn_score, rpn_box   something or nothing, and L1 of where: mean over the sampled anchors
+            label, box           cross-entropy of the class, and L1 of the better box: mean over the sampled boxes
+            mask                 cross-entropy of the true class's mask: mean over the pixels of boxes with an object
+        """
+        maps, scores, deltas, anchors = self.see(images)
+        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets,
+                                 self.o.rpn_samples)
+        proposals = self.propose(scores, deltas, anchors, sizes, self.o.rpn_before_train, self.o.rpn_keep_train)
+        found, others, owners = zip(*(draw_rois(boxes, target["boxes"], self.o.roi_samples)
+                                      for boxes, target in zip(proposals, targets)))
+
+        boxes = [torch.cat(pair) for pair in zip(found, others)]
+        scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))                   # (R, C+1), (R, C, 4)
+        labels = torch.cat([F.pad(target["labels"][owner], (0, len(rest)), value=deltas.shape[1])
+                            for target, owner, rest in zip(targets, owners, others)])      # (R,), C for nothing
+        true_boxes = torch.cat([target["boxes"][owner] for target, owner in zip(targets, owners)])
+        found_at = (labels < deltas.shape[1]).nonzero()[:, 0]                              # (R+,) with an object
+        label, wanted = labels[found_at], encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
+        losses["label"] = per_sample(F.cross_entropy(scores, labels, reduction="sum"), len(labels))
+        losses["box"] = per_sample((deltas[found_at, label] - wanted).abs().sum(), len(labels))
+
+        masks = of_class(self.mask_head(self.pool(maps, found, MASK_BINS)), label)         # (R+, 28, 28)
+        true_masks = torch.cat([mask_targets(target["masks"], owner, some)
+                                for target, owner, some in zip(targets, owners, found)])
+        mask_loss = F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum")
+        losses["mask"] = per_sample(mask_loss, true_masks.numel())
+        return losses
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, sizes: list) -> list[dict]:
+        """Images as in forward -> of each at most 100 objects, the best first: boxes (R, 4), labels (R,), scores (R,),
+        and masks (R, 28, 28), probabilities over the box."""
+        maps, *rpn = self.see(images)
+        proposals = self.propose(*rpn, sizes, self.o.rpn_before_test, self.o.rpn_keep_test)
+        scores, deltas = self.box_head(self.pool(maps, proposals, BOX_BINS))
+        assert scores.isfinite().all(), "the scores of the boxes are not finite"
+        objects, counts = [], [len(boxes) for boxes in proposals]
+        for boxes, score, delta, size in zip(proposals, scores.split(counts), deltas.split(counts), sizes):
+            score = score.softmax(dim=1)[:, :-1]                                           # (P, C)
+            boxes, is_left = clip_boxes(decode_boxes(delta, boxes[:, None], BOX_SCALE), *size)       # (P, C, 4), (P, C)
+            place, label = ((score > self.o.score_threshold) & is_left).nonzero(as_tuple=True)
+            boxes, score = boxes[place, label], score[place, label]
+            best = batched_nms(boxes, score, label, 0.5)[:MAX_DETECTIONS[-1]]
+            objects.append(dict(boxes=boxes[best], labels=label[best], scores=score[best]))
+        boxes, labels = ([found[key] for found in objects] for key in ("boxes", "labels"))
+        masks = of_class(self.mask_head(self.pool(maps, boxes, MASK_BINS)), torch.cat(labels)).sigmoid()
+        return [dict(found, masks=some) for found, some in zip(objects, masks.split([len(b) for b in boxes]))]
+
+
+def of_class(masks: Tensor, labels: Tensor) -> Tensor:
+    """(R, C, 28, 28), labels (R,) -> (R, 28, 28)"""
+    return masks[torch.arange(len(labels), device=labels.device), labels].float()
+
+
+def per_sample(total: Tensor, count: int) -> Tensor:
+    """A loss summed over `count` samples of this process -> its share of their mean over the samples of all."""
+    return total / mean_over_processes(total.new_tensor(float(count))).clamp(min=1)
+
+
+def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], count: int) -> dict:
+    """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), `count` of which are drawn an image."""
+    score_loss, box_loss, drawn = 0, 0, 0
+    for score, delta, target in zip(scores, deltas, targets):
+        assigned = assign(box_iou(target["boxes"], anchors), 0.7, 0.3, low_quality=0.3)
+        positives, negatives = sample(assigned, count, 0.5)
+        chosen = score[torch.cat([positives, negatives])]
+        truth = (torch.arange(len(chosen), device=score.device) < len(positives)).to(score.dtype)
+        wanted = encode_boxes(target["boxes"][assigned[positives]], anchors[positives])
+        score_loss = score_loss + F.binary_cross_entropy_with_logits(chosen, truth, reduction="sum")
+        box_loss = box_loss + (delta[positives] - wanted).abs().sum()
+        drawn += len(chosen)
+    return dict(rpn_score=per_sample(score_loss, drawn), rpn_box=per_sample(box_loss, drawn))
+
+
+def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the heads of an image learn from: boxes with an object, a quarter of `count` at most, boxes without one, and
+    the object of each of the first.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
+    boxes = torch.cat([true_boxes, proposals])
+    # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
+    assigned = assign(box_iou(true_boxes, boxes), 0.5, 0.5)
+    positives, negatives = sample(assigned, count, 0.25)
+    return boxes[positives], boxes[negatives], assigned[positives]
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class MaskRCNNOptions(FineTuneOptions, RunOptions):
+    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
+    data: str = opt("shapes:objects=2-4,val=500", "coco:DIR, or shapes, whose classes are the 8 forms of any color")
+    json: str = opt("", "file for the results, as one JSON object")
+    draw: str = opt("8", "how many test images are drawn, truth and detections, into OUT/detections.png; or a "
+                    "folder, for a picture of each")
+    eval: bool = opt(False, "only test OUT/last.pt", "test")
+    limit: int = opt(0, "how many images to test on, 0: all", "test")
+    score_threshold: float = opt(0.05, "least score of a detection (mmdetection)", "test")
+    recipe: str = opt("auto", "the defaults of all other options: the paper's on COCO, or one for a CPU; auto: the "
+                      "latter for shapes", "recipe", ("auto", "coco", "pocket"))
+    from_scratch: bool = opt(False, "random weights in place of the checkpoint's, as a control", "recipe")
+    epochs: float = opt(12.0, "passes over the data (paper)", "recipe")
+    steps: int = opt(0, "length in steps instead of --epochs, 0: use --epochs", "recipe")
+    lr: float = opt(1e-4, "peak learning rate; a tenth of it after 8 of 12 parts of the run, a hundredth after 11 "
+                    "(paper)", "recipe")
+    warmup_steps: int = opt(500, "steps of linear warm-up (mmdetection)", "recipe")
+    layer_decay: float = opt(0.75, "learning rate of a block relative to the one above it (paper)", "recipe")
+    clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (mmdetection; paper silent)", "recipe")
+    short_side: int = opt(800, "images are resized until their short side is this, pixels (paper),", "recipe")
+    long_side: int = opt(1333, "or their long side this (paper)", "recipe")
+    channels: int = opt(256, "channels of the FPN's maps and in the mask head (mmdetection)", "detector")
+    head_width: int = opt(1024, "width of the box head (mmdetection)", "detector")
+    mask_depth: int = opt(4, "convolutions of the mask head (mmdetection)", "detector")
+    rpn_samples: int = opt(256, "anchors an image that the RPN learns from (mmdetection)", "detector")
+    rpn_before_train: int = opt(2000, "boxes a level before suppression, in training (mmdetection)", "detector")
+    rpn_before_test: int = opt(1000, "the same in tests (mmdetection)", "detector")
+    rpn_keep_train: int = opt(1000, "proposals an image, in training (mmdetection 2.x; 1.x and iBOT 2000)", "detector")
+    rpn_keep_test: int = opt(1000, "the same in tests (mmdetection)", "detector")
+    roi_samples: int = opt(512, "boxes an image that the heads learn from (mmdetection)", "detector")
+
+
+POCKET_DETECTOR = dict(
+    steps=400, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, head_width=256,
+    mask_depth=2, rpn_samples=64, rpn_before_train=100, rpn_before_test=100, rpn_keep_train=100, rpn_keep_test=50,
+    roi_samples=32)
+
+
+def parse_maskrcnn(argv=None) -> MaskRCNNOptions:
+    """The command line over the recipe that it, or else the data, names; with --eval, over the options of OUT's run."""
+    asked = parse(MaskRCNNOptions, __doc__, argv, positional=("checkpoint",))
+    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "coco"
+    defaults = replace(MaskRCNNOptions(), **(POCKET_DETECTOR if recipe == "pocket" else {}), recipe=recipe,
+                       out=f"runs/maskrcnn-{recipe}")
+    if asked.eval:
+        trained = trained_detector(Path(asked.out or defaults.out))["config"]
+        defaults = MaskRCNNOptions(**dict(trained, device="auto", precision="auto", json=""))
+    return replace(parse(MaskRCNNOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults),
+                   recipe=defaults.recipe)
+
+
+def trained_detector(out: Path) -> dict:
+    """What `maskrcnn` left in OUT/last.pt."""
+    state = load_state(out / "last.pt")
+    if state.get("kind") != "maskrcnn":
+        raise UserError(f"{out}/last.pt was not written by dense.py maskrcnn: give --out the folder of a detector")
+    return state
+
+
+def step_schedule(step: int, total: int, warmup: int) -> float:
+    """Share of the peak rate at step 0 ... total-1: it rises from 0.001, and falls to a tenth at 8/12 and at 11/12."""
+    falls = (12 * step >= 8 * total) + (12 * step >= 11 * total)
+    return 0.1 ** falls * min(1.0, 0.001 + 0.999 * step / max(warmup, 1))
+
+
+# ---- images and objects, for training and test ----------------------------------------------------------------------
+
+def open_objects(options: MaskRCNNOptions, split: str, names: list[str] | None = None):
+    """The data set, the names of the classes, by default its own, and the class of each of its categories, -1 for none.
+
+    The Shapes world's 64 categories are 8 colors times 8 shapes; a class is a shape of any color.
+    """
+    data = data_module.open_data(options.data, split, "detection", size=options.short_side)
+    own = [name.split()[-1] for name in data.classes] if options.data.startswith("shapes") else data.classes
+    names = names or list(dict.fromkeys(own))
+    return data, names, [names.index(name) if name in names else -1 for name in own]
+
+
+def fitted_sides(width: int, height: int, short: int, long: int) -> tuple[int, int]:
+    """(width, height), the shape kept, as large as a short side of at most `short` and a long one of `long` allow."""
+    scale = min(short / min(width, height), long / max(width, height))
+    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+
+
+def decode_mask(mask, height: int, width: int) -> np.ndarray:
+    """An object's mask, drawn or as COCO has it -> (height, width) bool; BadRecord if it is malformed."""
+    try:
+        return np.asarray(mask if isinstance(mask, np.ndarray) else decode_rle(mask) if isinstance(mask, dict) else
+                          polygons_to_mask(mask, height, width), dtype=bool)
+    except ValueError as error:
+        raise BadRecord(f"mask of an object: {error}") from None
+
+
+@dataclass
+class TrainObjects:
+    """A record, resized, mirrored half of the time -> images uint8 (3, h, w), and of the objects that are trained on
+    boxes (G, 4), labels (G,) and masks (G, h, w) bool: those of a known class, a pixel or more each way, no crowds."""
+    short: int
+    long: int
+    label_of: list[int]
+
+    def __call__(self, sample, rng: np.random.Generator) -> dict:
+        image = data_module.decode(sample.image)
+        (W, H), (w, h) = image.size, fitted_sides(*image.size, self.short, self.long)
+        things = [thing for thing in sample.objects if self.label_of[thing["category"]] >= 0 and not thing["crowd"]
+                  and data_module.has_area(thing["box"], W, H)]
+        boxes = np.array([thing["box"] for thing in things]).reshape(-1, 4).clip(0, [W, H, W, H])
+        boxes = boxes * [w / W, h / H, w / W, h / H]
+        masks = np.zeros((len(things), h, w), dtype=bool)
+        for k, thing in enumerate(things):
+            masks[k] = PIL.Image.fromarray(decode_mask(thing["mask"], H, W)).resize((w, h), NEAREST)
+        image = image.resize((w, h), BILINEAR)
+        if rng.random() < 0.5:
+            image, masks = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1].copy()
+            boxes = ([w, 0, w, 0] + [-1, 1, -1, 1] * boxes)[:, [2, 1, 0, 3]]
+        labels = np.array([self.label_of[thing["category"]] for thing in things], dtype=np.int64)
+        return dict(images=data_module.to_tensor(image), boxes=boxes.astype(np.float32), labels=labels, masks=masks)
+
+
+@dataclass
+class EvalObjects:
+    """A record, resized -> images uint8 (3, h, w), full_size (H, W) before that, and truth, COCO's annotations of all
+    objects of a known class, with category_id the class and without image_id."""
+    short: int
+    long: int
+    label_of: list[int]
+
+    def __call__(self, sample, rng) -> dict:
+        image, truth = data_module.decode(sample.image), []
+        for thing in sample.objects:
+            (x1, y1, x2, y2), mask, label = thing["box"], thing["mask"], self.label_of[thing["category"]]
+            if label >= 0:
+                drawn = isinstance(mask, np.ndarray)
+                truth.append(dict(category_id=label, bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=int(thing["crowd"]),
+                                  area=float(mask.sum()) if drawn else thing["area"],
+                                  segmentation=encode_rle(mask) if drawn else mask))
+        resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
+        return dict(images=data_module.to_tensor(resized), full_size=image.size[::-1], truth=truth)
+
+
+def collate_padded(items: list[dict], multiple: int) -> dict:
+    """As data.collate, with images of any size, each in the upper left of a canvas of the mean color, whose sides are
+    the largest ones rounded up to a multiple; and their sizes [(h, w)]."""
+    whole = [item for item in items if "images" in item]
+    sizes = [tuple(item["images"].shape[1:]) for item in whole]
+    mean = torch.tensor(data_module.MEAN).mul(255).round().byte()[:, None, None]           # what is 0 to the model
+    for item, (h, w) in zip(whole, sizes):
+        canvas = mean.repeat(1, *(-(-max(sides) // multiple) * multiple for sides in zip(*sizes)))
+        canvas[:, :h, :w] = item["images"]
+        item["images"] = canvas
+    return dict(data_module.collate(items), sizes=sizes)
+
+
+def losses_of(net: nn.Module, batch: dict, device) -> dict[str, Tensor]:
+    """The losses of a batch of TrainObjects' items."""
+    names = "boxes", "labels", "masks"
+    targets = [{name: torch.from_numpy(array).to(device) for name, array in zip(names, arrays)}
+               for arrays in zip(*(batch[name] for name in names))]
+    return net(data_module.normalize(batch["images"].to(device)), batch["sizes"], targets)
+
+
+# ---- test -----------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions, runtime, out: Path) -> dict:
+    """Finds the objects of all test images; prints, draws and writes what came of it:
+
+    box, mask {AP, AP50, ...}: see coco_average_precision;  images, bad (records), classes: how many;  protocol
+    OUT/detections.json   all that was found, as COCO's server takes it
+    """
+    data, names, label_of = open_objects(options, "val", names)
+    loader = data_module.eval_loader(
+        data, EvalObjects(options.short_side, options.long_side, label_of), 1, runtime.rank, runtime.world,
+        runtime.workers, partial(collate_padded, multiple=net.strides[3]))
+    images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
+    folder, n_drawn = (None, int(options.draw)) if options.draw.isdigit() else (Path(options.draw), 0)
+    for batch in data_module.progress(loader, len(loader), "images tested") if runtime.is_main else loader:
+        bad.append(report_bad(batch["bad"]))
+        if "images" in batch:
+            with runtime.autocast():
+                objects = net.detect(data_module.normalize(batch["images"].to(runtime.device)), batch["sizes"])[0]
+            (h, w), (H, W), i, truth = (batch[key][0] for key in ("sizes", "full_size", "index", "truth"))
+            records = as_records(objects, H / h, W / w, (H, W))
+            images.append(dict(id=int(i), height=H, width=W))
+            annotations += [dict(record, image_id=int(i)) for record in truth]
+            found += [dict(record, image_id=int(i)) for record in records]
+            if folder or len(drawn) < 2 * n_drawn:
+                picture = PIL.Image.fromarray(batch["images"][0, :, :h, :w].permute(1, 2, 0).numpy()).resize((W, H))
+                drawn += [draw_records(picture, some, names) for some in (truth, records)]
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                arrange([drawn.pop(0), drawn.pop(0)], 2).save(folder / f"{int(i):06}.png")
+        if options.limit and len(images) * runtime.world >= options.limit:
+            break
+    if runtime.world > 1:
+        parts = [None] * runtime.world
+        dist.all_gather_object(parts, (images, annotations, found, bad))
+        images, annotations, found, bad = (sum(lists, []) for lists in zip(*parts))
+    if not images:
+        raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
+    truth = dict(images=images, annotations=annotations, categories=[dict(id=k) for k in range(len(names))])
+    masks = [{key: value for key, value in record.items() if key != "bbox"} for record in found]     # sized by the mask
+    said = ("data", "checkpoint", "from_scratch", "steps", "score_threshold")
+    results = dict(box=coco_average_precision(truth, found, "bbox"), mask=coco_average_precision(truth, masks, "segm"),
+                   images=len(images), bad=sum(bad), classes=len(names),
+                   protocol={key: getattr(options, key) for key in said})
+    if runtime.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "detections.json").write_text(json.dumps(with_own_ids(found, data, label_of)))
+        for what in ("box", "mask"):
+            print(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
+                                          for key, value in results[what].items()))
+        print(f"({len(images)} images, {sum(bad)} bad, {time.monotonic() - started:.0f} s)   {out}/detections.json")
+        if drawn:
+            arrange(drawn, 4).save(out / "detections.png")
+        if drawn or folder:
+            print(f"truth and detections side by side: {folder or out / 'detections.png'}", flush=True)
+        if options.json:
+            Path(options.json).write_text(json.dumps(dict(results, task="detection")) + "\n")
+    return results
+
+
+def as_records(objects: dict, down: float, across: float, size: tuple[int, int]) -> list[dict]:
+    """What MaskRCNN.detect found in a resized image -> COCO's records without image_id, in the image of `size` (H, W),
+    `down` times as high and `across` times as wide."""
+    boxes = objects["boxes"] * objects["boxes"].new_tensor([across, down, across, down])
+    masks = paste_masks(objects["masks"], boxes, size).cpu().numpy()                       # (R, H, W)
+    return [dict(category_id=label, score=score, bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=encode_rle(mask))
+            for (x1, y1, x2, y2), label, score, mask in zip(
+                boxes.tolist(), objects["labels"].tolist(), objects["scores"].tolist(), masks)]
+
+
+def with_own_ids(found: list[dict], data, label_of: list[int]) -> list[dict]:
+    """Detections with the data set's ids for images and categories, if it has its own, and with RLE as text."""
+    images = getattr(data, "image_ids", np.arange(len(data)))
+    category = {label: own for own, label in zip(getattr(data, "category_ids", label_of), label_of)}
+    return [dict(record, image_id=int(images[record["image_id"]]), category_id=category[record["category_id"]],
+                 segmentation=dict(record["segmentation"], counts=record["segmentation"]["counts"].decode()))
+            for record in found if record["category_id"] in category]
+
+
+def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], least: float = 0.5) -> PIL.Image.Image:
+    """The image, enlarged if small, with mask, box, name and score of COCO's records that score `least` or more."""
+    records = [record for record in records if record.get("score", 1) >= least]
+    pixels, colors = np.asarray(image).astype(np.float32), palette(len(names))
+    for record in records:
+        inside = decode_mask(record["segmentation"], image.height, image.width)
+        pixels[inside] = 0.4 * pixels[inside] + 0.6 * colors[record["category_id"]]
+    times = max(1, round(320 / max(image.size)))
+    picture = PIL.Image.fromarray(pixels.astype(np.uint8)).resize([times * side for side in image.size], BILINEAR)
+    draw, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
+    for record in records:
+        color = tuple(colors[record["category_id"]].tolist())
+        x, y, w, h = (times * side for side in record["bbox"])
+        draw.rectangle((x, y, x + w, y + h), outline=color, width=2)
+        text = f" {names[record['category_id']]} " + (f"{record['score']:.0%} " if "score" in record else "")
+        left, top = min(max(x, 0), picture.width - font.getlength(text)), max(y - 17, 0)
+        draw.rectangle((left, top, left + font.getlength(text), top + 17), fill=color)
+        draw.text((left, top), text, "black" if sum(color) > 330 else "white", font)
+    return picture
+
+
+def arrange(pictures: list[PIL.Image.Image], columns: int, gap: int = 6) -> PIL.Image.Image:
+    """Pictures row by row, in cells as large as the largest."""
+    across, down = (max(sides) + gap for sides in zip(*(picture.size for picture in pictures)))
+    sheet = PIL.Image.new("RGB", (columns * across, -(-len(pictures) // columns) * down), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (k % columns * across, k // columns * down))
+    return sheet
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def maskrcnn(argv=None):
+    options = parse_maskrcnn(argv)
+    runtime, out = setup(options), Path(options.out)
+    if options.eval:
+        state = trained_detector(out)
+    else:
+        data, names, label_of = open_objects(options, "train")
+        options.steps = options.steps or round(options.epochs * (len(data) // options.batch_size))
+        state = find_resumable(options, out, "maskrcnn")
+    if state:
+        c, names = Config(**state["backbone"]), state["classes"]
+    else:
+        pretrained, _, c = load_checkpoint(options.checkpoint)
+    if state or options.from_scratch:
+        visual = VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, pos_embed=c.pos_embed)
+    else:
+        visual = pretrained.visual
+    net = MaskRCNN(visual, len(names), options).to(runtime.device)
+    if options.eval:
+        net.load_state_dict(state["model"])
+        net.eval()
+    else:
+        if runtime.is_main:
+            start = "random weights" if options.from_scratch else options.checkpoint
+            millions = sum(p.numel() for p in net.parameters()) / 1e6
+            print(f"Mask R-CNN, recipe {options.recipe}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M "
+                  f"parameters, {len(names)} classes, {len(data)} images, {options.steps} steps of "
+                  f"{options.batch_size}", *getattr(data, "notes", ()), sep="\nnote: ", flush=True)
+        fine_tune(net, partial(losses_of, device=runtime.device), step_schedule, data,
+                  TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, state,
+                  dict(kind="maskrcnn", backbone=asdict(c), classes=names),
+                  partial(collate_padded, multiple=net.strides[3]))
+    evaluate_detector(net, names, options, runtime, out)
+
+
+COMMANDS = dict(zeroshot=zeroshot, words=words, upernet=upernet, maskrcnn=maskrcnn)
+
+
+def main(argv=None):
+    """The first word of the command line says which; it has its own --help."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+    elif argv[0] not in COMMANDS:
+        raise UserError(f"{argv[0]!r} is no command of dense.py: choose one of {', '.join(COMMANDS)}")
+    else:
+        COMMANDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    run(main)
