@@ -810,7 +810,9 @@ def costs(config: Config, words: int | None = None) -> list[Cost]:
                  (c.quantizer_hidden + c.n_codes) * c.quantizer_bottleneck)
         rows.append(Cost("quantizer", count(net.quantizer), M * h, M * 4.0 * c.quantizer_hidden))
         rows.append(Cost("teacher and its quantizer", 0, rows[0].flops + M * h, 0, passes=1))
-    elif net.target == "features":
+    elif net.target:
+        rows.append(Cost("prediction", count(net.predict), 2.0 * M * net.predict.weight.numel(), 0))
+    if net.target == "features":
         rows.append(Cost("teacher", 0, rows[0].flops, 0, passes=1))
     if method["mlm"]:
         decoder, decoder_kept = blocks_cost(c.text_decoder_depth, c.text_width, L)

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from model import METHODS, PRESETS, MaskCLIP, Teacher, VisionTransformer, hidden_index, mask_words, random_mask
@@ -342,3 +344,42 @@ def test_collapse_monitor_tells_the_two_kinds_of_collapse_apart():
 @pytest.mark.parametrize("step, want", [(0, 0.999), (50, 0.99945), (100, 0.9999)])      # the paper's ramp over 101 steps
 def test_momentum_ramp(step, want):
     assert model.momentum_at(step, 101, 0.999, 0.9999) == pytest.approx(want)
+
+
+# ------------------------------------------------------------------------------------------------------ costs
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_of_the_cost_table_are_those_counted(method):
+    net = tiny(method, image_size=64, width=64, text_width=64)
+    generator = torch.Generator().manual_seed(0)
+    B, tokens = 2, captions([10, 10])
+    keep, hidden = random_mask(B, 64, 0.75, generator)
+    corrupted, chosen = mask_words(tokens, 0.2, SOT, EOT, 768, torch.rand(B, 12, 3, generator=generator))
+    batch = dict(images=torch.randn(B, 3, 64, 64), tokens=tokens, keep=keep, hidden=hidden)
+    if METHODS[method]["mlm"]:
+        batch.update(corrupted=corrupted, chosen=chosen.flatten().nonzero().squeeze(1), word_count=chosen.sum().float())
+    teacher = Teacher(net) if METHODS[method]["target"] == "teacher" else None
+    # the counter does not know the CPU's fused attention
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(batch, teacher(batch["images"], keep, hidden, 0.04) if teacher else None)
+    want = sum(cost.flops for cost in model.costs(net.config, words=12))
+    assert counter.get_total_flops() / B == pytest.approx(want, rel=0.02)
+
+
+def test_parameters_of_the_cost_table_are_the_models():
+    net = tiny("maskclip")
+    assert sum(cost.parameters for cost in model.costs(net.config)) + 1 == sum(p.numel() for p in net.parameters())
+
+
+def test_memory_of_the_cost_table_is_what_autograd_keeps():
+    net = VisionTransformer(64, 8, 64, 3, 2)
+    parameters, kept = {p.data_ptr() for p in net.parameters()}, {}
+
+    def note(x):
+        if x.data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = net(torch.randn(2, 3, 64, 64))
+    want = model.blocks_cost(3, 64, 65)[1] * 4
+    assert sum(kept.values()) / 2 == pytest.approx(want, rel=0.15) and out.requires_grad
