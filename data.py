@@ -960,10 +960,11 @@ class Tar:
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self.size = os.fstat(self.descriptor).st_size
+        self.close = os.close           # when the interpreter ends, the module may be gone before this object
 
     def __del__(self):
         if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+            self.close(self.descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self.descriptor, size, offset)

@@ -415,7 +415,7 @@ def test_a_stopped_run_goes_on_to_the_bit(checkpoint, tmp_path, monkeypatch):
     for name in whole["model"]:
         assert torch.equal(whole["model"][name], parts["model"][name]), name
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    with pytest.raises(UserError, match="is a run with checkpoint = .*choose another --out"):
+    with pytest.raises(UserError, match="is of a run with checkpoint = .*choose another --out"):
         finetune.main(checkpoint_gone)
 
 
@@ -510,8 +510,8 @@ def test_mistakes_are_told_in_one_line(checkpoint, tmp_path, more, words):
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--lr", "1"], "is a run with lr = 0.001"),
-    (["--from-scratch"], "is a run with from_scratch = False"),
+    (["--lr", "1"], "is of a run with lr = 0.001"),
+    (["--from-scratch"], "is of a run with from_scratch = False"),
     (["--eval", "--data", f"folder:{ROOT / 'tests'}"], "holds no images"),
 ])
 def test_another_run_is_never_overwritten(checkpoint, tmp_path_factory, more, words):
