@@ -1,6 +1,7 @@
 """Linear probing: how much of the classes a linear map finds in the frozen image tower.
 
-    backbone   frozen, in evaluation mode; the feature of an image is the class token after the final norm
+    backbone   frozen, in evaluation mode; the feature of an image is what pre-training contrasted,
+               the class token or the mean of the patches after the final norm
     head       BatchNorm without scale and shift, then a linear layer
     training   cross-entropy; LARS with momentum 0.9 and no weight decay; 90 epochs; learning rate 6.4 at batch 16384,
                scaled with the batch, cosine to 0; random crops, one draw an image, and mirroring
@@ -36,8 +37,8 @@ FEW = 100_000       # fewer training records than this are trained on in smaller
 @dataclass
 class Options(RunOptions):
     checkpoint: str = opt("runs/pocket/last.pt", "what train.py wrote", "what")
-    feature: str = opt("cls", "cls: the class token; mean: the mean of the patches; both after the final norm (paper "
-                       "silent, MAE: cls)", "what", ("cls", "mean"))
+    feature: str = opt("auto", "cls: the class token; mean: the mean of the patches; both after the final norm; auto: what "
+                       "pre-training contrasted (paper silent, MAE: cls)", "what", ("auto", "cls", "mean"))
     augment: bool = opt(False, "crop and mirror at random, so features are computed in each epoch (paper); else once",
                         "what")
     control: bool = opt(False, "probe an untrained network of the same shape too", "what")
@@ -196,6 +197,7 @@ def main(argv: Sequence[str] | None = None):
         raise UserError(f"linear probing takes one --data, got {len(options.data)}")
     runtime = setup(options)
     model, _, config = load_checkpoint(options.checkpoint, runtime.device)
+    options.feature = config.pool if options.feature == "auto" else options.feature
     spec, size = options.data[0], config.image_size
     is_shapes = spec.partition(":")[0] == "shapes"
     if is_shapes:

@@ -104,7 +104,7 @@ class Config:
 PAPER = Config()
 PRESETS = {
     "pocket": replace(
-        PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4, pos_embed="sincos", init="mimetic",
+        PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4, pos_embed="sincos", init="mimetic", pool="mean",
         text_width=128, text_depth=2, text_heads=4, context_length=32, vocab_size=768, embed_dim=128, n_codes=512,
         quantizer_hidden=256, quantizer_bottleneck=64, text_decoder_depth=1,
         epochs=5, batch_size=64, warmup_epochs=0.3, crop_min=1.0,

@@ -96,7 +96,7 @@ def test_recipe(records, given, batch_size, lr):
 
 
 def test_defaults_are_the_papers():
-    assert (Options.epochs, Options.feature, Options.warmup_epochs) == (90, "cls", 0.0)
+    assert (Options.epochs, Options.feature, Options.warmup_epochs) == (90, "auto", 0.0)
 
 
 def test_head_normalizes_over_the_batch_and_has_no_scale_of_its_own():
