@@ -3,7 +3,7 @@
     BytePairTokenizer       captions to ids: CLIP's own vocabulary, or one learned from the captions
     TrainTransform ...      images to uint8 tensors (3, size, size)
     ShapesWorld             scenes that are drawn from (seed, split, index): what every script uses with no options
-    open_data(SPEC)         shapes | shards:A-{00000..00999}.tar | csv:FILE | folder:DIR | coco:DIR | flickr30k:DIR | ...
+    open_data(SPEC)         shapes | shards:A-{00000..00999}.tar | csv:FILE | folder:DIR | coco:DIR | ...
     TEMPLATES_7 ...         sentences around class names
     train_loader            batches that depend on (seed, step) only, whatever the number of processes and workers
 
@@ -1539,8 +1539,8 @@ def find_templates(text: str) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The suite of "Image Classification in the Wild": 20 data sets below one folder
 #
-#   icinw:DIR      DIR/NAME/test/CLASS/**/*.jpg     NAME from the table below; classes in the order of their folders' names
-#                  DIR/NAME/classnames.txt          optional, as for folder:DIR; a class's further names after further tabs
+#   icinw:DIR      DIR/NAME/test/CLASS/**/*.jpg     NAME from the table below; classes in the order of folders' names
+#                  DIR/NAME/classnames.txt          optional, as for folder:DIR; further names after further tabs
 #                  DIR/NAME/templates.txt           a prompt a line, with {} for the class name
 #
 #   voc-2007-classification, where an image can be of several classes, has instead of folders
@@ -1856,9 +1856,9 @@ def is_rle(mask, width: int, height: int) -> bool:
 class Records(torch.utils.data.Dataset):
     """Reads, decodes and augments single records.  An item is asked for by (epoch, index, *spares).
 
-    transform(sample, rng) makes a dict of arrays and strings; rng is seeded by (seed, epoch, index), so that an image is
-    augmented alike in every process and after every resume.  A bad record is named in "bad" and a spare takes its place;
-    without a spare left the item is only its "bad" list.
+    transform(sample, rng) makes a dict of arrays and strings; rng is seeded by (seed, epoch, index), so that an image
+    is augmented alike in every process and after every resume.  A bad record is named in "bad" and a spare takes its
+    place; without a spare left the item is only its "bad" list.
     """
     def __init__(self, data, transform, seed: int = 0):
         self.data, self.transform, self.seed = data, transform, seed
@@ -2059,10 +2059,10 @@ def main(argv=None):
                        ("check", "read and decode everything; count and name bad records"),
                        ("bpe", "learn byte-pair merges from the captions and show how a text is cut")):
         command = commands.add_parser(name, help=help, allow_abbrev=False)
-        command.add_argument("--data", action="append", metavar="SPEC", help="may be given more than once (default: shapes)")
+        command.add_argument("--data", action="append", metavar="SPEC", help="may be repeated (default: shapes)")
         command.add_argument("--split", default="train", help="train, val or test, where the data has splits")
         command.add_argument("--bpe", default="", help="CLIP's merges file (default: learn merges from the captions)")
-        command.add_argument("--vocab-size", type=int, default=1024, help="entries learned without --bpe (default: 1024)")
+        command.add_argument("--vocab-size", type=int, default=1024, help="learned without --bpe (default: 1024)")
         if name == "preview":
             command.add_argument("--out", default="grid.png", help="the picture to write (default: grid.png)")
             command.add_argument("--rows", type=int, default=4)

@@ -37,8 +37,8 @@ FEW = 100_000       # fewer training records than this are trained on in smaller
 @dataclass
 class Options(RunOptions):
     checkpoint: str = opt("runs/pocket/last.pt", "what train.py wrote", "what")
-    feature: str = opt("auto", "cls: the class token; mean: the mean of the patches; both after the final norm; auto: what "
-                       "pre-training contrasted (paper silent, MAE: cls)", "what", ("auto", "cls", "mean"))
+    feature: str = opt("auto", "cls: the class token; mean: the mean of the patches; both after the final norm; auto: "
+                       "what pre-training contrasted (paper silent, MAE: cls)", "what", ("auto", "cls", "mean"))
     augment: bool = opt(False, "crop and mirror at random, so features are computed in each epoch (paper); else once",
                         "what")
     control: bool = opt(False, "probe an untrained network of the same shape too", "what")

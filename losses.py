@@ -1,14 +1,15 @@
 """Every training loss, as a pure function of tensors, in the order the paper builds them up.
 
     L_I, L_T   contrastive_loss        image to text, text to image, over the pairs of all processes
-    L_Dist     distillation_loss       masked self-distillation: the student's codes of hidden patches against the teacher's
+    L_Dist     distillation_loss       the student's codes of hidden patches against the teacher's
     L_MLM      masked_language_loss    masked words of the caption, from the text tower alone
     L          total_loss              L_I + L_T + lambda * L_Dist + beta * L_MLM                          (Eq. 8)
 
     pixel_loss, feature_loss           what takes the place of L_Dist in the first rows of supplement Table 2
     simclr_loss, filip_similarity, token_contrastive_loss, simsiam_loss, unicl_loss        the compared systems
 
-Letters: B pairs on this process, W processes, N patches, M hidden patches, L tokens, V vocabulary, C codes, E embedding.
+Letters: B pairs on this process, W processes, N patches, M hidden patches, L tokens, V vocabulary, C codes,
+E embedding.
 With several processes each loss is this process's share: the mean of the shares over the processes (which is what
 DistributedDataParallel makes of their gradients) is the loss of the joined batch, and so is its gradient.
 
@@ -67,7 +68,8 @@ def own_columns(B: int, device) -> Tensor:
     return rank * B + torch.arange(B, device=device)
 
 
-def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
+def contrastive_loss(image_features: Tensor, text_features: Tensor,
+                     logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
     """L_I and L_T: cross-entropy of this process's B rows against the W*B columns of all processes.
 
         L_I = -1/B sum_i log( exp(s I_i.T_i) / sum_j exp(s I_i.T_j) ),    L_T the same with I and T exchanged
@@ -112,7 +114,7 @@ def patchify(images: Tensor, p: int) -> Tensor:
 def pixel_loss(prediction: Tensor, patches: Tensor, hidden: Tensor | None = None) -> Tensor:
     """MAE's loss: squared error to the pixels of hidden patches, each patch normalized to mean 0 and variance 1.
 
-    prediction, patches  (B, N, 3*p*p), patches as `patchify` gives them.    hidden  (B, N) bool, or None: all are hidden
+    prediction, patches  (B, N, 3*p*p), patches as from `patchify`.    hidden  (B, N) bool, or None: all are hidden
     """
     mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
     target = (patches - mean) / (var + 1e-6).sqrt()                                            # (B, N, 3*p*p)
@@ -137,9 +139,9 @@ def masked_language_loss(logits: Tensor, tokens: Tensor, chosen: Tensor | None =
 
         L_MLM = -1/n sum_(chosen l) log softmax(logits_l)[tokens_l]
 
-    logits      (B, L, V), with tokens (B, L) the clean ids and chosen (B, L) bool; or only the chosen rows, (n, V) and (n,)
-    normalizer  n; default our own number of chosen words.  That number differs from process to process, so for the joined
-                batch's mean every process divides by the mean of n over the processes
+    logits      (B, L, V), with tokens (B, L) the clean ids and chosen (B, L) bool; or the chosen rows, (n, V) and (n,)
+    normalizer  n; default our own number of chosen words.  That number differs from process to process, so for the
+                joined batch's mean every process divides by the mean of n over the processes
     """
     if chosen is not None:
         logits, tokens = logits[chosen], tokens[chosen]                                        # (n, V), (n,)
@@ -171,7 +173,8 @@ class SumInChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None, *[None if g is None else grad * g for g in (ctx.saved_tensors[0], None, *ctx.saved_tensors[1:])]
+        x_grad, *shared_grad = ctx.saved_tensors
+        return None, None, grad * x_grad, None, *[grad * g for g in shared_grad]
 
 
 def sum_in_chunks(fn, rows: int, x: Tensor, other: Tensor, *shared: Tensor) -> Tensor:

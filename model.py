@@ -7,7 +7,8 @@
                        └─ text transformer, 20% masked ─► 4-layer text decoder ─► word logits (n,V)      Word branch
 
 Config holds every number of a run, PRESETS the named ones, METHODS the rows of supplement Table 2.
-Letters: B images, N patches, K visible and M hidden ones, D width, H heads, L tokens, V vocabulary, E embedding, C codes.
+Letters: B images, N patches, K visible and M hidden ones, D width, H heads, L tokens, V vocabulary, E embedding,
+C codes.
 
     python model.py --preset vit-b16-yfcc15m --method maskclip     parameters, FLOPs and activation memory by branch
 """
@@ -45,8 +46,8 @@ class Config:
     heads: int = opt(12, "attention heads of the image tower (paper: ViT-B)", "image tower")
     pos_embed: str = opt("learned", "position embedding: learned (timm, SLIP) or fixed sin-cos (MAE); paper silent",
                          "image tower", ("learned", "sincos"))
-    init: str = opt("mae", "initialization: mae's, or mimetic, which learns shapes in a fraction of the steps when these are "
-                    "few (Trockman and Kolter 2023); paper silent", "image tower", ("mae", "mimetic"))
+    init: str = opt("mae", "initialization: mae's, or mimetic, which learns shapes in far fewer steps when they "
+                    "are few (Trockman and Kolter 2023); paper silent", "image tower", ("mae", "mimetic"))
     pool: str = opt("cls", "what stands for the image: the class token or the mean of the patches; paper silent",
                     "image tower", ("cls", "mean"))
     drop_path: float = opt(0.0, "stochastic depth of the image tower in pre-training (ours)", "image tower")
@@ -72,7 +73,7 @@ class Config:
     temp_t_warmup: float = opt(0.0, "share of the run over which it rises (iBOT: 30 epochs)", "self-distillation")
     center_momentum: float = opt(0.9, "momentum of the centre of the teacher's logits (iBOT)", "self-distillation")
     momentum: float = opt(0.999, "teacher momentum at step 0 (paper)", "self-distillation")
-    momentum_end: float = opt(0.9999, "teacher momentum at the last step, reached linearly (paper)", "self-distillation")
+    momentum_end: float = opt(0.9999, "teacher momentum at the last step, linear to it (paper)", "self-distillation")
     # masked language modelling
     word_ratio: float = opt(0.2, "share of words masked (paper)", "masked language modelling")
     text_decoder_depth: int = opt(4, "blocks of the text decoder (paper)", "masked language modelling")
@@ -88,7 +89,7 @@ class Config:
     lr_end: float = opt(1e-5, "learning rate at the last step, reached by half a cosine (paper)", "recipe")
     lr_start: float = opt(1e-6, "learning rate at step 0 of the warm-up (SLIP; paper silent)", "recipe")
     warmup_epochs: float = opt(1.0, "epochs of linear warm-up (paper)", "recipe")
-    weight_decay: float = opt(0.1, "AdamW weight decay of matrices; none for vectors, tokens, positions (paper)", "recipe")
+    weight_decay: float = opt(0.1, "AdamW weight decay of matrices; vectors, tokens, positions: none (paper)", "recipe")
     beta2: float = opt(0.98, "AdamW beta2, beta1 is 0.9 (SLIP; paper silent)", "recipe")
     eps: float = opt(1e-8, "AdamW epsilon (SLIP; paper silent)", "recipe")
     clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (paper silent, SLIP none)", "recipe")
@@ -104,9 +105,9 @@ class Config:
 PAPER = Config()
 PRESETS = {
     "pocket": replace(
-        PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4, pos_embed="sincos", init="mimetic", pool="mean",
-        text_width=128, text_depth=2, text_heads=4, context_length=32, vocab_size=768, embed_dim=128, n_codes=512,
-        quantizer_hidden=256, quantizer_bottleneck=64, text_decoder_depth=1,
+        PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4, pos_embed="sincos", init="mimetic",
+        pool="mean", text_width=128, text_depth=2, text_heads=4, context_length=32, vocab_size=768, embed_dim=128,
+        n_codes=512, quantizer_hidden=256, quantizer_bottleneck=64, text_decoder_depth=1,
         epochs=5, batch_size=64, warmup_epochs=0.3, crop_min=1.0,
         # paper: 0.999 over 90,000 steps; here: less, because the teacher must be able to follow within two thousand
         momentum=0.99, momentum_end=0.999),
@@ -117,8 +118,8 @@ PRESETS = {
     "vit-b16-icinw": replace(PAPER, epochs=32, batch_size=16384),
 }
 
-# supplement Table 2, row by row: what the masked branch predicts, whether the teacher is a running average or (momentum 0)
-# the current weights, and whether words are masked too
+# supplement Table 2, row by row: what the masked branch predicts, whether the teacher is a running average or
+# (momentum 0) the current weights, and whether words are masked too
 METHODS = {
     "clip": dict(target=None, ema=False, mlm=False),
     "clip+mae": dict(target="pixels", ema=False, mlm=False),
@@ -202,7 +203,8 @@ class Block(nn.Module):
         if self.drop_path == 0 or not self.training:
             return x
         keep, B = 1 - self.drop_path, len(x)
-        draw = torch.rand(losses.world_size() * B, 1, 1, device=x.device)[losses.own_columns(B, x.device)]      # (B, 1, 1)
+        draw = torch.rand(losses.world_size() * B, 1, 1, device=x.device)
+        draw = draw[losses.own_columns(B, x.device)]                                            # (B, 1, 1)
         return x * (draw < keep) / keep
 
     def forward(self, x: Tensor, causal: bool = False, is_word: Tensor | None = None) -> Tensor:
@@ -272,7 +274,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
-    """(1, grid*grid, width) fixed 2-D sine-cosine position embedding: one half for the row, the other for the column."""
+    """(1, grid*grid, width) fixed 2-D sine-cosine position embedding: one half for the row, one for the column."""
     omega = 10000.0 ** -(torch.arange(width // 4) / (width / 4))                                # (width/4,)
     angle = torch.arange(grid)[:, None] * omega                                                 # (grid, width/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                         # (grid, width/2)
@@ -338,7 +340,8 @@ class VisionTransformer(nn.Module):
         B, _, height, width = images.shape
         p = self.patch_size
         if height % p or width % p:
-            raise ValueError(f"image is {height}x{width} px but patches are {p} px: both sides must be multiples of {p}")
+            raise ValueError(f"image is {height}x{width} px but patches are {p} px: both sides must be multiples "
+                             f"of {p}")
         x = patchify(images, p)                                                                 # (B, N, 3*p*p)
         pos = self.positions(height // p, width // p)                                           # (1, N, D)
         if keep is not None:
@@ -358,7 +361,7 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
     def block_outputs(self, images: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        """The outputs (B, 1+N, D) of blocks `taps`, counted from 1, before the final norm: what dense heads build on."""
+        """The outputs (B, 1+N, D) of blocks `taps`, counted from 1, before the final norm, for dense heads."""
         x, out = self.embed(images), []
         for i, block in enumerate(self.blocks, start=1):
             x = block(x)
@@ -392,7 +395,7 @@ def mask_words(tokens: Tensor, ratio: float, sot: int, eot: int, mask_id: int, n
     """BERT's corruption of a share of each caption's words: 80% become the mask token, 10% another word, 10% stay.
 
     tokens (B, L), noise (B, L, 3) uniform in [0, 1): one draw to choose, one for the kind, one for the other word.
-    Start, end and padding are never chosen; of a caption with words at least one is.  Words are drawn from ids below sot.
+    Start, end and padding are never chosen; of a caption with words at least one is.  Other words have ids below sot.
     Returns corrupted (B, L) and chosen (B, L) bool.
     """
     noise = noise[:, :tokens.shape[1]]
@@ -493,7 +496,8 @@ class ImageDecoder(nn.Module):
 class Quantizer(nn.Module):
     """h, the online quantizer: a feature's cosine to each of C codes.
 
-    # paper: says only "online quantizer"; here: iBOT's head, a 3-layer MLP to a unit-length bottleneck and unit-length codes
+    # paper: says only "online quantizer"; here: iBOT's head, a 3-layer MLP to a unit-length bottleneck, and unit-length
+    # codes
     """
     def __init__(self, width: int, hidden: int, bottleneck: int, n_codes: int):
         super().__init__()
@@ -519,10 +523,10 @@ class Quantizer(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """Bidirectional blocks on the text tower's output; word logits are products with the tower's own word table (as BERT).
+    """Bidirectional blocks on the text tower's output; word logits are products with the tower's word table (BERT).
 
-    # paper: silent on attention and output matrix; here: bidirectional, because the tower is causal and a masked word must
-    # see what follows it; tied, because an untied matrix alone would hold a third of the text tower's parameters
+    # paper: silent on attention and output matrix; here: bidirectional, because the tower is causal and a masked word
+    # must see what follows it; tied, because an untied matrix alone would hold a third of the text tower's parameters
     """
     def __init__(self, width: int, depth: int, heads: int, vocab_size: int):
         super().__init__()
@@ -609,7 +613,7 @@ class MaskCLIP(nn.Module):
         return F.normalize(torch.stack(rows), dim=-1)
 
     def encode_patches(self, images: Tensor, path: str = "code") -> Tensor:
-        """(B, 3, h, w) -> (B, N, E) unit-length patch embeddings in the joint space, row by row (DenseCLIP's value path)"""
+        """(B, 3, h, w) -> (B, N, E) unit-length patch embeddings in the joint space, by DenseCLIP's value path"""
         return F.normalize(self.image_proj(self.visual.value_features(images, path)).float(), dim=-1)
 
     def forward(self, batch: dict[str, Tensor], target: dict | None = None) -> tuple[dict, dict]:
@@ -655,7 +659,8 @@ class MaskCLIP(nn.Module):
         def code_loss(student, teacher, codes):
             """Summed over rows: (rows, bottleneck) of student and teacher against their own (C, bottleneck) codes"""
             return len(student) * losses.distillation_loss(
-                student @ codes.T, teacher @ target["codes"].T, None, self.config.temp_s, target["temp"], target["center"])
+                student @ codes.T, teacher @ target["codes"].T, None, self.config.temp_s, target["temp"],
+                target["center"])
         student = self.quantizer.bottleneck(x).flatten(0, 1)                                    # (B*M, bottleneck)
         codes = self.quantizer.unit_codes()                                                     # (C, bottleneck)
         total = losses.sum_in_chunks(code_loss, LOGIT_ROWS, student, target["features"].flatten(0, 1), codes)
@@ -697,7 +702,8 @@ class Teacher(nn.Module):
         x = take(self.visual(images)[:, 1:], hidden_index(hidden, keep))                        # (B, M, D)
         if self.quantizer is None:
             return dict(features=x)
-        return dict(features=self.quantizer.bottleneck(x), codes=self.quantizer.unit_codes(), center=self.center, temp=temp)
+        return dict(features=self.quantizer.bottleneck(x), codes=self.quantizer.unit_codes(), center=self.center,
+                    temp=temp)
 
     @torch.no_grad()
     def update(self, model: MaskCLIP, momentum: float):
@@ -829,7 +835,8 @@ def describe(config: Config, words: int | None = None):
     print(f"{'branch':28}{'parameters':>14}{'forward GFLOPs':>17}{'step GFLOPs':>14}{'kept, MB in fp32':>19}")
     rows = costs(config, words)
     for r in rows:
-        print(f"{r.name:28}{r.parameters:>14,}{r.flops / 1e9:>17.3f}{r.passes * r.flops / 1e9:>14.3f}{r.kept * 4 / 1e6:>19.1f}")
+        print(f"{r.name:28}{r.parameters:>14,}{r.flops / 1e9:>17.3f}{r.passes * r.flops / 1e9:>14.3f}"
+              f"{r.kept * 4 / 1e6:>19.1f}")
     print(f"{'all':28}{sum(r.parameters for r in rows) + 1:>14,}{sum(r.flops for r in rows) / 1e9:>17.3f}"
           f"{sum(r.passes * r.flops for r in rows) / 1e9:>14.3f}{sum(r.kept for r in rows) * 4 / 1e6:>19.1f}")
     clip = sum(r.passes * r.flops for r in rows[:2])

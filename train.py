@@ -2,7 +2,7 @@
 
     torchrun train.py                                       preset pocket on the embedded Shapes world: minutes on a CPU
     torchrun train.py --preset vit-b16-yfcc15m --batch-size 64 --data "shards:yfcc/{00000..01499}.tar" --bpe MERGES
-    torchrun --nnodes 4 --nproc-per-node 8 ... train.py --preset vit-b16-yfcc15m --data ... --bpe ...     the paper's run
+    torchrun --nnodes 4 --nproc-per-node 8 ... train.py --preset vit-b16-yfcc15m --data ... --bpe ...   the paper's run
 
 One step, in the order of `train`:  schedules; masks; teacher without gradient; all branches in one forward; backward;
 clip; optimizer; clamp the logit scale; teacher <- average; log; save.
@@ -46,7 +46,8 @@ class RunOptions:
     out: str = opt("", "folder for everything that is written; empty: runs/NAME", "run")
     seed: int = opt(0, "seed of every random choice", "run")
     device: str = opt("auto", "where to compute", "run", ("auto", "cpu", "cuda", "mps"))
-    precision: str = opt("auto", "auto: bf16 where the hardware multiplies it natively", "run", ("auto", "fp32", "bf16"))
+    precision: str = opt("auto", "auto: bf16 where the hardware multiplies it natively", "run",
+                         ("auto", "fp32", "bf16"))
     workers: int = opt(-1, "loader processes a process, -1: none on CPU, up to 8 on GPU", "run")
 
 
@@ -87,7 +88,8 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
             continue
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
                 dict(action="append", metavar="SPEC") if f.type is tuple else
-                dict(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__))
+                dict(type=f.type, choices=f.metadata["choices"],
+                     metavar=None if f.metadata["choices"] else f.type.__name__))
         shown = ", ".join(default) if f.type is tuple else default
         group.add_argument("--" + f.name.replace("_", "-"), default=None, help=f"{help} (default: {shown})", **kind)
     given = vars(cli.parse_args(argv))
@@ -205,7 +207,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, final: float, start: float = 0.0) -> float:
-    """Learning rate of step 0 ... total-1: linear from start to peak over `warmup` steps, then half a cosine to final."""
+    """Learning rate of step 0 ... total-1: linear from start to peak in `warmup` steps, then half a cosine to final."""
     if step < warmup:
         return start + (peak - start) * step / warmup
     t = (step - warmup) / max(total - 1 - warmup, 1)
@@ -343,8 +345,8 @@ def find_resumable(options, out: Path, kind: str = "pretraining") -> dict | None
 def check_same_data(state: dict, identity: str, out: Path):
     """A run goes on only with the records it began with."""
     if state["data"] != identity:
-        raise UserError(f"{out} holds a run on other data (sample hash {str(state['data'])[:12]}, now {identity[:12]}): "
-                        f"choose another --out")
+        raise UserError(f"{out} holds a run on other data (sample hash {str(state['data'])[:12]}, now {identity[:12]}"
+                        f"): choose another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def check_same_data(state: dict, identity: str, out: Path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Log:
-    """metrics.jsonl, one object a line, and the progress line with rate and time left.  Only the main process writes."""
+    """metrics.jsonl, one object a line, and the progress line with rate and time left; by the main process only."""
 
     def __init__(self, out: Path, is_main: bool, total: int, samples_per_step: int, first_step: int = 0):
         self.path, self.is_main, self.total, self.samples = out / "metrics.jsonl", is_main, total, samples_per_step
@@ -372,10 +374,12 @@ class Log:
             return
         values = dict(step=step, **values, samples_per_second=rate)
         with open(self.path, "a") as file:
-            file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+            file.write(json.dumps(rounded) + "\n")
         left = (self.total - step - 1) * self.samples / rate
         terms = "  ".join(f"{k} {values[k]:.3f}" for k in ("loss", *TERMS, "code_entropy") if k in values)
-        print(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rate:.0f}/s  {duration(left)} left", flush=True)
+        print(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rate:.0f}/s  {duration(left)} left",
+              flush=True)
 
 
 TERMS = ("contrastive", "distillation", "feature", "pixel", "mlm")
@@ -479,7 +483,7 @@ class PairCollate:
 
 
 def hide(batch: dict, model: MaskCLIP, sot: int, step: int, options: TrainOptions, rank: int, world: int) -> dict:
-    """Adds what the masked branches of this step need; see MaskCLIP.forward.  All draws are those of the global batch."""
+    """Adds what the masked branches of this step need; see MaskCLIP.forward.  Draws are those of the global batch."""
     c, B, method = model.config, len(batch["images"]), METHODS[model.config.method]
     generator = torch.Generator().manual_seed((options.seed << 32) + step)
     rows = slice(rank * B, rank * B + B)
@@ -499,11 +503,12 @@ def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
     parts = [{name: values[i] for name, values in tensors.items()} for i in range(count)]
     for part in parts:
         if "is_chosen" in part:
-            part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)       # here, where it costs no GPU sync
+            part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)     # here it costs no GPU sync
     parts = [{name: value.to(device, non_blocking=True) for name, value in part.items()} for part in parts]
     if "chosen" in parts[0]:
         # L_MLM is the mean over all masked words: each part's sum is divided by the mean count of parts and processes
-        words = mean_over_processes(torch.tensor(sum(len(part["chosen"]) for part in parts) / len(parts), device=device))
+        words = sum(len(part["chosen"]) for part in parts) / len(parts)
+        words = mean_over_processes(torch.tensor(words, device=device))
         for part in parts:
             part["word_count"] = words
     return [dict(part, images=data_module.normalize(part["images"])) for part in parts]
@@ -541,7 +546,8 @@ def backward(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, parts: l
             loss = total_loss(local, weights) / count if local else 0.0
             if last:        # the others stand as constants; parameters of the contrast itself get their gradient here
                 if count > 1:
-                    features = {name: torch.cat([leaves[name].detach()[:-len(own)], own]) for name, own in features.items()}
+                    features = {name: torch.cat([leaves[name].detach()[:-len(own)], own])
+                                for name, own in features.items()}
                 terms.update(core.contrast(features))
                 loss = loss + total_loss({name: terms[name] for name in terms if name not in local}, weights)
             else:
@@ -602,7 +608,8 @@ def train(options: TrainOptions):
 
     data = open_mixed(options.data, "train", "captions", options.image_size, out / "index")
     if len(data) < options.batch_size:
-        raise UserError(f"{len(data)} records are fewer than one batch of {options.batch_size}: choose a smaller --batch-size")
+        raise UserError(f"{len(data)} records are fewer than one batch of {options.batch_size}: choose a smaller "
+                        f"--batch-size")
     tokenizer = make_tokenizer(options, data)
     identity = data_module.hash_names(data)
     steps_per_epoch = len(data) // options.batch_size
@@ -632,8 +639,8 @@ def train(options: TrainOptions):
     if runtime.world > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     loader = data_module.train_loader(
-        data, PairTransform(options), options.batch_size, options.seed, range(first, total), runtime.rank, runtime.world,
-        runtime.workers, PairCollate(tokenizer, options.context_length, 8 if options.compile else 1))
+        data, PairTransform(options), options.batch_size, options.seed, range(first, total), runtime.rank,
+        runtime.world, runtime.workers, PairCollate(tokenizer, options.context_length, 8 if options.compile else 1))
     log = Log(out, runtime.is_main, total, options.batch_size, first)
     if runtime.is_main:
         write_text_atomically(out / "config.json", json.dumps(dict(asdict(options), data_hash=identity), indent=1))
@@ -701,7 +708,8 @@ def train(options: TrainOptions):
             saved = time.monotonic()
 
     if first < total and not save(total):
-        raise UserError(f"the finished model could not be saved to {out}/last.pt: free some space and run the command again")
+        raise UserError(f"the finished model could not be saved to {out}/last.pt: free some space and run the "
+                        f"command again")
     finish(options, core, tokenizer, runtime, bad_count)
 
 
@@ -728,8 +736,8 @@ def refuse_update(terms: dict, norm: float, step: int, skipped: int, out: Path):
     names = [name for name, value in terms.items() if not math.isfinite(value)] or [f"gradient (norm {norm})"]
     print(f"warning: step {step + 1}: {', '.join(names)} is not finite; update skipped", file=sys.stderr, flush=True)
     if skipped == 10:
-        raise UserError(f"{', '.join(names)} was not finite for 10 steps in a row, up to step {step + 1}; the last good "
-                        f"checkpoint is {out}/last.pt: try --precision fp32, a lower --lr or --clip-grad 1")
+        raise UserError(f"{', '.join(names)} was not finite for 10 steps in a row, up to step {step + 1}; the last "
+                        f"good checkpoint is {out}/last.pt: try --precision fp32, a lower --lr or --clip-grad 1")
 
 
 def announce(o: TrainOptions, data, model: MaskCLIP, tokenizer, total: int, first: int, runtime: Runtime):
