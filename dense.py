@@ -1336,17 +1336,17 @@ class MaskHead(nn.Sequential):
 
 
 class MaskRCNN(nn.Module):
-    """Finds objects: their boxes, classes and masks.  `o` are MaskRCNNOptions."""
+    """Finds objects: their boxes, classes and masks.  `options` are MaskRCNNOptions."""
 
-    def __init__(self, visual: VisionTransformer, n_classes: int, o):
+    def __init__(self, visual: VisionTransformer, n_classes: int, options):
         super().__init__()
-        p, self.o = visual.patch_size, o
+        p, self.options = visual.patch_size, options
         self.strides = [p // 4, p // 2, p, 2 * p, 4 * p]
-        self.pyramid = Pyramid(visual, o.drop_path)
-        self.fpn = FeaturePyramid(visual.cls_token.shape[-1], o.channels)
-        self.rpn = ProposalHead(o.channels)
-        self.box_head = BoxHead(o.channels, o.head_width, n_classes)
-        self.mask_head = MaskHead(o.channels, n_classes, o.mask_depth)
+        self.pyramid = Pyramid(visual, options.drop_path)
+        self.fpn = FeaturePyramid(visual.cls_token.shape[-1], options.channels)
+        self.rpn = ProposalHead(options.channels)
+        self.box_head = BoxHead(options.channels, options.head_width, n_classes)
+        self.mask_head = MaskHead(options.channels, n_classes, options.mask_depth)
 
     def see(self, images: Tensor) -> tuple[list[Tensor], ...]:
         """(B, 3, H, W) -> of each level: map (B, c, ., .), scores (B, A), deltas (B, A, 4), anchors (A, 4)"""
@@ -1392,11 +1392,11 @@ class MaskRCNN(nn.Module):
             label, box           cross-entropy of the class, and L1 of the better box: mean over the sampled boxes
             mask                 cross-entropy of the true class's mask: mean over the pixels of boxes with an object
         """
-        maps, scores, deltas, anchors = self.see(images)
+        o, (maps, scores, deltas, anchors) = self.options, self.see(images)
         losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets,
-                                 self.o.rpn_samples)
-        proposals = self.propose(scores, deltas, anchors, sizes, self.o.rpn_before_train, self.o.rpn_keep_train)
-        found, others, owners = zip(*(draw_rois(boxes, target["boxes"], self.o.roi_samples)
+                                 o.rpn_samples)
+        proposals = self.propose(scores, deltas, anchors, sizes, o.rpn_before_train, o.rpn_keep_train)
+        found, others, owners = zip(*(draw_rois(boxes, target["boxes"], o.roi_samples)
                                       for boxes, target in zip(proposals, targets)))
 
         boxes = [torch.cat(pair) for pair in zip(found, others)]
@@ -1421,14 +1421,14 @@ class MaskRCNN(nn.Module):
         """Images as in forward -> of each at most 100 objects, the best first: boxes (R, 4), labels (R,), scores (R,),
         and masks (R, 28, 28), probabilities over the box."""
         maps, *rpn = self.see(images)
-        proposals = self.propose(*rpn, sizes, self.o.rpn_before_test, self.o.rpn_keep_test)
+        proposals = self.propose(*rpn, sizes, self.options.rpn_before_test, self.options.rpn_keep_test)
         scores, deltas = self.box_head(self.pool(maps, proposals, BOX_BINS))
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
         objects, counts = [], [len(boxes) for boxes in proposals]
         for boxes, score, delta, size in zip(proposals, scores.split(counts), deltas.split(counts), sizes):
             score = score.softmax(dim=1)[:, :-1]                                           # (P, C)
             boxes, is_left = clip_boxes(decode_boxes(delta, boxes[:, None], BOX_SCALE), *size)       # (P, C, 4), (P, C)
-            place, label = ((score > self.o.score_threshold) & is_left).nonzero(as_tuple=True)
+            place, label = ((score > self.options.score_threshold) & is_left).nonzero(as_tuple=True)
             boxes, score = boxes[place, label], score[place, label]
             best = batched_nms(boxes, score, label, 0.5)[:MAX_DETECTIONS[-1]]
             objects.append(dict(boxes=boxes[best], labels=label[best], scores=score[best]))
@@ -1508,7 +1508,7 @@ class MaskRCNNOptions(FineTuneOptions, RunOptions):
 
 
 POCKET_DETECTOR = dict(
-    steps=400, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, head_width=256,
+    epochs=0.16, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, head_width=256,
     mask_depth=2, rpn_samples=64, rpn_before_train=100, rpn_before_test=100, rpn_keep_train=100, rpn_keep_test=50,
     roi_samples=32)
 
@@ -1617,7 +1617,10 @@ class EvalObjects:
 
 def collate_padded(items: list[dict], multiple: int) -> dict:
     """As data.collate, with images of any size, each in the upper left of a canvas of the mean color, whose sides are
-    the largest ones rounded up to a multiple; and their sizes [(h, w)]."""
+    the largest ones rounded up to a multiple; and their sizes [(h, w)].
+
+    mmdetection fills a batch with images that are all wide or all high, which pads less; here they come as drawn.
+    """
     whole = [item for item in items if "images" in item]
     sizes = [tuple(item["images"].shape[1:]) for item in whole]
     mean = torch.tensor(data_module.MEAN).mul(255).round().byte()[:, None, None]           # what is 0 to the model
@@ -1755,7 +1758,7 @@ def maskrcnn(argv=None):
         state = trained_detector(out)
     else:
         data, names, label_of = open_objects(options, "train")
-        options.steps = options.steps or round(options.epochs * (len(data) // options.batch_size))
+        options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
         state = find_resumable(options, out, "maskrcnn")
     if state:
         c, names = Config(**state["backbone"]), state["classes"]
@@ -1790,7 +1793,7 @@ def main(argv=None):
     """The first word of the command line says which; it has its own --help."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+        print(f"usage: python dense.py {'|'.join(COMMANDS)} [CHECKPOINT] [options]\n\n{__doc__}")
     elif argv[0] not in COMMANDS:
         raise UserError(f"{argv[0]!r} is no command of dense.py: choose one of {', '.join(COMMANDS)}")
     else:

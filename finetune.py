@@ -78,7 +78,7 @@ class Options(RunOptions):
     crop_share: float = opt(0.875, "evaluation: side of the crop in short sides (MAE: 224/256)", "augmentation")
 
 
-# paper: nothing so small; here: warm-up over the same fifth of the run, a higher rate for fewer steps, no mixing and no
+# paper: nothing so small; here: warm-up over a tenth of the run, a higher rate for fewer steps, no mixing and no
 # erasing, which guard against learning images by heart: here an image is seen four times
 RECIPES = {
     "imagenet": replace(Options(), recipe="imagenet"),

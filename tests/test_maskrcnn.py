@@ -1,4 +1,4 @@
-"""Mask R-CNN: anchors, box coding, targets, sampling, networks, losses, COCO's folders, the run; torchvision as the peer.
+"""Mask R-CNN: anchors, box coding, targets, sampling, networks, losses, COCO's folders, the run.
 
     python -m pytest tests/test_maskrcnn.py
 """
@@ -107,7 +107,7 @@ def slow_assign(iou, positive, negative, low_quality):
     for a in range(iou.shape[1]):
         overlaps = iou[:, a].tolist()
         best = max(overlaps, default=0)
-        assigned.append(overlaps.index(best) if best >= positive and overlaps else NEGATIVE if best < negative else UNUSED)
+        assigned.append(overlaps.index(best) if best >= positive else NEGATIVE if best < negative else UNUSED)
     for g in range(iou.shape[0]):
         best = max(iou[g].tolist())
         if best >= low_quality:
@@ -125,7 +125,7 @@ def slow_assign(iou, positive, negative, low_quality):
 ])
 def test_assign_against_a_loop(G, A, positive, negative, low_quality):
     noise = torch.rand(G, A, generator=torch.Generator().manual_seed(A), dtype=torch.float64)
-    iou = (noise ** 2 * 20).round() / 20                                        # many ties, and the thresholds themselves
+    iou = (noise ** 2 * 20).round() / 20                                # many ties, and the thresholds themselves
     assert assign(iou, positive, negative, low_quality).tolist() == slow_assign(iou, positive, negative, low_quality)
 
 
@@ -159,7 +159,8 @@ def test_sampling(positives, negatives, count, share, want):
 
 
 def test_draw_rois_adds_the_true_boxes():
-    true_boxes, proposals = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 70]]), torch.tensor([[0.0, 0, 10, 6], [90, 0, 99, 9]])
+    true_boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 70]])
+    proposals = torch.tensor([[0.0, 0, 10, 6], [90, 0, 99, 9]])
     boxes, others, owner = dense.draw_rois(proposals, true_boxes, 100)
     found = sorted(zip(owner.tolist(), boxes.tolist()))
     assert found == [(0, [0, 0, 10, 6]), (0, [0, 0, 10, 10]), (1, [50, 50, 60, 70])]
@@ -265,7 +266,8 @@ def test_feature_pyramid_is_torchvisions():
 def test_boxes_are_read_from_their_level_in_order():
     net, maps = small_net(), [torch.full((2, 1, 64 // s, 64 // s), float(s)) for s in (2, 4, 8, 16, 32)]
     maps = [x + 100 * torch.arange(2.0)[:, None, None, None] for x in maps]                 # and from their image
-    boxes = [torch.tensor([[0.0, 0, 60, 60], [0, 0, 9, 9]]), torch.tensor([[0.0, 0, 10, 10], [2, 2, 62, 62], [0, 0, 9, 9]])]
+    large, small = [0.0, 0.0, 60.0, 60.0], [0.0, 0.0, 9.0, 9.0]
+    boxes = [torch.tensor([large, small]), torch.tensor([small, large, small])]
     pooled = net.pool(maps, boxes, 7)
     want = torch.tensor([4.0, 2, 102, 104, 102])
     torch.testing.assert_close(pooled, want[:, None, None, None].expand(5, 1, 7, 7))
@@ -380,8 +382,9 @@ def joined_batch(rank: int, world: int, folder: str):
     """The gradient of a batch of four on `world` processes, one of which has no objects; rank 0 saves it."""
     torch.set_num_threads(1)
     if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    net = small_net(drop_path=0.0, rpn_samples=10 ** 6, roi_samples=10 ** 6).train()        # all are drawn, whoever draws
+        meeting = f"file://{folder}/meeting"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    net = small_net(drop_path=0.0, rpn_samples=10 ** 6, roi_samples=10 ** 6).train()    # all are drawn, whoever draws
     targets = targets_of([(6, 8, 30, 34, 0), (34, 20, 60, 60, 1)], [(10, 30, 50, 56, 2)], [], [])
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     rows = slice(4 // world * rank, 4 // world * (rank + 1))
@@ -754,7 +757,7 @@ def test_resumed_run_is_the_same_to_the_bit(checkpoint, tmp_path):
 
 
 def test_coco_run_with_hostile_images(checkpoint, tmp_path):
-    """Two epochs over a folder with an empty mask to decode, a crowd only, one pixel, unknown ids, and no val objects."""
+    """Two epochs over a folder with a crowd only, one pixel, no area and an unknown category."""
     def change(content):
         content["annotations"][0]["category_id"] = 55
         content["annotations"][1].update(iscrowd=1)                             # all that is left of image 0
@@ -762,9 +765,8 @@ def test_coco_run_with_hostile_images(checkpoint, tmp_path):
         content["annotations"][3]["bbox"] = [3, 3, 0, 5]
     coco_folder(tmp_path / "coco", change)
     out = tmp_path / "out"
-    dense.maskrcnn([checkpoint, "--data", f"coco:{tmp_path}/coco", *SMALL, "--epochs", "2", "--out", str(out), "--limit", "4",
-                    "--rpn-samples", "32", "--roi-samples", "16", "--rpn-before-train", "50", "--rpn-keep-train", "30",
-                    "--rpn-before-test", "50", "--rpn-keep-test", "30", "--from-scratch", "--json", str(out) + ".json"])
+    dense.maskrcnn([checkpoint, "--data", f"coco:{tmp_path}/coco", "--recipe", "pocket", *SMALL, "--epochs", "2", "--limit",
+                    "4", "--from-scratch", "--out", str(out), "--json", f"{out}.json"])
     state, result = load_state(out / "last.pt"), json.loads((tmp_path / "out.json").read_text())
     assert state["step"] == 2 * (5 // 2) and state["classes"] == ["person", "train", "toothbrush"]
     assert result["images"] == 4 and result["protocol"]["from_scratch"]
@@ -818,7 +820,7 @@ def test_backbone_learns_slower_the_lower_it_is():
 
 @pytest.mark.slow
 def test_a_step_at_full_size_and_its_memory():
-    """ViT-B/16, an image of 800 x 1333: forward, backward and update, in a process of its own, whose peak is printed."""
+    """ViT-B/16, an image of 800 x 1333: forward, backward and update, in a process whose peak is printed."""
     code = """
 import resource, time, torch, dense
 from model import VisionTransformer
@@ -842,4 +844,4 @@ print(losses["label"].item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert done.returncode == 0, done.stderr
     label, peak, seconds = map(float, done.stdout.split())
     print(f"peak memory {peak:.1f} GiB, {seconds:.0f} s")
-    assert label == pytest.approx(math.log(81), rel=0.1) and peak < 24
+    assert 4 < label < 6 and peak < 24                                          # ln 81 = 4.4: nothing is known yet
