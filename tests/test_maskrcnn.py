@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -168,17 +167,19 @@ def test_draw_rois_adds_the_true_boxes():
 
 
 @pytest.mark.parametrize("width, height, level", [
-    (10, 10, 0), (111, 111, 0),             # up to 112 pixels the finest map, stride 4
+    (1, 1, 0), (10, 10, 0), (111, 111, 0),  # up to 112 pixels the finest map, stride 4
     (112, 112, 1), (223, 223, 1),
     (224, 224, 2), (112, 448, 2),           # the area decides
     (448, 448, 3), (1333, 800, 3),          # the coarsest of the four; never the fifth
-    (1, 1, 0),
 ])
 def test_levels(width, height, level):
-    box = torch.tensor([[3.0, 5.0, 3.0 + width, 5.0 + height]])
-    assert dense.roi_levels(box, 56).tolist() == [level]
+    assert dense.roi_levels(torch.tensor([[3.0, 5.0, 3.0 + width, 5.0 + height]]), 56).tolist() == [level]
+
+
+def test_levels_are_torchvisions():
     poolers = pytest.importorskip("torchvision.ops.poolers", reason=PEER)
-    assert poolers.LevelMapper(2, 5)([box]).tolist() == [level]
+    boxes = random_boxes(500, 0, size=900)
+    assert torch.equal(dense.roi_levels(boxes, 56), poolers.LevelMapper(2, 5)([boxes]))
 
 
 def test_mask_targets_of_squares():
@@ -765,8 +766,8 @@ def test_coco_run_with_hostile_images(checkpoint, tmp_path):
         content["annotations"][3]["bbox"] = [3, 3, 0, 5]
     coco_folder(tmp_path / "coco", change)
     out = tmp_path / "out"
-    dense.maskrcnn([checkpoint, "--data", f"coco:{tmp_path}/coco", "--recipe", "pocket", *SMALL, "--epochs", "2", "--limit",
-                    "4", "--from-scratch", "--out", str(out), "--json", f"{out}.json"])
+    dense.maskrcnn([checkpoint, "--data", f"coco:{tmp_path}/coco", "--recipe", "pocket", *SMALL, "--epochs", "2",
+                    "--limit", "4", "--from-scratch", "--out", str(out), "--json", f"{out}.json"])
     state, result = load_state(out / "last.pt"), json.loads((tmp_path / "out.json").read_text())
     assert state["step"] == 2 * (5 // 2) and state["classes"] == ["person", "train", "toothbrush"]
     assert result["images"] == 4 and result["protocol"]["from_scratch"]
