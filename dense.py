@@ -1508,7 +1508,7 @@ class MaskRCNNOptions(FineTuneOptions, RunOptions):
 
 
 POCKET_DETECTOR = dict(
-    epochs=0.08, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, head_width=256,
+    epochs=0.16, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, head_width=256,
     mask_depth=2, rpn_samples=64, rpn_before_train=100, rpn_before_test=100, rpn_keep_train=100, rpn_keep_test=50,
     roi_samples=32)
 
@@ -1719,7 +1719,7 @@ def with_own_ids(found: list[dict], data, label_of: list[int]) -> list[dict]:
             for record in found if record["category_id"] in category]
 
 
-def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], least: float = 0.4) -> PIL.Image.Image:
+def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], least: float = 0.5) -> PIL.Image.Image:
     """The image, enlarged if small, with mask, box, name and score of COCO's records that score `least` or more."""
     records = [record for record in records if record.get("score", 1) >= least]
     pixels, colors = np.asarray(image).astype(np.float32), palette(len(names))
