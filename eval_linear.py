@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import data as data_module
 from data import EvalTransform, TrainTransform, UserError
-from model import MaskCLIP, opt
+from model import MaskCLIP, opt, pool_tokens
 from train import (ReadRecord, RunOptions, Runtime, cosine_schedule, extract, load_checkpoint, parse, report_bad, run,
                    setup)
 
@@ -37,8 +37,9 @@ FEW = 100_000       # fewer training records than this are trained on in smaller
 @dataclass
 class Options(RunOptions):
     checkpoint: str = opt("runs/pocket/last.pt", "what train.py wrote", "what")
-    feature: str = opt("auto", "cls: the class token; mean: the mean of the patches; both after the final norm; auto: "
-                       "what pre-training contrasted (paper silent, MAE: cls)", "what", ("auto", "cls", "mean"))
+    feature: str = opt("auto", "the class token, or the mean or maximum of the patches, after the final norm; "
+                       "auto: what pre-training contrasted (paper silent, MAE: cls)", "what",
+                       ("auto", "cls", "mean", "max"))
     augment: bool = opt(False, "crop and mirror at random, so features are computed in each epoch (paper); else once",
                         "what")
     control: bool = opt(False, "probe an untrained network of the same shape too", "what")
@@ -161,7 +162,7 @@ def probe(model: MaskCLIP, options: Options, train_data, test_data, transform: E
     """Trains and tests a head.  Returns top1, and of the test images how many there are."""
     def encode(images):                                                                             # -> (B, D)
         tokens = model.visual(images)                                                               # (B, 1+N, D)
-        return tokens[:, 0] if options.feature == "cls" else tokens[:, 1:].mean(dim=1)
+        return pool_tokens(tokens, options.feature)
 
     def labelled(data):
         found = extract(data, transform, encode, runtime, 256 * runtime.world)
