@@ -272,10 +272,11 @@ def zeroshot(argv=None):
     options = parse(ZeroShotOptions, __doc__, argv, positional=("checkpoint",))
     runtime = setup(options)
     model, tokenizer, config = load_checkpoint(options.checkpoint, runtime.device)
-    # paper: 512, Pascal Context 480, for windows of 224 with stride 112, so that positions are never resized
+    # paper: 512, Pascal Context 480, for windows of 224 with stride 112, so that positions are never resized; here, for
+    # shapes, windows two thirds of the image's side, because objects are large in the picture
     window, spec = config.image_size, options.data
     paper = 480 if spec.startswith("pascal-context") else 512
-    options.test_size = options.test_size or (2 * window if spec.startswith("shapes") else paper * window // 224)
+    options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else paper * window // 224)
     templates = templates_for(options.templates, spec)
     texts = model.encode_classes(open_segmentation(options, "val")[1], templates, tokenizer)         # (C, E)
     predict = patch_scores(model, texts, options.value_path)
@@ -289,7 +290,7 @@ def zeroshot(argv=None):
 # Word-image maps: where the words of a caption are
 # ---------------------------------------------------------------------------------------------------------------------
 
-FUNCTION_WORDS = set("a an the and or plus of in on at to by with from for below under above left right top bottom "
+FUNCTION_WORDS = set("a an the and or plus of in on at to by with from for below under above left right top bottom corner "
                      "there is are its two three four five six photo picture image drawing background".split())
 
 
@@ -302,6 +303,9 @@ class WordOptions(RunOptions):
     image: str = opt("", "file of an image to take instead of records")
     caption: str = opt("", "its caption")
     words: str = opt("", "words or phrases to look for, with commas; empty: those of the caption that mean something")
+    unit: str = opt("auto", "what of the caption a map is drawn for: words, as in the paper's figures, or phrases; auto: "
+                    "words, for shapes phrases, whose text tower has read no form without its color", "run",
+                    ("auto", "word", "phrase"))
     templates: str = opt("auto", "sentences around a word, as for zeroshot; auto: 85 (paper silent), for shapes a {}")
     value_path: str = opt("code", "last block: with residual and MLP, or plain", "run", ("code", "plain"))
     test_size: int = opt(0, "short side of the image, pixels, seen in windows of the model's size; 0: that size")
@@ -309,9 +313,19 @@ class WordOptions(RunOptions):
                      "run", ("shared", "own"))
 
 
-def words_of(caption: str) -> list[str]:
-    """The different words of a caption, in order, without those that stand for nothing one could point at."""
-    return list(dict.fromkeys(word for word in re.findall(r"\w[\w'-]*", caption.lower()) if word not in FUNCTION_WORDS))
+def words_of(caption: str, unit: str = "word") -> list[str]:
+    """The different words of a caption, in order, without those that stand for nothing one could point at.
+
+    unit "phrase": words with none of those, and no comma, between them stay together: "small red circle".
+    """
+    runs = [[]]
+    for word in re.findall(r"\w[\w'-]*|[^\w\s]", caption.lower()):
+        if word[0].isalnum() and word not in FUNCTION_WORDS:
+            runs[-1].append(word)
+        else:
+            runs.append([])
+    found = [" ".join(run) for run in runs if run] if unit == "phrase" else itertools.chain.from_iterable(runs)
+    return list(dict.fromkeys(found))
 
 
 @torch.no_grad()
@@ -380,9 +394,11 @@ def words(argv=None):
     runtime, out = setup(options), Path(options.out or "runs/words")
     paths = [options.checkpoint, options.compare] if options.compare else [options.checkpoint]
     loaded = [load_checkpoint(path, runtime.device) for path in paths]              # (model, tokenizer, config) each
-    templates, rows, arrays = templates_for(options.templates, "" if options.image else options.data), [], {}
+    spec = "" if options.image else options.data
+    templates, rows, arrays = templates_for(options.templates, spec), [], {}
+    unit = options.unit if options.unit != "auto" else "phrase" if spec.startswith("shapes") else "word"
     for k, (image, caption) in enumerate(captioned_images(options, loaded[0][2].image_size)):
-        phrases = [phrase.strip() for phrase in options.words.split(",")] if options.words else words_of(caption)
+        phrases = [phrase.strip() for phrase in options.words.split(",")] if options.words else words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
         maps = np.stack([word_maps(model, tokenizer, image, phrases, templates, options.value_path, options.test_size)

@@ -366,6 +366,9 @@ def test_word_map_lights_up_where_the_word_is():
 def test_words_of_a_caption():
     caption = "A photo of a small red circle to the left of two blue squares, plus a red star."
     assert dense.words_of(caption) == ["small", "red", "circle", "blue", "squares", "star"]
+    assert dense.words_of(caption, "phrase") == ["small red circle", "blue squares", "red star"]
+    assert dense.words_of("Golden retriever, tongue out: a dog's day at the beach!", "phrase") == [
+        "golden retriever", "tongue out", "dog's day", "beach"]
 
 
 @pytest.mark.parametrize("more, n_models, phrases", [
@@ -397,7 +400,7 @@ def test_zeroshot_command(checkpoint, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["images"] == 5 and 0 <= result["miou"] <= 1 and len(result["iou"]) == 64
     assert result["protocol"]["window"] == 32 and result["protocol"]["stride"] == 16
-    assert result["protocol"]["resized_to"] == "short 64" and (tmp_path / "maps.png").is_file()
+    assert result["protocol"]["resized_to"] == "short 48" and (tmp_path / "maps.png").is_file()
 
 
 @pytest.mark.parametrize("kind, more, size, n_classes, templates", [
