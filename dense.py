@@ -290,8 +290,8 @@ def zeroshot(argv=None):
 # Word-image maps: where the words of a caption are
 # ---------------------------------------------------------------------------------------------------------------------
 
-FUNCTION_WORDS = set("a an the and or plus of in on at to by with from for below under above left right top bottom corner "
-                     "there is are its two three four five six photo picture image drawing background".split())
+FUNCTION_WORDS = set("a an the and or plus of in on at to by with from for below under above left right top bottom "
+                     "corner there is are its two three four five six photo picture image drawing background".split())
 
 
 @dataclass
@@ -303,8 +303,8 @@ class WordOptions(RunOptions):
     image: str = opt("", "file of an image to take instead of records")
     caption: str = opt("", "its caption")
     words: str = opt("", "words or phrases to look for, with commas; empty: those of the caption that mean something")
-    unit: str = opt("auto", "what of the caption a map is drawn for: words, as in the paper's figures, or phrases; auto: "
-                    "words, for shapes phrases, whose text tower has read no form without its color", "run",
+    unit: str = opt("auto", "what of the caption a map is drawn for: words, as in the paper's figures, or phrases; "
+                    "auto: words, for shapes phrases, whose text tower has read no form without its color", "run",
                     ("auto", "word", "phrase"))
     templates: str = opt("auto", "sentences around a word, as for zeroshot; auto: 85 (paper silent), for shapes a {}")
     value_path: str = opt("code", "last block: with residual and MLP, or plain", "run", ("code", "plain"))
