@@ -2064,7 +2064,7 @@ def main(argv=None):
     for name, help in (("preview", "draw a contact sheet of samples with captions"),
                        ("check", "read and decode everything; count and name bad records"),
                        ("bpe", "learn byte-pair merges from the captions and show how a text is cut")):
-        command = commands.add_parser(name, help=help, allow_abbrev=False)
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         command.add_argument("--data", action="append", metavar="SPEC",
                              help=f"{OPENS['captions']}; may be repeated (default: shapes)")
         command.add_argument("--split", default="train", help="train, val or test, where the data has splits")

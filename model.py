@@ -44,7 +44,8 @@ def opt(default, help: str, group: str = "run", choices=None):
 @dataclass
 class Config:
     """A model and its training recipe.  Defaults are the paper's main run: ViT-B/16 on YFCC15M, batch 4096."""
-    method: str = opt("maskclip", "what to train: a row of supplement Table 2, or a compared system", "what")
+    method: str = opt("maskclip", "what to train: clip, clip+mae, clip+feature, clip+ema, maskclip (the rows of "
+                      "supplement Table 2), or a compared system", "what")
     # image tower
     image_size: int = opt(224, "side of the square input, pixels (paper)", "image tower")
     patch_size: int = opt(16, "side of a patch, pixels (paper)", "image tower")

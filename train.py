@@ -76,14 +76,19 @@ FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate
                   "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "fit"}
 
 
-def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None):
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None, own: str = ""):
     """The command line as an instance of dataclass cls: one --flag a field, --help with the field's group and text.
 
-    positional fields may stand without a flag.  `defaults` (an instance) replaces the class's own defaults.
+    positional fields may stand without a flag.  `defaults` (an instance) replaces the class's own defaults, which
+    --help shows too if `own` says what they are called.
     """
-    cli = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+    usage = " ".join(["%(prog)s", *(f"[{name.upper()}]" for name in positional), "[options]"])
+    cli = argparse.ArgumentParser(usage=usage, description=doc, allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {}
+    groups = {"what": cli.add_argument_group("what")}
     for f in fields(cls):
         default = getattr(defaults, f.name) if defaults else f.default
         name = f.metadata["group"]
@@ -95,8 +100,9 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
                 dict(action="append", metavar="SPEC") if f.type is tuple else
                 dict(type=f.type, choices=f.metadata["choices"],
-                     metavar=None if f.metadata["choices"] else f.type.__name__))
-        shown = ", ".join(default) if f.type is tuple else default
+                     metavar=None if f.metadata["choices"] else METAVARS[f.type]))
+        shown = ", ".join(default) if f.type is tuple else "none" if default == "" else default
+        shown = f"{shown}; {own}: {f.default}" if own and default != f.default else shown
         group.add_argument("--" + f.name.replace("_", "-"), default=None, help=f"{help} (default: {shown})", **kind)
     given = vars(cli.parse_args(argv))
     values = {f.name: getattr(defaults, f.name) if defaults else f.default for f in fields(cls)}
@@ -111,7 +117,7 @@ def parse_train_options(argv=None) -> TrainOptions:
     first.add_argument("--preset", choices=tuple(PRESETS), default=TrainOptions.preset)
     preset = first.parse_known_args(argv)[0].preset
     defaults = TrainOptions(**asdict(PRESETS[preset]), preset=preset)
-    options = parse(TrainOptions, __doc__, argv, defaults=defaults)
+    options = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
     options.out = options.out or f"runs/{options.preset}"
     check_options(options)
     return options
