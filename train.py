@@ -406,7 +406,7 @@ class Log:
 
 
 def draw_curves(log: Path, path: Path, columns: int = 4, width: int = 400, height: int = 240):
-    """metrics.jsonl as a picture: a panel for each number against the step, as logged in gray, its running mean in blue.
+    """metrics.jsonl as a picture: a panel for each number against the step, gray as logged, blue its running mean.
 
     A mean is over a twentieth of the run at most, and over as many lines before as after, so that slopes stay.
     """
@@ -469,9 +469,10 @@ class StopSignal:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        if self.number:
-            sys.exit(128 + number)      # asked twice: at once
-        self.number = number
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 5:         # not torchrun's echo of a signal that Slurm sent to us too
+            sys.exit(128 + number)                      # asked twice: at once
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -126,6 +126,7 @@ def picture() -> Image.Image:
     return Image.fromarray(small).resize((140, 90), Image.Resampling.BICUBIC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     dict(),                                                         # mean pooling, its own vocabulary, masked words
     dict(pool="cls", method="clip"), dict(dialect="clip"), dict(dialect="openai", pool="cls"),
@@ -217,10 +218,10 @@ def test_bidirectional_text_is_not_exported(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ start of a run
 
-SMALL = ["train.py", "--image-size", 32, "--patch-size", 16, "--width", 32, "--depth", 2, "--heads", 2, "--text-width",
-         32, "--text-heads", 2, "--embed-dim", 16, "--n-codes", 16, "--quantizer-hidden", 16, "--quantizer-bottleneck",
-         8, "--vocab-size", 600, "--batch-size", 8, "--data", "shapes:train=64", "--lr", 0, "--lr-start", 0, "--lr-end", 0,
-         "--weight-decay", 0]
+SMALL = ["train.py", "--image-size", 32, "--patch-size", 16, "--width", 32, "--depth", 2, "--heads", 2,
+         "--text-width", 32, "--text-heads", 2, "--embed-dim", 16, "--n-codes", 16, "--quantizer-hidden", 16,
+         "--quantizer-bottleneck", 8, "--vocab-size", 600, "--batch-size", 8, "--data", "shapes:train=64",
+         "--lr", 0, "--lr-start", 0, "--lr-end", 0, "--weight-decay", 0]
 
 
 @pytest.mark.slow

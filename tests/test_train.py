@@ -62,6 +62,24 @@ def test_duration(seconds, want):
     assert train.duration(seconds) == want
 
 
+def test_an_echo_of_the_signal_does_not_stop_the_saving_but_asking_again_does(monkeypatch):
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop, now = train.StopSignal(), [100.0]
+        monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+        stop.note(signal.SIGTERM, None)
+        now[0] += 1
+        stop.note(signal.SIGTERM, None)
+        assert stop.number == signal.SIGTERM
+        now[0] += 10
+        with pytest.raises(SystemExit) as stopped:
+            stop.note(signal.SIGINT, None)
+        assert stopped.value.code == 128 + signal.SIGINT
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
 # ------------------------------------------------------------------------------------------------------ log and curves
 
 @pytest.mark.parametrize("low, high, want", [
