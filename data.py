@@ -2052,29 +2052,38 @@ def check(data, tokenizer=None, context_length: int = 77, workers: int = 0) -> d
     return report
 
 
+def check_folder_of(option: str, path: str):
+    """For a file that will be written when the work is done: UserError now if there is no folder for it."""
+    if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path)))):
+        raise UserError(f"{option} {path} cannot be written: wanted the name of a file in a folder that exists")
+
+
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = cli.add_subparsers(dest="command", required=True)
     for name, help in (("preview", "draw a contact sheet of samples with captions"),
                        ("check", "read and decode everything; count and name bad records"),
                        ("bpe", "learn byte-pair merges from the captions and show how a text is cut")):
-        command = commands.add_parser(name, help=help, allow_abbrev=False)
-        command.add_argument("--data", action="append", metavar="SPEC", help="may be repeated (default: shapes)")
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        command.add_argument("--data", action="append", metavar="SPEC",
+                             help=f"{OPENS['captions']}; may be repeated (default: shapes)")
         command.add_argument("--split", default="train", help="train, val or test, where the data has splits")
         command.add_argument("--bpe", default="", help="CLIP's merges file (default: learn merges from the captions)")
         command.add_argument("--vocab-size", type=int, default=1024, help="learned without --bpe (default: 1024)")
         if name == "preview":
             command.add_argument("--out", default="grid.png", help="the picture to write (default: grid.png)")
-            command.add_argument("--rows", type=int, default=4)
-            command.add_argument("--columns", type=int, default=6)
-            command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--rows", type=int, default=4, help="default: 4")
+            command.add_argument("--columns", type=int, default=6, help="default: 6")
+            command.add_argument("--seed", type=int, default=0, help="another seed shows other records (default: 0)")
         if name == "check":
             command.add_argument("--context-length", type=int, default=77, help="longer captions count as truncated")
-            command.add_argument("--workers", type=int, default=0)
-            command.add_argument("--json", default="", help="also write the report here")
+            command.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+            command.add_argument("--json", default="", help="file for the report as one JSON object")
         if name == "bpe":
             command.add_argument("text", nargs="*", help="texts to cut (default: a few captions)")
     o = cli.parse_args(argv)
+    check_folder_of("--out", getattr(o, "out", ""))
+    check_folder_of("--json", getattr(o, "json", ""))
     parts = [open_data(spec, o.split) for spec in o.data or ["shapes"]]
     data = parts[0] if len(parts) == 1 else Mixed(parts)
     if o.command == "preview":

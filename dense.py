@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data as data_module
 from data import BadRecord, UserError
 from losses import mean_over_processes
-from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, opt
+from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, StopSignal, check_bad, check_same_data, find_resumable, layer_decay_groups,
                    load_checkpoint, load_state, parse, refuse_update, report_bad, run, save_atomically, seeded,
                    setup)
@@ -708,7 +708,7 @@ def upernet(argv=None):
     state = find_resumable(options, out, "upernet")
     if state:
         c = Config(**state["backbone"])
-        visual = VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, pos_embed=c.pos_embed)
+        visual = image_tower(c)
     else:
         pretrained, _, c = load_checkpoint(options.checkpoint)
         visual = pretrained.visual
@@ -1781,7 +1781,7 @@ def maskrcnn(argv=None):
     else:
         pretrained, _, c = load_checkpoint(options.checkpoint)
     if state or options.from_scratch:
-        visual = VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, pos_embed=c.pos_embed)
+        visual = image_tower(c)
     else:
         visual = pretrained.visual
     net = MaskRCNN(visual, len(names), options).to(runtime.device)

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import (BICUBIC, MEAN, STD, BadRecord, EvalTransform, TrainTransform, UserError, eval_loader, hash_names,
                   normalize, to_tensor, train_loader)
 from losses import mean_over_processes
-from model import Config, VisionTransformer, opt
+from model import Config, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, Runtime, StopSignal, check_bad, check_same_data, cosine_schedule, find_resumable,
                    layer_decay_groups, load_checkpoint, load_state, open_mixed, parse, refuse_update,
                    report_bad, run, save_atomically, setup)
@@ -256,7 +256,7 @@ class Classifier(nn.Module):
     def __init__(self, config: Config, classes: int, drop_path: float):
         super().__init__()
         c = config
-        self.visual = VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, drop_path, c.pos_embed)
+        self.visual = image_tower(c, drop_path)
         self.visual.norm = nn.Identity()             # a fresh one after the mean replaces it
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
         self.head = nn.Linear(c.width, classes)

@@ -11,17 +11,24 @@ Letters: B images, N patches, K visible and M hidden ones, D width, H heads, L t
 C codes.
 
     python model.py --preset vit-b16-yfcc15m --method maskclip     parameters, FLOPs and activation memory by branch
+    python model.py CHECKPOINT --export timm FILE | open_clip DIR  our weights for others
+    python model.py --import open_clip:DIR --out CHECKPOINT        public weights for our evaluation scripts
 """
 import argparse
 import copy
+import gzip
+import hashlib
+import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import losses
+from data import MEAN, STD, BytePairTokenizer, UserError, one_line, read_json
 from losses import patchify
 
 
@@ -37,7 +44,8 @@ def opt(default, help: str, group: str = "run", choices=None):
 @dataclass
 class Config:
     """A model and its training recipe.  Defaults are the paper's main run: ViT-B/16 on YFCC15M, batch 4096."""
-    method: str = opt("maskclip", "what to train: a row of supplement Table 2, or a compared system", "what")
+    method: str = opt("maskclip", "what to train: clip, clip+mae, clip+feature, clip+ema, maskclip (the rows of "
+                      "supplement Table 2), or a compared system", "what")
     # image tower
     image_size: int = opt(224, "side of the square input, pixels (paper)", "image tower")
     patch_size: int = opt(16, "side of a patch, pixels (paper)", "image tower")
@@ -46,10 +54,14 @@ class Config:
     heads: int = opt(12, "attention heads of the image tower (paper: ViT-B)", "image tower")
     pos_embed: str = opt("learned", "position embedding: learned (timm, SLIP) or fixed sin-cos (MAE); paper silent",
                          "image tower", ("learned", "sincos"))
-    init: str = opt("mae", "initialization: mae's, or mimetic, which learns shapes in far fewer steps when they "
-                    "are few (Trockman and Kolter 2023); paper silent", "image tower", ("mae", "mimetic"))
-    pool: str = opt("cls", "what stands for the image: the class token, or the patches' mean, or each channel's maximum "
-                    "over them; paper silent", "image tower", ("cls", "mean", "max"))
+    dialect: str = opt("timm", "timm's image tower (SLIP; paper silent), or that of public CLIP weights: clip has a "
+                       "norm before the blocks, openai besides its quick GELU in both towers", "image tower",
+                       ("timm", "clip", "openai"))
+    init: str = opt("mae", "initial weights: mae's; mimetic, which learns shapes in far fewer steps when they are few "
+                    "(Trockman and Kolter 2023); timm:FILE, a public image tower; open_clip:DIR, both towers and the "
+                    "vocabulary; paper silent", "image tower")
+    pool: str = opt("cls", "what stands for the image: the class token, or the patches' mean, or their maximum in each "
+                    "channel; paper silent", "image tower", ("cls", "mean", "max"))
     drop_path: float = opt(0.0, "stochastic depth of the image tower in pre-training (ours)", "image tower")
     # text tower
     text_width: int = opt(512, "width of the text tower (paper)", "text tower")
@@ -175,24 +187,28 @@ def mimetic_init(attn: Attention):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int):
+    """With quick_gelu, GELU as OpenAI's weights want it: x * sigmoid(1.702 x), up to 0.02 off."""
+
+    def __init__(self, width: int, hidden: int, quick_gelu: bool = False):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.quick_gelu = quick_gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc1(x)
+        return self.fc2(x * (1.702 * x).sigmoid() if self.quick_gelu else F.gelu(x))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: normalize, attend, add; normalize, MLP, add.  Keys as timm's."""
 
-    def __init__(self, width: int, heads: int, eps: float = 1e-6, drop_path: float = 0.0):
+    def __init__(self, width: int, heads: int, eps: float = 1e-6, drop_path: float = 0.0, quick_gelu: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, 4 * width)
+        self.mlp = MLP(width, 4 * width, quick_gelu)
         self.drop_path = drop_path
 
     def skip_at_random(self, x: Tensor) -> Tensor:
@@ -303,19 +319,24 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT in timm's dialect: its state-dict keys and arithmetic are those of vit_base_patch16_224 without a head."""
+    """ViT in timm's dialect: its state-dict keys and arithmetic are those of vit_base_patch16_224 without a head.
 
+    The dialects of public CLIP weights, clip and openai, have a norm before the blocks and another epsilon; openai has
+    another GELU.
+    """
     def __init__(self, image_size: int = 224, patch_size: int = 16, width: int = 768, depth: int = 12, heads: int = 12,
-                 drop_path: float = 0.0, pos_embed: str = "learned", init: str = "mae"):
+                 drop_path: float = 0.0, pos_embed: str = "learned", init: str = "mae", dialect: str = "timm"):
         super().__init__()
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid ** 2, width), requires_grad=pos_embed == "learned")
         self.patch_embed = PatchEmbed(patch_size, width)
+        eps = 1e-6 if dialect == "timm" else 1e-5
+        self.norm_pre = nn.Identity() if dialect == "timm" else nn.LayerNorm(width, eps=eps)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]   # deeper blocks are skipped more often
-        self.blocks = nn.ModuleList([Block(width, heads, drop_path=rate) for rate in rates])
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList([Block(width, heads, eps, rate, dialect == "openai") for rate in rates])
+        self.norm = nn.LayerNorm(width, eps=eps)
         self.init_weights(pos_embed, init)
 
     def init_weights(self, pos_embed: str, init: str):
@@ -355,7 +376,7 @@ class VisionTransformer(nn.Module):
             x, pos = take(x, keep), take(pos.expand(B, -1, -1), keep)                           # (B, K, .)
         x = self.patch_embed(x) + pos
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)                        # (B, 1, D)
-        return torch.cat([cls.to(x.dtype), x], dim=1)
+        return self.norm_pre(torch.cat([cls.to(x.dtype), x], dim=1))
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, 3, h, w) -> (B, 1+n, D) normalized tokens, class token first.
@@ -394,6 +415,11 @@ class VisionTransformer(nn.Module):
         return self.norm(value)[:, 1:]
 
 
+def image_tower(c: Config, drop_path: float = 0.0, init: str = "mae") -> VisionTransformer:
+    return VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, drop_path, c.pos_embed, init,
+                             c.dialect)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text tower
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,14 +453,14 @@ class TextTransformer(nn.Module):
     With masked_words it knows one word more, the mask token, which lives outside the vocabulary.
     """
     def __init__(self, vocab_size: int = 49408, context_length: int = 77, width: int = 512, depth: int = 12,
-                 heads: int = 8, causal: bool = True, masked_words: bool = False):
+                 heads: int = 8, causal: bool = True, masked_words: bool = False, quick_gelu: bool = False):
         super().__init__()
         self.causal = causal
         self.mask_id = vocab_size                               # one past the last word, and never in a caption
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(width)) if masked_words else None
         self.pos_embed = nn.Parameter(torch.empty(context_length, width))
-        self.blocks = nn.ModuleList([Block(width, heads, eps=1e-5) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(width, heads, eps=1e-5, quick_gelu=quick_gelu) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         init_text_blocks(self.blocks)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -564,10 +590,9 @@ class MaskCLIP(nn.Module):
         c = self.config = config
         method = METHODS[c.method]
         self.eot = eot
-        self.visual = VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, c.drop_path, c.pos_embed,
-                                        c.init)
+        self.visual = image_tower(c, c.drop_path, c.init)
         self.text = TextTransformer(c.vocab_size, c.context_length, c.text_width, c.text_depth, c.text_heads, c.causal,
-                                    masked_words=method["mlm"])
+                                    masked_words=method["mlm"], quick_gelu=c.dialect == "openai")
         self.image_proj = nn.Linear(c.width, c.embed_dim, bias=False)
         self.text_proj = nn.Linear(c.text_width, c.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -753,26 +778,257 @@ def momentum_at(step: int, total: int, start: float, end: float) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Exchange with open_clip
+# Exchange of weights with timm and open_clip
+#
+# Theirs and ours differ in three things that can be made up for exactly:
+#   names       OPEN_CLIP_NAMES; timm's are our image tower's
+#   patch bias  which open_clip and timm's CLIP towers lack: on the way out it moves into the positions of the patches
+#   pixels      normalized with another mean and deviation: on the way in the patch embedding takes the difference
+# What cannot be made up for is refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# how open_clip names the parts of its text tower, and how we do
-OPEN_CLIP_TEXT = (("positional_embedding", "pos_embed"), ("transformer.resblocks.", "blocks."), ("ln_final.", "norm."),
-                  (".ln_1.", ".norm1."), (".ln_2.", ".norm2."), (".attn.in_proj_", ".attn.qkv."),
-                  (".attn.out_proj.", ".attn.proj."), (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."))
+OPEN_CLIP_NAMES = (     # theirs, ours; each is replaced wherever it stands in a name, in this order
+    ("visual.class_embedding", "visual.cls_token"), ("visual.positional_embedding", "visual.pos_embed"),
+    ("visual.conv1.", "visual.patch_embed.proj."), ("visual.ln_pre.", "visual.norm_pre."),
+    ("visual.transformer.resblocks.", "visual.blocks."), ("visual.ln_post.", "visual.norm."),
+    ("visual.proj", "image_proj.weight"), ("token_embedding.", "text.token_embedding."),
+    ("positional_embedding", "text.pos_embed"), ("transformer.resblocks.", "text.blocks."), ("ln_final.", "text.norm."),
+    ("text_projection", "text_proj.weight"), (".ln_1.", ".norm1."), (".ln_2.", ".norm2."),
+    (".attn.in_proj_", ".attn.qkv."), (".attn.out_proj.", ".attn.proj."), (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."))
+POOLS = {"cls": "tok", "mean": "avg"}                       # ours -> open_clip's
+BOTH_HAVE = ("visual.", "text.", "image_proj.", "text_proj.", "logit_scale")
 
 
-def load_open_clip_text(model: MaskCLIP, state: dict[str, Tensor]):
-    """Text tower and text projection from an open_clip state dict.  Strict but for the mask token, which CLIP lacks."""
-    names = [n for n in state if n.startswith(("token_embedding", "positional_embedding", "transformer.", "ln_final."))]
-    text = {} if model.text.mask_token is None else {"mask_token": model.text.mask_token.data}
-    for name in names:
-        ours = name
-        for theirs, word in OPEN_CLIP_TEXT:
-            ours = ours.replace(theirs, word)
-        text[ours] = state[name]
-    model.text.load_state_dict(text)
-    model.text_proj.load_state_dict({"weight": state["text_projection"].T})     # theirs multiplies from the right
+def bias_into_positions(state: dict[str, Tensor], tower: str = "") -> dict[str, Tensor]:
+    """The state dict of an image tower whose patch embedding has no bias and that does the same."""
+    state = dict(state)
+    bias, pos = state.pop(tower + "patch_embed.proj.bias"), state[tower + "pos_embed"]
+    return state | {tower + "pos_embed": torch.cat([pos[:, :1], pos[:, 1:] + bias], dim=1)}     # (1, 1+N, D)
+
+
+def renormalize(state: dict[str, Tensor], mean, std, tower: str = "") -> dict[str, Tensor]:
+    """A tower's state dict for pixels normalized with `mean` and `std` -> one for ours that does the same.
+
+    Their (x - mean) / std is ours * (STD / std) + (MEAN - mean) / std: a factor for each channel of the patch
+    embedding, and a sum for its bias.
+    """
+    weight = state[tower + "patch_embed.proj.weight"]                                           # (D, 3, p, p)
+    bias = state.get(tower + "patch_embed.proj.bias", weight.new_zeros(len(weight)))            # (D,)
+    ours, mean, std = weight.new_tensor([MEAN, STD]), weight.new_tensor(mean), weight.new_tensor(std)
+    factor, shift = ours[1] / std, (ours[0] - mean) / std                                       # (3,) each
+    return state | {tower + "patch_embed.proj.weight": weight * factor[:, None, None],
+                    tower + "patch_embed.proj.bias": bias + weight.sum(dim=(2, 3)) @ shift}
+
+
+def to_timm(model: MaskCLIP) -> dict[str, Tensor]:
+    """What timm's VisionTransformer of this size loads; for our dialect clip that with pre_norm=True."""
+    state = model.visual.state_dict()
+    return state if model.config.dialect == "timm" else bias_into_positions(state)
+
+
+def to_open_clip(model: MaskCLIP) -> dict[str, Tensor]:
+    """What open_clip's CLIP loads when it is built with `open_clip_config`."""
+    state = {name: value for name, value in model.state_dict().items() if name.startswith(BOTH_HAVE)}
+    state.pop("text.mask_token", None)                      # no caption holds it
+    state = bias_into_positions(state, "visual.")
+    for name in ("image_proj.weight", "text_proj.weight"):
+        state[name] = state[name].T.contiguous()            # theirs multiply from the right
+    state["visual.cls_token"] = state["visual.cls_token"].flatten()
+    state["visual.pos_embed"] = state["visual.pos_embed"][0]
+    theirs = {}
+    for name, value in state.items():
+        for their, our in OPEN_CLIP_NAMES:
+            name = name.replace(our, their)
+        theirs[name] = value
+    return theirs
+
+
+def from_open_clip(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's names and shapes -> ours."""
+    state = {}
+    for name, value in theirs.items():
+        for their, our in OPEN_CLIP_NAMES:
+            name = name.replace(their, our)
+        state[name] = value
+    for name in ("image_proj.weight", "text_proj.weight"):
+        state[name] = state[name].T
+    state["visual.cls_token"] = state["visual.cls_token"][None, None]
+    state["visual.pos_embed"] = state["visual.pos_embed"][None]
+    return state | {"logit_scale": state["logit_scale"].squeeze()}
+
+
+def open_clip_config(c: Config) -> dict:
+    """open_clip's model_cfg for our two towers."""
+    vision = dict(image_size=c.image_size, layers=c.depth, width=c.width, head_width=c.width // c.heads,
+                  patch_size=c.patch_size, pool_type=POOLS[c.pool])
+    if c.dialect == "timm":
+        vision |= dict(no_ln_pre=True, norm_kwargs=dict(eps=1e-6))
+    text = dict(context_length=c.context_length, vocab_size=c.vocab_size, width=c.text_width, heads=c.text_heads,
+                layers=c.text_depth)
+    return dict(embed_dim=c.embed_dim, quick_gelu=c.dialect == "openai", vision_cfg=vision, text_cfg=text)
+
+
+def config_from_open_clip(theirs: dict) -> Config:
+    """The Config whose open_clip_config says the same; UserError names what has no counterpart here."""
+    try:
+        vision = dict(head_width=64, pool_type="tok") | theirs["vision_cfg"]
+        text = dict(context_length=77, vocab_size=49408) | theirs["text_cfg"]
+        c = replace(PAPER, method="clip", image_size=vision["image_size"], patch_size=vision["patch_size"],
+                    width=vision["width"], depth=int(vision["layers"]), heads=vision["width"] // vision["head_width"],
+                    pool="mean" if vision["pool_type"] == "avg" else "cls", text_width=text["width"],
+                    text_depth=text["layers"], text_heads=text["heads"], context_length=text["context_length"],
+                    vocab_size=text["vocab_size"], embed_dim=theirs["embed_dim"], dialect="timm" if
+                    vision.get("no_ln_pre") else "openai" if theirs.get("quick_gelu") else "clip")
+        ours = open_clip_config(c)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"open_clip's config is not that of a plain vision transformer with CLIP's text tower "
+                        f"({type(error).__name__} {error})") from None
+    free = {"vision_cfg", "text_cfg", "tokenizer_kwargs", "hf_tokenizer_name", "init_logit_scale"}
+    mlp = dict(mlp_ratio=4)
+    for part, said, want in (("vision_cfg", mlp | vision, mlp | ours["vision_cfg"]), ("model_cfg", theirs, ours),
+                             ("text_cfg", mlp | text, mlp | ours["text_cfg"])):
+        for key in (said.keys() | want.keys()) - free:
+            if (said.get(key) or None) != (want.get(key) or None):
+                raise UserError(f"open_clip's {part} has {key} = {said.get(key)}, for which our towers have no "
+                                f"counterpart: wanted {want.get(key)}")
+    return c
+
+
+def load_public(model: MaskCLIP, state: dict[str, Tensor], towers: tuple[str, ...], path):
+    """Loads what stands in a public file, under our names.  Strict for `towers`, but for the mask token, ours alone."""
+    try:
+        missing, unknown = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{path} is of another size: {' '.join(str(error).splitlines()[1].split())}") from None
+    missing = [name for name in missing if name.startswith(towers) and name != "text.mask_token"]
+    if missing or unknown:
+        raise UserError(f"{path} does not fit a tower of dialect {model.config.dialect}: it lacks "
+                        f"{', '.join(missing[:3]) or 'nothing'}, and has {', '.join(unknown[:3]) or 'nothing'} besides")
+
+
+CLIP_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"      # of tokenizer.state()
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPENAI_PIXELS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The file format of timm's and open_clip's hub: 8 bytes length of the header, the header in JSON, the numbers."""
+    raw = bytearray(path.read_bytes())
+    start, state = 8 + int.from_bytes(raw[:8], "little"), {}
+    kinds = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+    for name, entry in json.loads(raw[8:start]).items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            numbers = torch.frombuffer(raw[start + first:start + last], dtype=kinds[entry["dtype"]])
+            state[name] = numbers.reshape(entry["shape"])
+    return state
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """float32 tensors by name, from a .safetensors or from what torch.save wrote, where they may lie a dict deeper."""
+    if not path.is_file():
+        raise UserError(f"no file {path}: wanted weights as timm or open_clip publish them")
+    try:
+        state = (read_safetensors(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True))
+        state = next((state[key] for key in ("state_dict", "model") if key in state), state)
+        return {name.removeprefix("module."): value.float() for name, value in state.items()}
+    except Exception as error:                  # of a damaged or foreign file, whatever stumbles over it
+        raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None
+
+
+def read_timm(path: str) -> dict[str, Tensor]:
+    """A timm image tower without its head, under our names and for our pixels.
+
+    The mean and deviation of its pixels are those of the config.json beside it, as timm's hub has it, else ours.
+    """
+    file = Path(path).expanduser()
+    state = {f"visual.{name}": value for name, value in read_weights(file).items() if not name.startswith("head.")}
+    if "visual.patch_embed.proj.weight" not in state:
+        raise UserError(f"{path} holds no vision transformer of timm's: it has no patch_embed.proj.weight")
+    about = read_json(file.with_name("config.json")) if file.with_name("config.json").is_file() else {}
+    pixels = about.get("pretrained_cfg", {})
+    return renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD), "visual.")
+
+
+def read_open_clip(path: str) -> tuple[Config, dict[str, Tensor], dict]:
+    """(Config, weights under our names and for our pixels, preprocess_cfg) of a folder as open_clip's hub has them:
+    open_clip_config.json and one of OPEN_CLIP_FILES, or the file that `path` names."""
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    file = next((folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()), None)
+    file = file if path.is_dir() else path
+    if file is None:
+        raise UserError(f"no weights in {path}: wanted {' or '.join(OPEN_CLIP_FILES)}")
+    about = read_json(folder / "open_clip_config.json")
+    config = config_from_open_clip(about.get("model_cfg", about))
+    pixels = OPENAI_PIXELS | about.get("preprocess_cfg", {})
+    try:
+        state = from_open_clip(read_weights(file))
+        return config, renormalize(state, pixels["mean"], pixels["std"], "visual."), pixels
+    except KeyError as error:
+        raise UserError(f"{file} holds no CLIP of open_clip's: it has no {error}") from None
+
+
+def read_merges(path: str) -> BytePairTokenizer:
+    """The vocabulary beside open_clip weights, merges.txt.gz or merges.txt: a header, then a merge a line."""
+    folder = Path(path).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+    for file, opener in ((folder / "merges.txt.gz", gzip.open), (folder / "merges.txt", open)):
+        if file.is_file():
+            with opener(file, "rt", encoding="utf-8") as lines:
+                return BytePairTokenizer.from_state({"merges": lines.read().partition("\n")[2]})
+    raise UserError(f"no merges.txt beside the weights in {folder}: give CLIP's merges file with --bpe")
+
+
+FREE_AT_START = {"init", "pos_embed", "pool", "drop_path"}      # in which a run may differ from the weights it takes
+
+
+def initialize(model: MaskCLIP, spec: str):
+    """The start of a run from public weights: timm:FILE, its image tower; open_clip:DIR, all but masked branches."""
+    kind, _, path = spec.partition(":")
+    if kind == "timm":
+        return load_public(model, read_timm(path), ("visual.",), path)
+    theirs, state, _ = read_open_clip(path)
+    for f in fields(Config):
+        said, ours = getattr(theirs, f.name), getattr(model.config, f.name)
+        if f.metadata["group"].endswith("tower") and f.name not in FREE_AT_START and said != ours:
+            raise UserError(f"{path} has {f.name} {said}, this run {ours}: give --{f.name.replace('_', '-')} {said}")
+    load_public(model, state, BOTH_HAVE, path)
+
+
+def export(model: MaskCLIP, tokenizer: BytePairTokenizer, kind: str, path: Path):
+    """Writes weights for timm (a file) or open_clip (a folder that `open_clip.create_model("local-dir:...")` takes)."""
+    c = model.config
+    if kind == "timm":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(to_timm(model), path)
+        print(f"timm: VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.width}, "
+              f"depth={c.depth}, num_heads={c.heads}, num_classes=0"
+              f"{'' if c.dialect == 'timm' else ', pre_norm=True, CLIP norms of eps 1e-5'}).load_state_dict("
+              f"torch.load('{path}')); pixels normalized with mean {MEAN}, std {STD}")
+        return
+    if c.pool not in POOLS:
+        raise UserError(f"open_clip has no image tower like this one: --pool {c.pool}; it has cls and mean")
+    if not c.causal:
+        raise UserError("open_clip has no text tower like this one: with --no-causal ours hides the padding")
+    if c.method == "filip":
+        raise UserError("open_clip has no model like this one: FILIP compares patches with words")
+    path.mkdir(parents=True, exist_ok=True)
+    described, merges = open_clip_config(c), tokenizer.state()["merges"]
+    with gzip.open(path / "merges.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("#version: 0.2\n" + merges)
+    note = ""
+    if hashlib.sha256(merges.encode()).hexdigest() != CLIP_MERGES_SHA256:
+        # open_clip looks for a relative path in the working directory, so this one is absolute
+        described["text_cfg"]["tokenizer_kwargs"] = dict(bpe_path=str((path / "merges.txt.gz").resolve()))
+        note = "; the vocabulary is its own: if you move the folder, get_tokenizer(..., bpe_path=) must say where"
+    pixels = dict(size=c.image_size, mean=MEAN, std=STD, interpolation="bicubic", resize_mode="shortest")
+    about = json.dumps(dict(model_cfg=described, preprocess_cfg=pixels), indent=1)
+    (path / "open_clip_config.json").write_text(about + "\n")
+    torch.save(to_open_clip(model), path / "open_clip_pytorch_model.bin")
+    print(f"open_clip: create_model_and_transforms('local-dir:{path}'), get_tokenizer('local-dir:{path}'){note}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -850,10 +1106,54 @@ def describe(config: Config, words: int | None = None):
     print(f"a step's FLOPs are {sum(r.passes * r.flops for r in rows) / clip:.2f} times those of clip")
 
 
-if __name__ == "__main__":
+def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--preset", default="vit-b16-yfcc15m", choices=PRESETS)
-    cli.add_argument("--method", default="maskclip", choices=METHODS)
-    cli.add_argument("--words", type=int, help="tokens a caption, default: the context length")
-    chosen = cli.parse_args()
-    describe(replace(PRESETS[chosen.preset], method=chosen.method), chosen.words)
+    cost = cli.add_argument_group("cost of a preset: what is printed with no other option")
+    cost.add_argument("--preset", default="vit-b16-yfcc15m", choices=PRESETS, help="default: %(default)s; with "
+                      "--import timm:FILE the size of the tower, and the text tower that stays untrained")
+    cost.add_argument("--method", default="maskclip", choices=METHODS, help="default: %(default)s")
+    cost.add_argument("--words", type=int, help="tokens a caption (default: the context length)")
+    out = cli.add_argument_group("our weights for others")
+    out.add_argument("checkpoint", nargs="?", help="what train.py wrote, as runs/pocket/last.pt")
+    out.add_argument("--export", nargs=2, metavar=("timm|open_clip", "PATH"),
+                     help="timm: the image tower's state dict, to the file PATH; open_clip: config, weights and "
+                          "merges, to the folder PATH")
+    into = cli.add_argument_group("public weights for us")
+    into.add_argument("--import", dest="source", metavar="SPEC", help="timm:FILE, an image tower; open_clip:DIR, a "
+                      "folder with open_clip_config.json, weights and merges.txt, as each repository on the hub has")
+    into.add_argument("--out", metavar="FILE", help="the checkpoint to write, which all evaluation scripts read")
+    into.add_argument("--bpe", help="CLIP's merges file, where there is no merges.txt beside the weights")
+    o = cli.parse_args(argv)
+    if not o.export and not o.source:
+        return describe(replace(PRESETS[o.preset], method=o.method), o.words)
+    import train                                            # which builds on this file, and knows checkpoints
+    if o.export:
+        if not o.checkpoint or o.export[0] not in ("timm", "open_clip"):
+            raise UserError("to export: python model.py CHECKPOINT --export timm FILE, or --export open_clip DIR")
+        model, tokenizer, _ = train.load_checkpoint(o.checkpoint)
+        return export(model, tokenizer, o.export[0], Path(o.export[1]))
+    kind, _, path = o.source.partition(":")
+    if not o.out or kind not in ("timm", "open_clip"):
+        raise UserError("to import: python model.py --import timm:FILE --out CHECKPOINT, or --import open_clip:DIR")
+    if kind == "timm":
+        state, towers = read_timm(path), ("visual.",)
+        dialect = "clip" if "visual.norm_pre.weight" in state else "timm"
+        config, tokenizer = replace(PRESETS[o.preset], method="clip", dialect=dialect), BytePairTokenizer([])
+        note = f"an image tower of preset {o.preset}, dialect {dialect}; its text tower is untrained"
+    else:
+        (config, state, pixels), towers = read_open_clip(path), BOTH_HAVE
+        tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else read_merges(path)
+        note = f"dialect {config.dialect}, {config.image_size} px, {tokenizer.vocab_size} tokens"
+        if pixels.get("resize_mode", "shortest") != "shortest":
+            note += f"; it was trained with images resized by {pixels['resize_mode']}: evaluate with --squash"
+    model = MaskCLIP(config, tokenizer.eot)
+    load_public(model, state, towers, path)
+    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
+    if not train.save_checkpoint(o.out, model, tokenizer, config):
+        raise UserError(f"{o.out} could not be written")
+    print(f"{o.out}: {note}.  Next: python eval_{'linear' if kind == 'timm' else 'zeroshot'}.py {o.out}")
+
+
+if __name__ == "__main__":
+    import train
+    train.run(main)

@@ -23,6 +23,9 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,7 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 import data as data_module
 from data import BytePairTokenizer, UserError
 from losses import mean_over_processes, total_loss
-from model import METHODS, PRESETS, Config, MaskCLIP, Teacher, mask_words, momentum_at, opt, random_mask
+from model import (METHODS, PRESETS, Config, MaskCLIP, Teacher, initialize, mask_words, momentum_at, opt, random_mask,
+                   read_merges)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,8 +46,10 @@ from model import METHODS, PRESETS, Config, MaskCLIP, Teacher, mask_words, momen
 class RunOptions:
     """What every script takes."""
     data: tuple = opt(("shapes",), "data set, may be given more than once: shapes, shards:A-{000..999}.tar, csv:FILE, "
-                      "folder:DIR, coco:DIR, flickr30k:DIR ...", "run")
-    out: str = opt("", "folder for everything that is written; empty: runs/NAME", "run")
+                      "folder:DIR, coco:DIR, flickr30k:DIR; for evaluation also icinw:DIR, ade20k:DIR, "
+                      "pascal-context:DIR, coco-stuff:DIR, voc:DIR (docs/DATA.md)", "run")
+    out: str = opt("", "folder for everything that is written; empty: one below runs/, or that of the checkpoint",
+                   "run")
     seed: int = opt(0, "seed of every random choice", "run")
     device: str = opt("auto", "where to compute", "run", ("auto", "cpu", "cuda", "mps"))
     precision: str = opt("auto", "auto: bf16 where the hardware multiplies it natively", "run",
@@ -70,14 +76,19 @@ FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate
                   "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "fit"}
 
 
-def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None):
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None, own: str = ""):
     """The command line as an instance of dataclass cls: one --flag a field, --help with the field's group and text.
 
-    positional fields may stand without a flag.  `defaults` (an instance) replaces the class's own defaults.
+    positional fields may stand without a flag.  `defaults` (an instance) replaces the class's own defaults, which
+    --help shows too if `own` says what they are called.
     """
-    cli = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+    usage = " ".join(["%(prog)s", *(f"[{name.upper()}]" for name in positional), "[options]"])
+    cli = argparse.ArgumentParser(usage=usage, description=doc, allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {}
+    groups = {"what": cli.add_argument_group("what")}
     for f in fields(cls):
         default = getattr(defaults, f.name) if defaults else f.default
         name = f.metadata["group"]
@@ -89,8 +100,9 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
                 dict(action="append", metavar="SPEC") if f.type is tuple else
                 dict(type=f.type, choices=f.metadata["choices"],
-                     metavar=None if f.metadata["choices"] else f.type.__name__))
-        shown = ", ".join(default) if f.type is tuple else default
+                     metavar=None if f.metadata["choices"] else METAVARS[f.type]))
+        shown = ", ".join(default) if f.type is tuple else "none" if default == "" else default
+        shown = f"{shown}; {own}: {f.default}" if own and default != f.default else shown
         group.add_argument("--" + f.name.replace("_", "-"), default=None, help=f"{help} (default: {shown})", **kind)
     given = vars(cli.parse_args(argv))
     values = {f.name: getattr(defaults, f.name) if defaults else f.default for f in fields(cls)}
@@ -105,7 +117,7 @@ def parse_train_options(argv=None) -> TrainOptions:
     first.add_argument("--preset", choices=tuple(PRESETS), default=TrainOptions.preset)
     preset = first.parse_known_args(argv)[0].preset
     defaults = TrainOptions(**asdict(PRESETS[preset]), preset=preset)
-    options = parse(TrainOptions, __doc__, argv, defaults=defaults)
+    options = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
     options.out = options.out or f"runs/{options.preset}"
     check_options(options)
     return options
@@ -114,6 +126,8 @@ def parse_train_options(argv=None) -> TrainOptions:
 def check_options(o: TrainOptions):
     if o.method not in METHODS:
         raise UserError(f"--method {o.method} is unknown; choose one of {', '.join(METHODS)}")
+    if o.init not in ("mae", "mimetic") and not o.init.startswith(("timm:", "open_clip:")):
+        raise UserError(f"--init {o.init} is unknown; choose mae, mimetic, timm:FILE or open_clip:DIR")
     if o.image_size % o.patch_size:
         raise UserError(f"--image-size {o.image_size} is no multiple of --patch-size {o.patch_size}")
     for width, heads in ((o.width, o.heads), (o.text_width, o.text_heads)):
@@ -168,6 +182,7 @@ class Runtime:
 
 def setup(options: RunOptions) -> Runtime:
     """Reads what torchrun set, joins the process group, chooses device and precision, seeds."""
+    data_module.check_folder_of("--json", getattr(options, "json", ""))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     kind = options.device
@@ -229,7 +244,7 @@ def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, layer_d
     """Optimizer groups for a module that holds one vision transformer: the lower a layer, the slower it learns (BEiT).
 
     The transformer is what has the parameter cls_token: the module itself, or its part "visual.", "backbone." ...
-        layer 0        its class token, position embedding, patch embedding          lr * layer_decay ** (N + 1)
+        layer 0        class token, positions, patch embedding, norm before blocks   lr * layer_decay ** (N + 1)
         layer i + 1    block i of its N blocks                                       lr * layer_decay ** (N - i)
         layer N + 1    everything else, inside or outside: norms, pyramids, heads    lr
     Matrices have weight_decay, vectors, class token and positions none.  Frozen parameters are left out.
@@ -239,7 +254,7 @@ def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, layer_d
     towers = [name.removesuffix("cls_token") for name in names if name.split(".")[-1] == "cls_token"]
     if len(towers) != 1:
         raise ValueError(f"want a module with one vision transformer, got {len(towers)} parameters named cls_token")
-    stem = tuple(towers[0] + part for part in ("cls_token", "pos_embed", "patch_embed."))
+    stem = tuple(towers[0] + part for part in ("cls_token", "pos_embed", "patch_embed.", "norm_pre."))
     block = re.compile(re.escape(towers[0]) + r"blocks\.(\d+)\.")
     last = 1 + len({found[1] for name in names if (found := block.match(name))})               # N + 1
     groups = {}
@@ -364,6 +379,10 @@ class Log:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
             self.path.write_text("".join(line + "\n" for line in kept))
+        self.board = None
+        with contextlib.suppress(ImportError):          # TensorBoard, where it is installed
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step) if is_main else None
 
     def line(self, step: int, values: dict[str, float]):
         """After `step` (counted from 0) is done."""
@@ -376,10 +395,60 @@ class Log:
         with open(self.path, "a") as file:
             rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
             file.write(json.dumps(rounded) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
         left = (self.total - step - 1) * self.samples / rate
         terms = "  ".join(f"{k} {values[k]:.3f}" for k in ("loss", *TERMS, "code_entropy") if k in values)
         print(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rate:.0f}/s  {duration(left)} left",
               flush=True)
+
+
+def draw_curves(log: Path, path: Path, columns: int = 4, width: int = 400, height: int = 240):
+    """metrics.jsonl as a picture: a panel for each number against the step, gray as logged, blue its running mean.
+
+    A mean is over a twentieth of the run at most, and over as many lines before as after, so that slopes stay.
+    """
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    names = [name for name in lines[-1] if name not in ("step", "epoch", "samples_per_second")]
+    sheet = PIL.Image.new("RGB", (columns * width, -(-len(names) // columns) * height), "white")
+    pen, font, last = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(13), lines[-1]["step"] + 1
+    for k, name in enumerate(names):
+        points = [(line["step"] + 1, line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+        if not points:
+            continue
+        values, n = [value for _, value in points], len(points)
+        half = [min(i, n - 1 - i, n // 40) for i in range(n)]
+        means = [sum(values[i - h:i + h + 1]) / (2 * h + 1) for i, h in enumerate(half)]
+        usual = sorted(values)[n // 50:n - n // 50] + means             # the rarest fiftieth may leave the panel
+        low, high = min(usual), max(usual)
+        low, high = (low, high) if high > low else (low - abs(low) - 1e-9, high + abs(high) + 1e-9)
+        left, top = k % columns * width + 68, k // columns * height + 30
+        right, bottom = left + width - 90, top + height - 62
+
+        def place(step, value):
+            share = (min(max(value, low), high) - low) / (high - low)
+            return left + (right - left) * step / last, bottom - (bottom - top) * share
+        for tick in ticks(low, high):
+            y = place(0, tick)[1]
+            pen.line([left, y, right, y], "#dddddd")
+            pen.text((left - 6, y), f"{tick:.6g}", "#444444", font, anchor="rm")
+        for tick in ticks(0, last):
+            pen.text((place(tick, low)[0], bottom + 6), f"{tick:.6g}", "#444444", font, anchor="mt")
+        pen.text((right, bottom + 20), "step", "#444444", font, anchor="rt")
+        pen.text((left, top - 8), f"{name}   last {means[-1]:.4g}", "black", font, anchor="ls")
+        pen.line([place(*point) for point in points], "#b8b8b8")
+        pen.line([place(step, mean) for (step, _), mean in zip(points, means)], "#1f5fbf", 2)
+        pen.rectangle([left, top, right, bottom], outline="#888888")
+    sheet.save(path)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high: 1, 2 or 5 times a power of ten apart, three to six of them."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    apart = max(power * m for m in (1, 2, 5) if power * m <= (high - low) / 3 * (1 + 1e-9))
+    return [i * apart for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
 
 
 TERMS = ("contrastive", "distillation", "feature", "pixel", "mlm")
@@ -400,9 +469,10 @@ class StopSignal:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        if self.number:
-            sys.exit(128 + number)      # asked twice: at once
-        self.number = number
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 5:         # not torchrun's echo of a signal that Slurm sent to us too
+            sys.exit(128 + number)                      # asked twice: at once
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,9 +640,11 @@ def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: 
 
 
 def make_tokenizer(options: TrainOptions, data) -> BytePairTokenizer:
-    """CLIP's merges from --bpe, or as many as vocab_size allows learned from the captions of the first records."""
-    if options.bpe:
-        tokenizer = BytePairTokenizer.from_file(options.bpe)
+    """CLIP's merges from --bpe, those of the weights the run starts from, or as many as vocab_size allows learned from
+    the captions of the first records."""
+    kind, _, path = options.init.partition(":")
+    if options.bpe or kind == "open_clip":
+        tokenizer = BytePairTokenizer.from_file(options.bpe) if options.bpe else read_merges(path)
         options.vocab_size = max(options.vocab_size, tokenizer.vocab_size)
         return tokenizer
     return data_module.learn_tokenizer(data, options.vocab_size)
@@ -623,6 +695,8 @@ def train(options: TrainOptions):
         if state["tokenizer"] != tokenizer.state():
             raise UserError(f"{out} holds a run with another vocabulary: give the same --bpe, or choose another --out")
         core.load_state_dict(state["model"])
+    elif ":" in options.init:
+        initialize(core, options.init)
     core.to(runtime.device)
     method = METHODS[options.method]
     teacher = Teacher(core).to(runtime.device) if method["target"] == "teacher" else None
@@ -755,6 +829,11 @@ def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtim
     if not runtime.is_main:
         return
     print(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""), flush=True)
+    try:
+        draw_curves(Path(o.out) / "metrics.jsonl", Path(o.out) / "curves.png")
+        print(f"curves: {o.out}/curves.png", flush=True)
+    except Exception as error:                          # a picture is not worth a finished run
+        print(f"warning: no curves.png: {data_module.one_line(error)}", file=sys.stderr, flush=True)
     if all(spec.startswith("shapes") for spec in o.data):
         core.eval()
         accuracy = zeroshot_accuracy(core, tokenizer, runtime)

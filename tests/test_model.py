@@ -192,18 +192,6 @@ def test_mask_token_has_its_own_vector():
         torch.testing.assert_close(before, net.text(masked, EOT))
 
 
-def test_text_tower_is_open_clips():
-    open_clip = pytest.importorskip("open_clip", reason="parity with the 12 x 512 text tower needs open_clip")
-    torch.manual_seed(0)
-    theirs = open_clip.create_model("ViT-B-16").eval()
-    ours = MaskCLIP(replace(PRESETS["vit-b16-yfcc15m"], method="clip"), eot=49407).eval()
-    model.load_open_clip_text(ours, theirs.state_dict())
-    tokens = open_clip.get_tokenizer("ViT-B-16")(["a photo of a cat", "two dogs and a much longer sentence than that"])
-    with torch.no_grad():
-        want = theirs.encode_text(tokens, normalize=True)
-        torch.testing.assert_close(ours.encode_text(tokens), want, atol=1e-4, rtol=1e-4)
-
-
 def test_parameters_of_the_clip_part_are_open_clips():
     open_clip = pytest.importorskip("open_clip", reason="counting ViT-B-16's parameters needs open_clip")
     theirs = open_clip.create_model("ViT-B-16")

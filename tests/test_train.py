@@ -3,8 +3,12 @@ import json
 import os
 import pickle
 import signal
+import sys
 import time
+import types
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -56,6 +60,81 @@ def test_weight_decay_spares_vectors_tokens_and_positions():
 @pytest.mark.parametrize("seconds, want", [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])
 def test_duration(seconds, want):
     assert train.duration(seconds) == want
+
+
+def test_an_echo_of_the_signal_does_not_stop_the_saving_but_asking_again_does(monkeypatch):
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop, now = train.StopSignal(), [100.0]
+        monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+        stop.note(signal.SIGTERM, None)
+        now[0] += 1
+        stop.note(signal.SIGTERM, None)
+        assert stop.number == signal.SIGTERM
+        now[0] += 10
+        with pytest.raises(SystemExit) as stopped:
+            stop.note(signal.SIGINT, None)
+        assert stopped.value.code == 128 + signal.SIGINT
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------ log and curves
+
+@pytest.mark.parametrize("low, high, want", [
+    (0, 1560, [0, 500, 1000, 1500]), (-3, 5, [-2, 0, 2, 4]), (0.1, 0.13, [0.1, 0.11, 0.12, 0.13]),
+    (7, 7.5, [7, 7.1, 7.2, 7.3, 7.4, 7.5]),
+])
+def test_ticks(low, high, want):
+    assert train.ticks(low, high) == pytest.approx(want)
+
+
+def test_curves_show_what_was_logged(tmp_path):
+    """A falling line in the first panel, a rising one in the second; not a number, and constants, do no harm."""
+    lines = [dict(step=i, epoch=0.1, falls=100.0 - i, rises=i ** 2, still=3.0, rare=float("nan") if i else 1.0,
+                  samples_per_second=9.0) for i in range(100)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train.draw_curves(tmp_path / "m.jsonl", tmp_path / "c.png")
+    pixels = np.asarray(PIL.Image.open(tmp_path / "c.png").convert("RGB")).astype(int)
+    assert pixels.shape == (240, 1600, 3)
+    blue = (pixels - [0x1f, 0x5f, 0xbf] == 0).all(axis=2)                               # (height, width)
+    middle = [blue[:, x].nonzero()[0].mean() for x in (80, 220, 360, 480, 620, 760)]
+    assert middle[0] < middle[1] < middle[2] and middle[3] > middle[4] > middle[5]
+    assert middle[1] == pytest.approx((middle[0] + middle[2]) / 2, abs=10), "a straight line stays straight"
+    assert middle[4] > (middle[3] + middle[5]) / 2 + 10, "a parabola does not"
+    (tmp_path / "m.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    train.draw_curves(tmp_path / "m.jsonl", tmp_path / "one.png")
+
+
+def test_tensorboard_gets_the_lines_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    train.Log(tmp_path, True, 10, 4, first_step=3).line(3, dict(lr=0.5))
+    assert written[:2] == [(str(tmp_path / "tensorboard"), 3), ("step", 3, 3)] and ("lr", 0.5, 3) in written
+    train.Log(tmp_path, False, 10, 4).line(0, dict(lr=0.5))
+    assert len(written) == 4, "only the main process writes"
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)                   # import raises ImportError
+    train.Log(tmp_path, True, 10, 4).line(0, dict(lr=0.5))
+
+
+@pytest.mark.parametrize("command", [
+    ["eval_zeroshot.py"], ["eval_linear.py"], ["finetune.py"], ["dense.py", "zeroshot"], ["dense.py", "maskrcnn"],
+    ["data.py", "check"],
+], ids=" ".join)
+def test_a_result_that_could_not_be_written_is_told_before_the_work(tmp_path, command):
+    error = run_script(*command, "--json", tmp_path / "missing" / "x.json", check=2).stderr
+    assert error.startswith("error: --json") and "a folder that exists" in error and error.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------ exactness
