@@ -210,10 +210,12 @@ def test_what_has_no_counterpart_is_refused_by_name(change, named):
         model.config_from_open_clip(theirs)
 
 
-def test_bidirectional_text_is_not_exported(tmp_path):
-    saved(tmp_path / "last.pt", replace(TINY, causal=False), toy_vocabulary())
+@pytest.mark.parametrize("change, named", [(dict(causal=False, pool="mean"), "--no-causal"),
+                                           (dict(pool="max"), "--pool max")])
+def test_what_open_clip_lacks_is_not_exported(tmp_path, change, named):
+    saved(tmp_path / "last.pt", replace(TINY, **change), toy_vocabulary())
     error = run_script("model.py", tmp_path / "last.pt", "--export", "open_clip", tmp_path / "to", check=2).stderr
-    assert error.startswith("error: ") and "--no-causal" in error and error.count("\n") == 1
+    assert error.startswith("error: ") and named in error and error.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------ start of a run
