@@ -145,7 +145,7 @@ RECIPES = {
     "declip": dict(BENCHMARK, lr=1e-3, weight_decay=0.1, view_crop_min=0.2, word_ratio=0.15, contrastive_weight=0.4,
                    mlm_weight=0.2),
 }
-RECIPES["defilip"] = dict(RECIPES["declip"], token_weight=0.2)
+RECIPES["defilip"] = dict(RECIPES["declip"], token_weight=0.2, token_top_k=16)
 
 
 def preset_for(preset: str, method: str) -> Config:
@@ -991,7 +991,7 @@ class Cost:
     parameters: int
     flops: float
     kept: float
-    passes: int = 3         # a trained branch: one forward and a backward of twice its FLOPs; the teacher: 1
+    passes: int = 3         # a trained branch: a forward and a backward of twice its FLOPs; without gradient 1
 
 
 def blocks_cost(depth: int, width: int, tokens: int) -> tuple[float, float]:
@@ -1018,6 +1018,8 @@ def costs(config: Config, words: int | None = None) -> list[Cost]:
     rows = [Cost("image tower", count(net.visual, net.image_proj), flops + N * patch, kept)]
     text_flops, text_kept = blocks_cost(c.text_depth, c.text_width, L)
     rows.append(Cost("text tower", count(net.text, net.text_proj), text_flops, text_kept))
+    if c.method in COMPARED:
+        return rows + compared_costs(net, rows, L)
     if net.target:
         student, student_kept = blocks_cost(c.depth, c.width, K + 1)
         decoder, decoder_kept = blocks_cost(c.decoder_depth, c.width, N + 1)
@@ -1041,6 +1043,39 @@ def costs(config: Config, words: int | None = None) -> list[Cost]:
     return rows
 
 
+def compared_costs(net: MaskCLIP, towers: list[Cost], L: int) -> list[Cost]:
+    """What a compared system adds to the two towers' one image and one caption."""
+    c, N, rows = net.config, net.config.grid ** 2, []
+    image, text = towers
+
+    def count(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    def head(name, module, times, width):                   # matrices; four numbers of each of three layers are kept
+        rows.append(Cost(name, count(module), times * 2.0 * sum(p.numel() for p in module.parameters() if p.ndim == 2),
+                         times * 12.0 * width))
+    if c.method == "slip":
+        rows.append(Cost("two more views", 0, 2 * image.flops, 2 * image.kept))
+        head("SimCLR head", net.head, 2, c.slip_hidden)
+    if isinstance(net, DeCLIP):
+        chosen = max(1, round(c.word_ratio * (L - 2)))
+        rows.append(Cost("second view", 0, image.flops, image.kept))
+        rows.append(Cost("second caption", 0, text.flops, text.kept))
+        rows.append(Cost("word classifier", count(net.text_decoder), 2.0 * chosen * net.text_decoder.weight.numel(),
+                         chosen * c.vocab_size))
+        head("SimSiam heads", nn.ModuleList([net.projector, net.predictor]), 2, c.simsiam_hidden)
+        rows.append(Cost("nearest texts", 0, 2 * 2.0 * net.queue.numel(), 0, passes=1))
+    if c.method in ("filip", "defilip"):
+        views, combinations, own = (1, 1, 0) if c.method == "filip" else (2, 4, 1 + count(net.patch_proj, net.word_proj))
+        project = views * 2 * c.token_dim * (N * c.width + L * c.text_width)
+        # L_I compares all our patches with words of the batch, L_T all our words with patches; both once more backward
+        words, patches = (min(c.token_top_k or x, x) for x in (L, N))
+        compare = combinations * 2.0 * c.token_dim * c.batch_size * (N * words + L * patches)
+        rows.append(Cost("tokens in the joint space", own, project, views * (N + L) * 3.0 * c.token_dim))
+        rows.append(Cost(f"similarity, batch {c.batch_size}", 0, compare, 0, passes=4))
+    return rows
+
+
 def describe(config: Config, words: int | None = None):
     print(f"{config.method}: {config.image_size} px, patches of {config.patch_size} px, "
           f"captions of {words or config.context_length} tokens; a pair costs")
@@ -1061,4 +1096,4 @@ if __name__ == "__main__":
     cli.add_argument("--method", default="maskclip", choices=METHODS)
     cli.add_argument("--words", type=int, help="tokens a caption, default: the context length")
     chosen = cli.parse_args()
-    describe(replace(PRESETS[chosen.preset], method=chosen.method), chosen.words)
+    describe(preset_for(chosen.preset, chosen.method), chosen.words)
