@@ -64,7 +64,7 @@ class Sample:
     image: PIL.Image.Image                  # any mode; perhaps only its header is read so far, for `draft`
     captions: tuple[str, ...] = ()
     label: int = -1                         # class index, -1 unknown
-    text_label: int = -1                    # class that the captions name and no more, over all data sets: see NamedClasses
+    text_label: int = -1                    # class that the captions name, over all data sets: see NamedClasses
     label_map: np.ndarray | None = None     # (H, W) uint8 class of each pixel, 255 ignored
     objects: list[dict] | None = None       # {"box": (x1, y1, x2, y2), "category", "mask": (H, W) bool, "crowd"}
 

@@ -256,11 +256,12 @@ class Job:
         """(n, C) cosines of the readable images, or FILIP's scores, and what `extract` returned"""
         embedded = embed_classes(self.model, self.tokenizer, classes, templates, self.runtime, self.options.batch_size)
         found = self.images(data, squash)
-        images = exact(found["features"])
         if isinstance(embedded, list):
-            scores = torch.stack([similarity(images, exact(prompts)).mean(dim=1) for prompts in embedded], dim=1)
+            chunks = map(exact, found["features"].split(1024))
+            scores = torch.cat([torch.stack([similarity(images, exact(prompts)).mean(dim=1) for prompts in embedded],
+                                            dim=1) for images in chunks])
         else:
-            scores = similarity(images, exact(embedded))
+            scores = similarity(exact(found["features"]), exact(embedded))
         return scores.cpu(), found
 
     def say(self, line: str):

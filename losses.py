@@ -200,7 +200,7 @@ def sum_in_chunks(fn, rows: int, x: Tensor, other: Tensor, *shared: Tensor) -> T
 def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
     """SLIP's NT-Xent: of all other views of all processes, which one shows the same image?
 
-        l(a_i) = -log( exp(a_i.b_i / t) / (sum_j exp(a_i.b_j / t) + sum_(j != i) exp(a_i.a_j / t)) ),    mean over a and b
+        l(a_i) = -log( exp(a_i.b_i / t) / (sum_j exp(a_i.b_j / t) + sum_(j != i) exp(a_i.a_j / t)) ),  mean of all 2B
 
     a, b  (B, E) two views of the same images, unit length
     """
@@ -256,7 +256,7 @@ def filip_similarity(image_tokens: Tensor, text_tokens: Tensor, is_word: Tensor 
 def similarity(images: Tensor, texts: Tensor, text_queries: bool = False) -> Tensor:
     """What ranks texts for an image, or with text_queries images for a text: (I, T).
 
-    (I, E), (T, E) unit length: their cosines, either way.  (I, N, E), (T, L, E) tokens: FILIP's score of that direction.
+    (I, E), (T, E) unit length: their cosines, either way.  (I, N, E), (T, L, E): FILIP's score of that direction.
     """
     return filip_similarity(images, texts)[int(text_queries)] if images.ndim == 3 else images @ texts.T
 

@@ -7,7 +7,7 @@
                        └─ text transformer, 20% masked ─► 4-layer text decoder ─► word logits (n,V)      Word branch
 
 Config holds every number of a run, PRESETS the named ones, METHODS the rows of supplement Table 2.
-SLIP, FILIP, DeCLIP and DeFILIP, which the paper compares with, stand together at the end and may be left out in reading.
+SLIP, FILIP, DeCLIP and DeFILIP, which the paper compares with, stand together at the end; nothing before needs them.
 Letters: B images, N patches, K visible and M hidden ones, D width, H heads, L tokens, V vocabulary, E embedding,
 C codes.
 
@@ -93,7 +93,7 @@ class Config:
     simsiam_hidden: int = opt(1024, "width of DeCLIP's projector, twice that of its bottleneck (DeCLIP)",
                               "compared systems")
     token_dim: int = opt(256, "width in which FILIP compares patches and words (FILIP)", "compared systems")
-    token_top_k: int = opt(0, "tokens of the other side that FILIP compares with, 0: all (FILIP; DeCLIP's benchmark 16)",
+    token_top_k: int = opt(0, "tokens of the other side that FILIP compares with, 0: all (FILIP; benchmark 16)",
                            "compared systems")
     queue_size: int = opt(65536, "texts in DeCLIP's queue of neighbors (DeCLIP)", "compared systems")
     # recipe
@@ -140,7 +140,7 @@ BENCHMARK = dict(epochs=32, lr_start=1e-4, lr_end=0.0, warmup_epochs=0.67, contr
 RECIPES = {
     # SLIP's README and main.py; all else is the paper's recipe too
     "slip": dict(lr=3e-3, weight_decay=0.1, contrastive_reduction="mean"),
-    # DeCLIP's benchmark (github.com/Sense-GVT/DeCLIP, yfcc15m_vit_*/config.yaml): 128,000 steps of 4096, 2,500 to warm up
+    # DeCLIP's benchmark (github.com/Sense-GVT/DeCLIP, yfcc15m_vit_*/config.yaml): 128,000 steps, 2,500 to warm up
     "filip": dict(BENCHMARK, lr=5e-4, weight_decay=0.5),
     "declip": dict(BENCHMARK, lr=1e-3, weight_decay=0.1, view_crop_min=0.2, word_ratio=0.15, contrastive_weight=0.4,
                    mlm_weight=0.2),
@@ -823,7 +823,7 @@ def load_open_clip_text(model: MaskCLIP, state: dict[str, Tensor]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The compared systems: what each adds to CLIP.  Their sizes are those of their papers, see Config
+# The compared systems: what each adds to CLIP.  Sizes and weights are their papers', see Config and RECIPES
 #
 # What stands in `contrast` and not in `forward` sees the whole batch of all processes, whatever the micro-batches: so
 # does batch normalization.
@@ -867,7 +867,7 @@ class FILIP(MaskCLIP):
     """CLIP whose image and text are the unit vectors of all patches and words (Yao et al., ICLR 2022).
 
     Words are what stands between start and end token.
-    # FILIP: silent on both; here: without, because they look the same in every caption, the end only to the causal tower
+    # FILIP: all but padding; here: without start and end, which name nothing that a patch could look for
     """
     def __init__(self, config: Config, eot: int):
         super().__init__(replace(config, embed_dim=config.token_dim), eot)
@@ -893,8 +893,10 @@ def between_ends(tokens: Tensor, eot: int) -> Tensor:
 
 
 class DeCLIP(MaskCLIP):
-    """CLIP of two views and two captions, with SimSiam, nearest texts and masked words (Li et al., ICLR 2022)."""
+    """CLIP of two views and two captions, with SimSiam, nearest texts and masked words (Li et al., ICLR 2022).
 
+    # DeCLIP: batch norm and queue of each process by itself; here: of all, so that their number does not matter
+    """
     def __init__(self, config: Config, eot: int):
         super().__init__(config, eot)
         E, S = config.embed_dim, config.simsiam_hidden
@@ -928,13 +930,12 @@ class DeCLIP(MaskCLIP):
         return self.features(batch, views, text1, text2), dict(mlm=mlm)
 
     def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        scale, images, texts = self.logit_scale.exp(), [features["image1"], features["image2"]], \
-            [features["text1"], features["text2"]]
-        z1, z2 = map(self.projector, images)                                                    # (B, S)
+        scale, texts = self.logit_scale.exp(), [features["text1"], features["text2"]]           # (B, E)
+        images = [F.normalize(features[name], dim=-1) for name in ("image1", "image2")]         # (B, E)
+        z1, z2 = (self.projector(features[name]) for name in ("image1", "image2"))              # (B, S)
         simsiam = losses.simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
-        images = [F.normalize(image, dim=-1) for image in images]
-        nearest = [self.queue[(text.detach() @ self.queue.T).argmax(dim=1)] for text in texts]  # (B, E)
         self.newest = [text.detach() for text in texts]
+        nearest = [self.queue[(text @ self.queue.T).argmax(dim=1)] for text in self.newest]     # (B, E)
         contrastive = [self.both_ways(*losses.contrastive_loss(i, t, scale)) for i in images for t in texts]
         neighbor = [losses.contrastive_loss(i, t, scale)[0] for i in images for t in nearest]
         return dict(contrastive=sum(contrastive) / 4, neighbor=sum(neighbor) / 4, simsiam=simsiam)
@@ -949,8 +950,10 @@ class DeCLIP(MaskCLIP):
 
 
 class DeFILIP(DeCLIP):
-    """DeCLIP, and FILIP's contrast between the tokens of both views and both captions (Cui et al., 2022)."""
+    """DeCLIP, and FILIP's contrast between the tokens of both views and both captions (Cui et al., 2022).
 
+    Its zero-shot evaluation is DeCLIP's, by the two embeddings, as in the benchmark it comes from.
+    """
     def __init__(self, config: Config, eot: int):
         super().__init__(config, eot)
         self.patch_proj = nn.Linear(config.width, config.token_dim, bias=False)
@@ -1066,7 +1069,9 @@ def compared_costs(net: MaskCLIP, towers: list[Cost], L: int) -> list[Cost]:
         head("SimSiam heads", nn.ModuleList([net.projector, net.predictor]), 2, c.simsiam_hidden)
         rows.append(Cost("nearest texts", 0, 2 * 2.0 * net.queue.numel(), 0, passes=1))
     if c.method in ("filip", "defilip"):
-        views, combinations, own = (1, 1, 0) if c.method == "filip" else (2, 4, 1 + count(net.patch_proj, net.word_proj))
+        views, combinations, own = 1, 1, 0
+        if isinstance(net, DeFILIP):
+            views, combinations, own = 2, 4, 1 + count(net.patch_proj, net.word_proj)
         project = views * 2 * c.token_dim * (N * c.width + L * c.text_width)
         # L_I compares all our patches with words of the batch, L_T all our words with patches; both once more backward
         words, patches = (min(c.token_top_k or x, x) for x in (L, N))
