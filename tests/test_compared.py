@@ -549,6 +549,9 @@ def test_filips_scores_are_exact_in_any_chunk_and_averaged_over_prompts(monkeypa
         assert eval_zeroshot.recall_in_chunks(images, texts, image_of_text) == want
         again = losses.similarity(eval_zeroshot.exact(images), eval_zeroshot.exact(texts))
         assert torch.equal(again, whole[0])
+    p, w = eval_zeroshot.exact(unit(30, 500, 8).abs().float()), eval_zeroshot.exact(unit(1, 9, 8, seed=1).abs().float())
+    best = (p @ w[0].T).amax(dim=2)                                         # (30, 500), all near 1
+    assert losses.similarity(p, w)[:, 0].tolist() == [math.fsum(row) / 500 for row in best.tolist()]    # not rounded
     net = model.build(replace(net.config, vocab_size=tokenizer.vocab_size, context_length=24), tokenizer.eot)
     prompts = eval_zeroshot.embed_classes(net, tokenizer, ["ox", "cow\tcalf"], ("a {}", "the {}"), ALONE, 3)
     assert [len(p) for p in prompts] == [2, 4]
