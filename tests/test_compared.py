@@ -562,11 +562,12 @@ def test_filips_scores_are_exact_in_any_chunk_and_averaged_over_prompts(monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("method", COMPARED)
 def test_one_step_at_full_scale(method, tmp_path):
+    photo().save(tmp_path / "photo.png")
+    (tmp_path / "pairs.csv").write_text("filepath,title\n" + "photo.png,a picture of waves\n" * 4)
     out = run_script("train.py", "--preset", "vit-b32-yfcc15m", "--method", method, "--batch-size", 4, "--steps", 1,
-                     "--data", "shapes:train=8", "--log-every", 1, "--out", tmp_path, timeout=600).stdout
-    loss = metrics(tmp_path)[0]["loss"]
-    assert "step 1/1" in out and 0 < loss < 20
-    (tmp_path / "last.pt").unlink()                             # gigabytes
+                     "--data", f"csv:{tmp_path / 'pairs.csv'}", "--log-every", 1, "--out", tmp_path / "run").stdout
+    assert "step 1/1" in out and math.isfinite(metrics(tmp_path / "run")[0]["grad_norm"])
+    (tmp_path / "run" / "last.pt").unlink()                     # gigabytes
 
 
 @pytest.mark.slow
