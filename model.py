@@ -952,7 +952,7 @@ class DeCLIP(MaskCLIP):
 class DeFILIP(DeCLIP):
     """DeCLIP, and FILIP's contrast between the tokens of both views and both captions (Cui et al., 2022).
 
-    Its zero-shot evaluation is DeCLIP's, by the two embeddings, as in the benchmark it comes from.
+    It is evaluated as DeCLIP is, by the two embeddings, which most of its loss trains.
     """
     def __init__(self, config: Config, eot: int):
         super().__init__(config, eot)
