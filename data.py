@@ -35,11 +35,13 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageEnhance
+import PIL.ImageFilter
 import PIL.ImageFont
 import ftfy
 import numpy as np
@@ -62,6 +64,7 @@ class Sample:
     image: PIL.Image.Image                  # any mode; perhaps only its header is read so far, for `draft`
     captions: tuple[str, ...] = ()
     label: int = -1                         # class index, -1 unknown
+    text_label: int = -1                    # class that the captions name, over all data sets: see NamedClasses
     label_map: np.ndarray | None = None     # (H, W) uint8 class of each pixel, 255 ignored
     objects: list[dict] | None = None       # {"box": (x1, y1, x2, y2), "category", "mask": (H, W) bool, "crowd"}
 
@@ -75,6 +78,7 @@ class Sample:
 #   crop_box     where to crop at random; resize_crop: bicubic, torchvision's pixels to within one level
 #   center_box   where to crop for evaluation
 #   normalize    uint8 -> float32, on the device that holds the batch
+#   ViewTransform, edit_caption    what SLIP and DeCLIP make of a pair besides
 # ---------------------------------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's red, green and blue, in 0..1
@@ -268,6 +272,84 @@ def normalize(images: Tensor) -> Tensor:
     for channel, (mean, std) in enumerate(zip(MEAN, STD)):      # numbers: a tensor would be copied to the device
         images[:, channel].sub_(255 * mean).div_(255 * std)
     return images
+
+
+# ---- the compared systems: SLIP's and DeCLIP's views of an image, DeCLIP's second caption ---------------------------
+
+def shift_hue(image: PIL.Image.Image, turns: float) -> PIL.Image.Image:
+    """RGB -> RGB, every hue moved along the color circle by a share of it."""
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(h + int(255 * turns)) % 256 for h in range(256)])
+    return PIL.Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+# name: (function (image, factor) -> image, range of the factor)
+JITTER = {
+    "brightness": (lambda image, factor: PIL.ImageEnhance.Brightness(image).enhance(factor), (0.6, 1.4)),
+    "contrast": (lambda image, factor: PIL.ImageEnhance.Contrast(image).enhance(factor), (0.6, 1.4)),
+    "saturation": (lambda image, factor: PIL.ImageEnhance.Color(image).enhance(factor), (0.6, 1.4)),
+    "hue": (shift_hue, (-0.1, 0.1)),
+}
+
+
+def blur(image: PIL.Image.Image, sigma: float) -> PIL.Image.Image:
+    return image.filter(PIL.ImageFilter.GaussianBlur(sigma))
+
+
+@dataclass
+class ViewTransform:
+    """An RGB image much changed, as uint8 tensor (3, size, size), the same thing still: MoCo v2's and SLIP's views.
+
+    Crop; of 80% the colors jittered, in random order; 20% gray; half blurred, by 0.1 to 2 pixels at a size of 224;
+    half mirrored.
+    """
+    size: int
+    scale: tuple[float, float]
+
+    def __call__(self, image: PIL.Image.Image, rng: np.random.Generator) -> Tensor:
+        view = PIL.Image.fromarray(TrainTransform(self.size, self.scale)(image, rng).permute(1, 2, 0).numpy())
+        if rng.random() < 0.8:
+            for name in rng.permutation(list(JITTER)):
+                change, limits = JITTER[name]
+                view = change(view, rng.uniform(*limits))
+        if rng.random() < 0.2:
+            view = view.convert("L").convert("RGB")
+        if rng.random() < 0.5:
+            view = blur(view, rng.uniform(0.1, 2.0) * self.size / 224)
+        pixels = to_tensor(view)
+        return pixels.flip(-1) if rng.random() < 0.5 else pixels
+
+
+def edit_caption(caption: str, rng: np.random.Generator, synonyms: dict[str, list[str]]) -> str:
+    """DeCLIP's second caption, an edit of EDA (Wei and Zou 2019): a word becomes a synonym, two change places, or each
+    is left out with probability 0.1.
+
+    # DeCLIP: synonyms of WordNet; here: of a file that the user gives, and none without, so that nothing is downloaded
+    """
+    words = caption.split()
+    known = [i for i, word in enumerate(words) if word.lower() in synonyms]
+    kind = rng.integers(3 if known else 2)
+    if kind == 0:
+        words = [word for word in words if rng.random() >= 0.1] or words
+    elif kind == 1:
+        i, j = rng.integers(len(words), size=2)
+        words[i], words[j] = words[j], words[i]
+    else:
+        i = rng.choice(known)
+        words[i] = str(rng.choice(synonyms[words[i].lower()]))
+    return " ".join(words)
+
+
+def read_synonyms(path: str) -> dict[str, list[str]]:
+    """A file of lines such as "small, little, tiny" -> what each word may become; an empty path has no synonyms."""
+    synonyms = defaultdict(list)
+    for line in read_lines(path, "groups of synonyms") if path else ():
+        group = [word.strip() for word in line.split(",") if word.strip()]
+        if len(group) < 2:
+            raise UserError(f"{path}: wanted two words or more in a line, divided by commas, got {line[:60]!r}")
+        for word in group:
+            synonyms[word.lower()] += [other for other in group if other != word]
+    return dict(synonyms)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1397,6 +1479,7 @@ class Mixed:
         self.ends = list(itertools.accumulate(map(len, parts)))
         self.classes = parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None
         self.notes = [note for part in parts for note in getattr(part, "notes", ())]
+        self.names_classes = any(getattr(part, "names_classes", False) for part in parts)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -1412,6 +1495,38 @@ class Mixed:
     def read(self, i: int) -> Sample:
         part, k = self.place(i)
         return part.read(k)
+
+
+class NamedClasses:
+    """A labeled data set as pairs, for UniCL: the captions of an image are its class's name in each of the templates.
+
+    first_label    what the label of class 0 is over all data sets
+    """
+    names_classes = True
+
+    def __init__(self, data, first_label: int, templates: tuple[str, ...]):
+        self.data, self.first_label, self.templates = data, first_label, templates
+        self.name, self.classes, self.notes = data.name, data.classes, data.notes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, i: int) -> Sample:
+        sample = self.data.read(i)
+        names = self.classes[sample.label].split("\t")
+        captions = tuple(template.format(name) for template in self.templates for name in names)
+        return replace(sample, captions=captions, text_label=self.first_label + sample.label)
+
+
+def name_classes(parts: list) -> list:
+    """Folders of classes among the data sets become NamedClasses; those with one list of classes share its labels."""
+    first, total = {}, 0
+    for data in parts:
+        if getattr(data, "labels", None) is not None and tuple(data.classes) not in first:
+            first[tuple(data.classes)] = total
+            total += len(data.classes)
+    return [NamedClasses(data, first[tuple(data.classes)], TEMPLATES_80)
+            if getattr(data, "labels", None) is not None else data for data in parts]
 
 
 def hash_names(data) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import data as data_module
 from data import EvalTransform, TrainTransform, UserError
-from model import MaskCLIP, opt, pool_tokens
+from model import MaskCLIP, build, opt, pool_tokens
 from train import (ReadRecord, RunOptions, Runtime, cosine_schedule, extract, load_checkpoint, parse, report_bad, run,
                    setup)
 
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None):
     networks = {"checkpoint": model}
     if options.control:
         torch.manual_seed(options.seed)
-        networks["untrained"] = MaskCLIP(config, model.eot).to(runtime.device).eval()
+        networks["untrained"] = build(config, model.eot).to(runtime.device).eval()
 
     results = {}
     if runtime.is_main:

@@ -27,9 +27,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import data as data_module
 from data import BytePairTokenizer, EvalTransform, UserError
+from losses import similarity
 from model import MaskCLIP, opt
 from train import RunOptions, Runtime, extract, gather, load_checkpoint, parse, run, setup
 
@@ -57,7 +59,7 @@ class Options(RunOptions):
 @torch.no_grad()
 def encode_texts(model: MaskCLIP, tokenizer: BytePairTokenizer, texts: Sequence[str], runtime: Runtime,
                  batch_size: int) -> Tensor:
-    """(T, E).  A text that comes several times is encoded once, so its copies tie."""
+    """(T, E), or of FILIP (T, L, E).  A text that comes several times is encoded once, so its copies tie."""
     distinct = sorted(set(texts), key=lambda text: (len(text), text))           # those of one length share a batch
     mine, rows = distinct[runtime.rank::runtime.world], []
     for first in range(0, len(mine), batch_size):
@@ -66,15 +68,19 @@ def encode_texts(model: MaskCLIP, tokenizer: BytePairTokenizer, texts: Sequence[
             rows.append(model.encode_text(tokens.to(runtime.device)).cpu())
     table = {text: row for their, rows in gather((mine, rows), runtime)
              for text, row in zip(their, itertools.chain.from_iterable(rows))}
-    return torch.stack([table[text] for text in texts]).to(runtime.device)
+    return pad_sequence([table[text] for text in texts], batch_first=True).to(runtime.device)   # FILIP's L differ
 
 
 def embed_classes(model: MaskCLIP, tokenizer: BytePairTokenizer, classes: Sequence[str], templates: Sequence[str],
-                  runtime: Runtime, batch_size: int) -> Tensor:
-    """(C, E) unit length.  Several names of a class, divided by tabs, are averaged together with the templates."""
+                  runtime: Runtime, batch_size: int) -> Tensor | list[Tensor]:
+    """(C, E) unit length.  Several names of a class, divided by tabs, are averaged together with the templates.
+
+    FILIP's words have no mean: of such a model a list of C (prompts, L, E), whose similarities are averaged.
+    """
     prompts = [[template.format(name) for name in names.split("\t") for template in templates] for names in classes]
     embedded = encode_texts(model, tokenizer, [*itertools.chain(*prompts)], runtime, batch_size)   # (all prompts, E)
-    return F.normalize(torch.stack([rows.mean(dim=0) for rows in embedded.split([*map(len, prompts)])]), dim=-1)
+    each = embedded.split([*map(len, prompts)])
+    return [*each] if embedded.ndim == 3 else F.normalize(torch.stack([rows.mean(dim=0) for rows in each]), dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,14 +92,11 @@ def exact(features: Tensor) -> Tensor:
 
     Products of two such numbers are multiples of 2**-48 and no partial sum of a dot product reaches 2: float64 holds
     all of these, nothing is rounded, and the sum is the same in whatever order it is taken.
+    FILIP's tokens (n, tokens, E) are multiples of 2**-20, so that float64 holds a sum over 4096 of their cosines too.
     """
     features = features.cpu() if features.device.type == "mps" else features    # Apple's GPUs have no float64
-    return (features.double() * 2 ** 24).round() / 2 ** 24
-
-
-def similarity(images: Tensor, texts: Tensor) -> Tensor:
-    """(I, E), (T, E), both from `exact` -> (I, T) cosines"""
-    return images @ texts.T
+    steps = 2 ** (20 if features.ndim == 3 else 24)
+    return (features.double() * steps).round() / steps
 
 
 def ranks(scores: Tensor, is_right: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ def recall_in_chunks(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: S
                      runtime: Runtime | None = None) -> dict[str, dict]:
     """recall_at_k(similarity(images, texts), ...), a few rows or columns at a time, which processes share.
 
-    images (I, E), texts (T, E), unit length; image_of_text (T,)
+    images (I, E), texts (T, E), unit length, or FILIP's tokens (I, N, E), (T, L, E); image_of_text (T,)
     """
     images, texts = exact(images), exact(texts)
     image_of_text = image_of_text.to(images.device)
@@ -143,7 +146,7 @@ def recall_in_chunks(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: S
         return ranks(similarity(images[some], texts), number[some, None] == image_of_text)
 
     def text_ranks(some):       # numbers of texts
-        return ranks(similarity(images, texts[some]).T, (number[:, None] == image_of_text[some]).T)
+        return ranks(similarity(images, texts[some], text_queries=True).T, (number[:, None] == image_of_text[some]).T)
 
     recall, (rank, world) = {}, (runtime.rank, runtime.world) if runtime else (0, 1)
     for way, queries, candidates, chunk_ranks in (("image_to_text", len(images), len(texts), image_ranks),
@@ -250,10 +253,16 @@ class Job:
         return encode_texts(self.model, self.tokenizer, texts, self.runtime, self.options.batch_size)
 
     def class_scores(self, data, classes: Sequence[str], templates: Sequence[str], squash: bool) -> tuple[Tensor, dict]:
-        """(n, C) cosines of the readable images, and what `extract` returned"""
+        """(n, C) cosines of the readable images, or FILIP's scores, and what `extract` returned"""
         embedded = embed_classes(self.model, self.tokenizer, classes, templates, self.runtime, self.options.batch_size)
         found = self.images(data, squash)
-        return similarity(exact(found["features"]), exact(embedded)).cpu(), found
+        if isinstance(embedded, list):
+            chunks = map(exact, found["features"].split(1024))
+            scores = torch.cat([torch.stack([similarity(images, exact(prompts)).mean(dim=1) for prompts in embedded],
+                                            dim=1) for images in chunks])
+        else:
+            scores = similarity(exact(found["features"]), exact(embedded))
+        return scores.cpu(), found
 
     def say(self, line: str):
         if self.runtime.is_main:

@@ -6,7 +6,10 @@
     L          total_loss              L_I + L_T + lambda * L_Dist + beta * L_MLM                          (Eq. 8)
 
     pixel_loss, feature_loss           what takes the place of L_Dist in the first rows of supplement Table 2
-    simclr_loss, filip_similarity, token_contrastive_loss, simsiam_loss, unicl_loss        the compared systems
+    simclr_loss                               the compared systems, at the end:  SLIP
+    filip_similarity, token_contrastive_loss                                     FILIP, DeFILIP
+    simsiam_loss                                                                 DeCLIP, DeFILIP
+    unicl_loss                                                                   UniCL, for labeled data
 
 Letters: B pairs on this process, W processes, N patches, M hidden patches, L tokens, V vocabulary, C codes,
 E embedding.
@@ -19,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class Gather(torch.autograd.Function):
@@ -187,3 +191,115 @@ def sum_in_chunks(fn, rows: int, x: Tensor, other: Tensor, *shared: Tensor) -> T
         return SumInChunks.apply(fn, rows, x, other, *shared)
     parts = [fn(x[i:i + rows], other[i:i + rows], *shared) for i in range(0, len(x), rows)]
     return sum(parts, x.new_zeros(()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compared systems
+# ---------------------------------------------------------------------------------------------------------------------
+
+def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
+    """SLIP's NT-Xent: of all other views of all processes, which one shows the same image?
+
+        l(a_i) = -log( exp(a_i.b_i / t) / (sum_j exp(a_i.b_j / t) + sum_(j != i) exp(a_i.a_j / t)) ),  mean of all 2B
+
+    a, b  (B, E) two views of the same images, unit length
+    """
+    own = own_columns(len(a), a.device)                                                        # (B,)
+    all_a, all_b = gather(a), gather(b)                                                        # (W*B, E)
+
+    def one_way(x, partners, rivals):
+        rivals = (x @ rivals.T).scatter(1, own[:, None], -torch.inf)                           # (B, W*B), not itself
+        return F.cross_entropy(fp32(torch.cat([x @ partners.T, rivals], dim=1) / temperature), own)
+    return (one_way(a, all_b, all_a) + one_way(b, all_a, all_b)) / 2
+
+
+def simsiam_loss(predicted_a: Tensor, predicted_b: Tensor, projected_a: Tensor, projected_b: Tensor) -> Tensor:
+    """DeCLIP's image term: from one view predict the other's projection, which gets no gradient; all (B, E).
+
+        -1/2 mean_i( cos(predicted_a, projected_b) + cos(predicted_b, projected_a) )
+    """
+    return -(F.cosine_similarity(predicted_a, projected_b.detach()).mean() +
+             F.cosine_similarity(predicted_b, projected_a.detach()).mean()) / 2
+
+
+TOKEN_SCORES = 1 << 24      # cosines of a patch with a word that exist at once, 64 MiB
+
+
+def filip_similarity(image_tokens: Tensor, text_tokens: Tensor, is_word: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """FILIP's token-wise late interaction of I images with T texts: both (I, T).
+
+        image to text    1/N sum_n max_(word l) p_n.w_l            each patch looks for its word
+        text to image    1/n sum_(word l) max_n p_n.w_l            each of n words looks for its patch
+
+    image_tokens (I, N, E), text_tokens (T, L, E), unit length; is_word (T, L) bool, default: rows that are not zero.
+    The I x T x N x L cosines exist in chunks only, and are computed again for the gradient.
+    """
+    is_word = text_tokens.detach().any(dim=-1) if is_word is None else is_word
+
+    def scores(p, w, is_word):
+        cosine = (p.flatten(0, 1) @ w.flatten(0, 1).T).unflatten(0, p.shape[:2]).unflatten(2, w.shape[:2])
+        to_text = cosine.masked_fill(~is_word, -2.0).amax(dim=3).mean(dim=1)    # (i, N, t, L) -> (i, N, t) -> (i, t)
+        to_image = (cosine.amax(dim=1) * is_word).sum(dim=2)                    # (i, N, t, L) -> (i, t, L) -> (i, t)
+        return to_text, to_image / is_word.sum(dim=1).clamp(min=1)
+
+    pair = image_tokens.shape[1] * is_word.shape[1]                                            # N * L
+    t = min(len(is_word), max(1, TOKEN_SCORES // pair))
+    rows = []
+    for p in image_tokens.split(max(1, TOKEN_SCORES // (pair * t))):
+        row = [checkpoint(scores, p, w, real, use_reentrant=False, preserve_rng_state=False)
+               for w, real in zip(text_tokens.split(t), is_word.split(t))]
+        rows.append([torch.cat(part, dim=1) for part in zip(*row)])                            # two of (i, T)
+    to_text, to_image = zip(*rows)
+    return torch.cat(to_text), torch.cat(to_image)
+
+
+def similarity(images: Tensor, texts: Tensor, text_queries: bool = False) -> Tensor:
+    """What ranks texts for an image, or with text_queries images for a text: (I, T).
+
+    (I, E), (T, E) unit length: their cosines, either way.  (I, N, E), (T, L, E): FILIP's score of that direction.
+    """
+    return filip_similarity(images, texts)[int(text_queries)] if images.ndim == 3 else images @ texts.T
+
+
+def top_tokens(image_tokens: Tensor, text_tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(B, N, E), (B, L, E) -> (B, k, E) each: tokens whose cosines with all of their partner's have the largest sum."""
+    cosine = image_tokens @ text_tokens.transpose(1, 2)                                        # (B, N, L)
+    patches = cosine.sum(dim=2).topk(min(k, cosine.shape[1])).indices                          # (B, k)
+    no_word = ~text_tokens.detach().any(dim=-1)                                                # (B, L)
+    words = cosine.sum(dim=1).masked_fill(no_word, -torch.inf).topk(min(k, cosine.shape[2])).indices
+    return (torch.take_along_dim(image_tokens, patches[..., None], dim=1),
+            torch.take_along_dim(text_tokens, words[..., None], dim=1))
+
+
+def token_contrastive_loss(image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor | float,
+                           top_k: int = 0) -> tuple[Tensor, Tensor]:
+    """L_I and L_T as in contrastive_loss, from FILIP's similarity: this process's B rows against the W*B columns.
+
+    image_tokens (B, N, E), text_tokens (B, L, E), unit length; a row of zeros is no word, and L may differ between
+    processes.  top_k: only so many tokens of the columns are kept, as DeCLIP's benchmark does.
+    """
+    longest = torch.tensor(text_tokens.shape[1], device=text_tokens.device)
+    if world_size() > 1:
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    text_tokens = F.pad(text_tokens, (0, 0, 0, int(longest) - text_tokens.shape[1]))           # (B, longest L, E)
+    patches, words = top_tokens(image_tokens, text_tokens, top_k) if top_k else (image_tokens, text_tokens)
+    logits_i = logit_scale * filip_similarity(image_tokens, gather(words))[0]                  # (B, W*B)
+    logits_t = logit_scale * filip_similarity(gather(patches), text_tokens)[1].T               # (B, W*B)
+    target = own_columns(len(image_tokens), image_tokens.device)                               # (B,)
+    return F.cross_entropy(logits_i, target), F.cross_entropy(logits_t, target)
+
+
+def unicl_loss(image_features: Tensor, text_features: Tensor, labels: Tensor,
+               logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """UniCL: contrastive_loss in which all pairs of one label are right, each with an equal share.
+
+        L_I = -1/B sum_i 1/|P_i| sum_(k in P_i) log( exp(s I_i.T_k) / sum_j exp(s I_i.T_j) ),    P_i = {k: y_k = y_i}
+
+    labels (B,), the rest as there; with all labels distinct it is that loss.
+    """
+    is_right = labels[:, None] == gather(labels)                                               # (B, W*B)
+
+    def one_way(rows, columns):
+        logp = fp32((logit_scale * rows) @ gather(columns).T).log_softmax(dim=1)               # (B, W*B)
+        return -((logp * is_right).sum(dim=1) / is_right.sum(dim=1)).mean()
+    return one_way(image_features, text_features), one_way(text_features, image_features)

@@ -7,6 +7,7 @@
                        └─ text transformer, 20% masked ─► 4-layer text decoder ─► word logits (n,V)      Word branch
 
 Config holds every number of a run, PRESETS the named ones, METHODS the rows of supplement Table 2.
+SLIP, FILIP, DeCLIP and DeFILIP, which the paper compares with, stand together at the end; nothing before needs them.
 Letters: B images, N patches, K visible and M hidden ones, D width, H heads, L tokens, V vocabulary, E embedding,
 C codes.
 
@@ -94,6 +95,19 @@ class Config:
     mlm_weight: float = opt(0.05, "beta of Eq. 8 (paper)", "loss")
     contrastive_reduction: str = opt("sum", "L_I + L_T as Eq. 8 writes it, or their mean as CLIP's code", "loss",
                                      ("sum", "mean"))
+    # compared systems: weights, heads and views, at the end of model.py
+    contrastive_weight: float = opt(1.0, "weight of the contrastive term (paper; DeCLIP 0.4)", "compared systems")
+    simclr_weight: float = opt(1.0, "weight of SLIP's NT-Xent (SLIP)", "compared systems")
+    token_weight: float = opt(1.0, "weight of FILIP's token-wise contrast (FILIP; DeFILIP 0.2)", "compared systems")
+    simsiam_weight: float = opt(0.2, "weight of DeCLIP's SimSiam (DeCLIP)", "compared systems")
+    neighbor_weight: float = opt(0.2, "weight of DeCLIP's contrast with nearest texts (DeCLIP)", "compared systems")
+    slip_hidden: int = opt(4096, "hidden width of SLIP's projection head (SLIP)", "compared systems")
+    simsiam_hidden: int = opt(1024, "width of DeCLIP's projector, twice that of its bottleneck (DeCLIP)",
+                              "compared systems")
+    token_dim: int = opt(256, "width in which FILIP compares patches and words (FILIP)", "compared systems")
+    token_top_k: int = opt(0, "tokens of the other side that FILIP compares with, 0: all (FILIP; benchmark 16)",
+                           "compared systems")
+    queue_size: int = opt(65536, "texts in DeCLIP's queue of neighbors (DeCLIP)", "compared systems")
     # recipe
     epochs: float = opt(25.0, "passes over the data (paper)", "recipe")
     batch_size: int = opt(4096, "pairs a step, over all processes and micro-batches (paper)", "recipe")
@@ -107,6 +121,7 @@ class Config:
     clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (paper silent, SLIP none)", "recipe")
     crop_min: float = opt(0.5, "smallest share of the image a random crop keeps, 1: whole image (SLIP)", "recipe")
     flip: bool = opt(False, "mirror half of the images (SLIP does not; captions know left from right)", "recipe")
+    view_crop_min: float = opt(0.08, "crop_min of the augmented views of SLIP and DeCLIP (SLIP; DeCLIP 0.2)", "recipe")
 
     @property
     def grid(self) -> int:
@@ -120,6 +135,7 @@ PRESETS = {
         PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4, pos_embed="sincos", init="mimetic",
         pool="max", text_width=128, text_depth=2, text_heads=4, context_length=32, vocab_size=768, embed_dim=128,
         n_codes=512, quantizer_hidden=256, quantizer_bottleneck=64, text_decoder_depth=1,
+        slip_hidden=256, simsiam_hidden=256, token_dim=128, queue_size=1024, view_crop_min=0.5,
         epochs=5, batch_size=64, warmup_epochs=0.3, crop_min=1.0,
         # paper: 0.999 over 90,000 steps; here: less, because the teacher must be able to follow within two thousand
         momentum=0.99, momentum_end=0.999),
@@ -127,8 +143,31 @@ PRESETS = {
     "vit-b32-yfcc15m": replace(PAPER, patch_size=32),
     # paper: silent on CC3M's schedule; here: SLIP's 40 epochs, because Table 1 compares with SLIP's rows
     "vit-b16-cc3m": replace(PAPER, epochs=40),
+    # UniCL's contrast comes with the labels: --data shards:PAIRS --data folder:IMAGENET21K
     "vit-b16-icinw": replace(PAPER, epochs=32, batch_size=16384),
 }
+
+# what a compared system changes in a preset, from its own paper or code.  A pocket run keeps the recipe of its preset
+BENCHMARK = dict(epochs=32, lr_start=1e-4, lr_end=0.0, warmup_epochs=0.67, contrastive_reduction="mean")
+RECIPES = {
+    # SLIP's README and main.py; all else is the paper's recipe too
+    "slip": dict(lr=3e-3, weight_decay=0.1, contrastive_reduction="mean"),
+    # DeCLIP's benchmark (github.com/Sense-GVT/DeCLIP, yfcc15m_vit_*/config.yaml): 128,000 steps, 2,500 to warm up
+    "filip": dict(BENCHMARK, lr=5e-4, weight_decay=0.5),
+    "declip": dict(BENCHMARK, lr=1e-3, weight_decay=0.1, view_crop_min=0.2, word_ratio=0.15, contrastive_weight=0.4,
+                   mlm_weight=0.2),
+}
+RECIPES["defilip"] = dict(RECIPES["declip"], token_weight=0.2, token_top_k=16)
+
+
+def preset_for(preset: str, method: str) -> Config:
+    """The preset with the changes of the method's recipe."""
+    changes = RECIPES.get(method, {})
+    if preset == "pocket":
+        group = {f.name: f.metadata["group"] for f in fields(Config)}
+        changes = {name: value for name, value in changes.items() if group[name] != "recipe"}
+    return replace(PRESETS[preset], method=method, **changes)
+
 
 # supplement Table 2, row by row: what the masked branch predicts, whether the teacher is a running average or
 # (momentum 0) the current weights, and whether words are masked too
@@ -138,6 +177,11 @@ METHODS = {
     "clip+feature": dict(target="teacher", ema=False, mlm=False),
     "clip+ema": dict(target="teacher", ema=True, mlm=False),
     "maskclip": dict(target="teacher", ema=True, mlm=True),
+    # compared systems, see the end of this file
+    "slip": dict(target=None, ema=False, mlm=False),
+    "filip": dict(target=None, ema=False, mlm=False),
+    "declip": dict(target=None, ema=False, mlm=True),
+    "defilip": dict(target=None, ema=False, mlm=True),
 }
 
 
@@ -256,10 +300,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
         n = count.sum(dim=0)                                                                    # (C,)
         joint_mean = (count * mean).sum(dim=0) / n
         joint_var = (count * (var + (mean - joint_mean) ** 2)).sum(dim=0) / n
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(joint_mean, self.momentum)
-            self.running_var.lerp_(joint_var * n / (n - 1), self.momentum)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(joint_mean, self.momentum)
+                self.running_var.lerp_(joint_var * n / (n - 1), self.momentum)
 
         def per_channel(v):
             return v.view(1, -1, *[1] * (x.ndim - 2))
@@ -641,7 +686,8 @@ class MaskCLIP(nn.Module):
         for name in names:
             prompts = [template.format(one) for one in name.split("\t") for template in templates]
             tokens = tokenizer(prompts, self.config.context_length)
-            rows.append(self.encode_text(tokens.to(self.logit_scale.device)).mean(dim=0))           # (E,)
+            texts = self.encode_text(tokens.to(self.logit_scale.device))            # (prompts, E); FILIP's have words
+            rows.append(texts.flatten(0, -2).mean(dim=0))                                           # (E,)
         return F.normalize(torch.stack(rows), dim=-1)
 
     def encode_patches(self, images: Tensor, path: str = "code") -> Tensor:
@@ -675,9 +721,17 @@ class MaskCLIP(nn.Module):
         return dict(image=self.encode_image(batch["images"]), text=text)
 
     def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Features of this process's whole batch -> {"contrastive": L_I + L_T}, against those of all processes."""
-        loss_i, loss_t = losses.contrastive_loss(features["image"], features["text"], self.logit_scale.exp())
-        return dict(contrastive=(loss_i + loss_t) / (2 if self.config.contrastive_reduction == "mean" else 1))
+        """Features of this process's whole batch -> {"contrastive": L_I + L_T}, against those of all processes.
+
+        Beside them may stand "labels" (B,) of labeled data: then pairs of one label are no negatives (UniCL).
+        """
+        image, text, scale = features["image"], features["text"], self.logit_scale.exp()
+        if "labels" in features:
+            return dict(contrastive=self.both_ways(*losses.unicl_loss(image, text, features["labels"], scale)))
+        return dict(contrastive=self.both_ways(*losses.contrastive_loss(image, text, scale)))
+
+    def both_ways(self, loss_i: Tensor, loss_t: Tensor) -> Tensor:
+        return (loss_i + loss_t) / (2 if self.config.contrastive_reduction == "mean" else 1)
 
     def predict_hidden(self, images: Tensor, keep: Tensor, hidden: Tensor, target: dict | None) -> Tensor:
         """The masked branch: L_Dist, or the pixel or feature loss that stands in its place."""
@@ -775,6 +829,167 @@ def entropy(q: Tensor) -> Tensor:
 def momentum_at(step: int, total: int, start: float, end: float) -> float:
     """Teacher momentum: linear from start at step 0 to end at the last step."""
     return start + (end - start) * step / max(total - 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compared systems: what each adds to CLIP.  Sizes and weights are their papers', see Config and RECIPES
+#
+# What stands in `contrast` and not in `forward` sees the whole batch of all processes, whatever the micro-batches: so
+# does batch normalization.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def mlp_head(*widths: int, norm_last: bool = False) -> nn.Sequential:
+    """Linear layers with batch norm and ReLU after all but the last, which norm_last gives a batch norm.
+
+    No bias before a norm, which would take it out again; no running statistics, as no evaluation uses the heads.
+    """
+    *hidden, last = zip(widths, widths[1:])
+    layers = [layer for i, o in hidden for layer in (
+        nn.Linear(i, o, bias=False), SyncBatchNorm(o, track_running_stats=False), nn.ReLU())]
+    layers.append(nn.Linear(*last, bias=not norm_last))
+    return nn.Sequential(*layers, *([SyncBatchNorm(last[1], track_running_stats=False)] if norm_last else []))
+
+
+class SLIP(MaskCLIP):
+    """CLIP, and SimCLR's contrast of two augmented views of each image (Mu et al., ECCV 2022)."""
+
+    def __init__(self, config: Config, eot: int):
+        super().__init__(config, eot)
+        self.head = mlp_head(config.width, config.slip_hidden, config.slip_hidden, 256)
+
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch holds view1, view2 (B,3,H,W) besides; so does what is returned, (B, D) each."""
+        views = torch.stack([batch["images"], batch["view1"], batch["view2"]], dim=1).flatten(0, 1)     # (3B, 3, H, W)
+        x = self.pool_image(self.visual(views))                                                 # (3B, D)
+        return dict(image=F.normalize(self.image_proj(x[::3]).float(), dim=-1), view1=x[1::3].float(),
+                    view2=x[2::3].float(), text=self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"]))
+
+    def forward(self, batch: dict[str, Tensor], target: None = None) -> tuple[dict, dict]:
+        return self.encode(batch), {}
+
+    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        a, b = (F.normalize(self.head(features[name]), dim=-1) for name in ("view1", "view2"))
+        return dict(super().contrast(features), simclr=losses.simclr_loss(a, b))
+
+
+class FILIP(MaskCLIP):
+    """CLIP whose image and text are the unit vectors of all patches and words (Yao et al., ICLR 2022).
+
+    Words are what stands between start and end token.
+    # FILIP: all but padding; here: without start and end, which name nothing that a patch could look for
+    """
+    def __init__(self, config: Config, eot: int):
+        super().__init__(replace(config, embed_dim=config.token_dim), eot)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) normalized pixels -> (B, N, E), unit length"""
+        return F.normalize(self.image_proj(self.visual(images)[:, 1:]).float(), dim=-1)
+
+    def embed_text(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """(B, L, D) text features -> (B, L, E), unit length, zero where there is no word"""
+        return F.normalize(self.text_proj(x).float(), dim=-1) * between_ends(tokens, self.eot)
+
+    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(token=self.both_ways(*losses.token_contrastive_loss(
+            features["image"], features["text"], self.logit_scale.exp(), self.config.token_top_k)))
+
+
+def between_ends(tokens: Tensor, eot: int) -> Tensor:
+    """(B, L) -> (B, L, 1) bool, True for words: after the start token, before the end token"""
+    is_word = before_end(tokens, eot)
+    is_word[:, 0] = False
+    return is_word[..., None]
+
+
+class DeCLIP(MaskCLIP):
+    """CLIP of two views and two captions, with SimSiam, nearest texts and masked words (Li et al., ICLR 2022).
+
+    # DeCLIP: batch norm and queue of each process by itself; here: of all, so that their number does not matter
+    """
+    def __init__(self, config: Config, eot: int):
+        super().__init__(config, eot)
+        E, S = config.embed_dim, config.simsiam_hidden
+        self.text_decoder = nn.Linear(config.text_width, config.vocab_size)     # in place of the paper's
+        self.projector = mlp_head(E, S, S, S, norm_last=True)
+        self.predictor = mlp_head(S, S // 2, S)
+        # until texts have filled it, the rest are random directions, which are rarely nearest
+        self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, E), dim=-1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
+
+    def towers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """batch holds view2 (B,3,H,W), tokens2 (B,L') besides, and images are a view too.  The first caption is seen
+        with masked words only.  -> (2B, 1+N, D) with both views of an image side by side; (B, L, D), (B, L', D)"""
+        views = torch.stack([batch["images"], batch["view2"]], dim=1).flatten(0, 1)             # (2B, 3, H, W)
+        return self.visual(views), self.text(batch["corrupted"], self.eot), self.text(batch["tokens2"], self.eot)
+
+    def features(self, batch: dict[str, Tensor], views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
+        """What the towers returned -> image1, image2 (B, E) of any length, text1, text2 (B, E) of unit length"""
+        image = self.image_proj(self.pool_image(views)).float()                                 # (2B, E)
+        return dict(image1=image[::2], image2=image[1::2], text1=self.embed_text(text1, batch["tokens"]),
+                    text2=self.embed_text(text2, batch["tokens2"]))
+
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.features(batch, *self.towers(batch))
+
+    def forward(self, batch: dict[str, Tensor], target: None = None) -> tuple[dict, dict]:
+        views, text1, text2 = self.towers(batch)
+        logits = self.text_decoder(text1.flatten(0, 1)[batch["chosen"]])                        # (n, V)
+        words = batch["tokens"].flatten()[batch["chosen"]]                                      # (n,)
+        mlm = losses.masked_language_loss(logits, words, normalizer=batch["word_count"])
+        return self.features(batch, views, text1, text2), dict(mlm=mlm)
+
+    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        scale, texts = self.logit_scale.exp(), [features["text1"], features["text2"]]           # (B, E)
+        images = [F.normalize(features[name], dim=-1) for name in ("image1", "image2")]         # (B, E)
+        z1, z2 = (self.projector(features[name]) for name in ("image1", "image2"))              # (B, S)
+        simsiam = losses.simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
+        self.newest = [text.detach() for text in texts]
+        nearest = [self.queue[(text @ self.queue.T).argmax(dim=1)] for text in self.newest]     # (B, E)
+        contrastive = [self.both_ways(*losses.contrastive_loss(i, t, scale)) for i in images for t in texts]
+        neighbor = [losses.contrastive_loss(i, t, scale)[0] for i in images for t in nearest]
+        return dict(contrastive=sum(contrastive) / 4, neighbor=sum(neighbor) / 4, simsiam=simsiam)
+
+    @torch.no_grad()
+    def remember(self):
+        """After an optimizer step: the batch's texts, of all processes, take the places of the oldest in the queue."""
+        new = torch.cat([losses.gather(text) for text in self.newest])[-len(self.queue):]
+        place = (self.oldest + torch.arange(len(new), device=new.device)) % len(self.queue)
+        self.queue[place] = new
+        self.oldest.copy_((self.oldest + len(new)) % len(self.queue))
+
+
+class DeFILIP(DeCLIP):
+    """DeCLIP, and FILIP's contrast between the tokens of both views and both captions (Cui et al., 2022).
+
+    It is evaluated as DeCLIP is, by the two embeddings, which most of its loss trains.
+    """
+    def __init__(self, config: Config, eot: int):
+        super().__init__(config, eot)
+        self.patch_proj = nn.Linear(config.width, config.token_dim, bias=False)
+        self.word_proj = nn.Linear(config.text_width, config.token_dim, bias=False)
+        self.token_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def features(self, batch: dict[str, Tensor], views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
+        """DeCLIP's, and patches1, patches2 (B, N, E), words1 (B, L, E), words2 (B, L', E) as in FILIP"""
+        patches = F.normalize(self.patch_proj(views[:, 1:]).float(), dim=-1)                    # (2B, N, E)
+        words1, words2 = (F.normalize(self.word_proj(x).float(), dim=-1) * between_ends(tokens, self.eot)
+                          for x, tokens in ((text1, batch["tokens"]), (text2, batch["tokens2"])))
+        return dict(super().features(batch, views, text1, text2), patches1=patches[::2], patches2=patches[1::2],
+                    words1=words1, words2=words2)
+
+    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        token = [self.both_ways(*losses.token_contrastive_loss(
+            features[p], features[w], self.token_logit_scale.exp(), self.config.token_top_k))
+            for p in ("patches1", "patches2") for w in ("words1", "words2")]
+        return dict(super().contrast(features), token=sum(token) / 4)
+
+
+COMPARED = {"slip": SLIP, "filip": FILIP, "declip": DeCLIP, "defilip": DeFILIP}
+
+
+def build(config: Config, eot: int) -> MaskCLIP:
+    """The model that config.method names."""
+    return COMPARED.get(config.method, MaskCLIP)(config, eot)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1042,7 +1257,7 @@ class Cost:
     parameters: int
     flops: float
     kept: float
-    passes: int = 3         # a trained branch: one forward and a backward of twice its FLOPs; the teacher: 1
+    passes: int = 3         # a trained branch: a forward and a backward of twice its FLOPs; without gradient 1
 
 
 def blocks_cost(depth: int, width: int, tokens: int) -> tuple[float, float]:
@@ -1059,7 +1274,7 @@ def costs(config: Config, words: int | None = None) -> list[Cost]:
     """The branches that config.method trains, for captions of `words` tokens (default: the full context length)."""
     c, method, L = config, METHODS[config.method], words or config.context_length
     with torch.device("meta"):
-        net = MaskCLIP(config, eot=c.vocab_size - 1)
+        net = build(config, eot=c.vocab_size - 1)
 
     def count(*modules):
         return sum(p.numel() for module in modules for p in module.parameters())
@@ -1069,6 +1284,8 @@ def costs(config: Config, words: int | None = None) -> list[Cost]:
     rows = [Cost("image tower", count(net.visual, net.image_proj), flops + N * patch, kept)]
     text_flops, text_kept = blocks_cost(c.text_depth, c.text_width, L)
     rows.append(Cost("text tower", count(net.text, net.text_proj), text_flops, text_kept))
+    if c.method in COMPARED:
+        return rows + compared_costs(net, rows, L)
     if net.target:
         student, student_kept = blocks_cost(c.depth, c.width, K + 1)
         decoder, decoder_kept = blocks_cost(c.decoder_depth, c.width, N + 1)
@@ -1089,6 +1306,41 @@ def costs(config: Config, words: int | None = None) -> list[Cost]:
         rows.append(Cost("masked text", 0, text_flops, text_kept))
         rows.append(Cost("text decoder", count(net.text_decoder),
                          decoder + 2 * chosen * c.text_width * c.vocab_size, decoder_kept))
+    return rows
+
+
+def compared_costs(net: MaskCLIP, towers: list[Cost], L: int) -> list[Cost]:
+    """What a compared system adds to the two towers' one image and one caption."""
+    c, N, rows = net.config, net.config.grid ** 2, []
+    image, text = towers
+
+    def count(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    def head(name, module, times, width):                   # matrices; four numbers of each of three layers are kept
+        rows.append(Cost(name, count(module), times * 2.0 * sum(p.numel() for p in module.parameters() if p.ndim == 2),
+                         times * 12.0 * width))
+    if c.method == "slip":
+        rows.append(Cost("two more views", 0, 2 * image.flops, 2 * image.kept))
+        head("SimCLR head", net.head, 2, c.slip_hidden)
+    if isinstance(net, DeCLIP):
+        chosen = max(1, round(c.word_ratio * (L - 2)))
+        rows.append(Cost("second view", 0, image.flops, image.kept))
+        rows.append(Cost("second caption", 0, text.flops, text.kept))
+        rows.append(Cost("word classifier", count(net.text_decoder), 2.0 * chosen * net.text_decoder.weight.numel(),
+                         chosen * c.vocab_size))
+        head("SimSiam heads", nn.ModuleList([net.projector, net.predictor]), 2, c.simsiam_hidden)
+        rows.append(Cost("nearest texts", 0, 2 * 2.0 * net.queue.numel(), 0, passes=1))
+    if c.method in ("filip", "defilip"):
+        views, combinations, own = 1, 1, 0
+        if isinstance(net, DeFILIP):
+            views, combinations, own = 2, 4, 1 + count(net.patch_proj, net.word_proj)
+        project = views * 2 * c.token_dim * (N * c.width + L * c.text_width)
+        # L_I compares all our patches with words of the batch, L_T all our words with patches; both once more backward
+        words, patches = (min(c.token_top_k or x, x) for x in (L, N))
+        compare = combinations * 2.0 * c.token_dim * c.batch_size * (N * words + L * patches)
+        rows.append(Cost("tokens in the joint space", own, project, views * (N + L) * 3.0 * c.token_dim))
+        rows.append(Cost(f"similarity, batch {c.batch_size}", 0, compare, 0, passes=4))
     return rows
 
 
@@ -1125,7 +1377,7 @@ def main(argv=None):
     into.add_argument("--bpe", help="CLIP's merges file, where there is no merges.txt beside the weights")
     o = cli.parse_args(argv)
     if not o.export and not o.source:
-        return describe(replace(PRESETS[o.preset], method=o.method), o.words)
+        return describe(preset_for(o.preset, o.method), o.words)
     import train                                            # which builds on this file, and knows checkpoints
     if o.export:
         if not o.checkpoint or o.export[0] not in ("timm", "open_clip"):

@@ -33,9 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data as data_module
 from data import BytePairTokenizer, UserError
-from losses import mean_over_processes, total_loss
-from model import (METHODS, PRESETS, Config, MaskCLIP, Teacher, initialize, mask_words, momentum_at, opt, random_mask,
-                   read_merges)
+from losses import mean_over_processes, similarity, total_loss
+from model import (METHODS, PRESETS, Config, DeCLIP, MaskCLIP, Teacher, build, initialize, mask_words, momentum_at, opt,
+                   preset_for, random_mask, read_merges)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,6 +62,7 @@ class TrainOptions(RunOptions, Config):
     """RunOptions, the fields of model.Config, and what a pre-training run needs besides."""
     preset: str = opt("pocket", "model and recipe that the other options change", "what", tuple(PRESETS))
     bpe: str = opt("", "CLIP's merges file; empty: learn vocab_size entries from the captions", "run")
+    synonyms: str = opt("", "DeCLIP's second caption: file with a group of words a line, divided by commas", "run")
     steps: int = opt(0, "length in steps instead of --epochs, 0: use --epochs", "run")
     resume: str = opt("auto", "auto: go on from OUT/last.pt if there; none: start over; or a checkpoint's path", "run")
     accumulate: int = opt(1, "micro-batches a step; gradients are those of the whole batch, contrast included", "run")
@@ -112,11 +113,12 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
 
 
 def parse_train_options(argv=None) -> TrainOptions:
-    """The command line over the preset it names."""
+    """The command line over the preset and the method it names."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=tuple(PRESETS), default=TrainOptions.preset)
-    preset = first.parse_known_args(argv)[0].preset
-    defaults = TrainOptions(**asdict(PRESETS[preset]), preset=preset)
+    first.add_argument("--method", default=TrainOptions.method)
+    chosen = first.parse_known_args(argv)[0]
+    defaults = TrainOptions(**asdict(preset_for(chosen.preset, chosen.method)), preset=chosen.preset)
     options = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
     options.out = options.out or f"runs/{options.preset}"
     check_options(options)
@@ -135,7 +137,7 @@ def check_options(o: TrainOptions):
             raise UserError(f"width {width} cannot be cut into {heads} attention heads: choose a divisor of {width}")
     if not 0 <= o.mask_ratio < 1 or not 0 <= o.word_ratio <= 1:
         raise UserError(f"--mask-ratio {o.mask_ratio} and --word-ratio {o.word_ratio} must lie between 0 and 1")
-    for name in ("batch_size", "accumulate", "log_every", "n_codes", "context_length"):
+    for name in ("batch_size", "accumulate", "log_every", "n_codes", "context_length", "queue_size", "token_dim"):
         if getattr(o, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(o, name)}")
 
@@ -331,7 +333,7 @@ def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairT
     config = config_of(state, path)
     try:
         tokenizer = BytePairTokenizer.from_state(state["tokenizer"])
-        model = MaskCLIP(config, tokenizer.eot)
+        model = build(config, tokenizer.eot)
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not fit its own config: {str(error).splitlines()[0]}") from None
@@ -451,7 +453,7 @@ def ticks(low: float, high: float) -> list[float]:
     return [i * apart for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
 
 
-TERMS = ("contrastive", "distillation", "feature", "pixel", "mlm")
+TERMS = ("contrastive", "distillation", "feature", "pixel", "mlm", "simclr", "token", "neighbor", "simsiam")
 
 
 def duration(seconds: float) -> str:
@@ -531,13 +533,25 @@ def extract(data, transform, encode, runtime: Runtime, batch_size: int) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 class PairTransform:
-    """A record -> {"images": uint8 (3, H, W), "caption": str}, with a caption drawn at random from several."""
+    """A record -> {"images": uint8 (3, H, W), "captions": str}, with a caption drawn at random from several; with
+    `labels` its class besides, and for SLIP and DeCLIP their views and second caption."""
 
-    def __init__(self, options: Config):
+    def __init__(self, options: "TrainOptions", labels: bool = False):
         self.image = data_module.TrainTransform(options.image_size, scale=(options.crop_min, 1.0), flip=options.flip)
+        self.view = data_module.ViewTransform(options.image_size, scale=(options.view_crop_min, 1.0))
+        self.method, self.labels = options.method, labels
+        self.synonyms = data_module.read_synonyms(options.synonyms)
 
     def __call__(self, sample, rng) -> dict:
-        return dict(images=self.image(sample.image, rng), captions=data_module.pick_caption(sample, rng))
+        labels = dict(labels=sample.text_label) if self.labels else {}
+        if self.method not in ("slip", "declip", "defilip"):
+            return dict(images=self.image(sample.image, rng), captions=data_module.pick_caption(sample, rng), **labels)
+        image, caption = data_module.decode(sample.image), data_module.pick_caption(sample, rng)
+        view1, view2 = self.view(image, rng), self.view(image, rng)
+        if self.method == "slip":
+            return dict(images=self.image(image, rng), view1=view1, view2=view2, captions=caption, **labels)
+        second = data_module.edit_caption(caption, rng, self.synonyms)
+        return dict(images=view1, view2=view2, captions=caption, captions2=second)
 
 
 class PairCollate:
@@ -548,8 +562,14 @@ class PairCollate:
 
     def __call__(self, items: list[dict]) -> dict:
         batch = data_module.collate(items)
-        tokens = self.tokenizer(batch.pop("captions"), self.context_length)
-        return dict(batch, tokens=data_module.trim(tokens, self.tokenizer.eot, self.multiple))
+        if "captions2" in batch:
+            batch["tokens2"] = self.tokens(batch.pop("captions2"))
+        return dict(batch, tokens=self.tokens(batch.pop("captions")))
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """(B, L)"""
+        tokens = self.tokenizer(captions, self.context_length)
+        return data_module.trim(tokens, self.tokenizer.eot, self.multiple)
 
 
 def hide(batch: dict, model: MaskCLIP, sot: int, step: int, options: TrainOptions, rank: int, world: int) -> dict:
@@ -564,6 +584,9 @@ def hide(batch: dict, model: MaskCLIP, sot: int, step: int, options: TrainOption
         noise = torch.rand(world * B, c.context_length, 3, generator=generator)[rows]
         corrupted, chosen = mask_words(batch["tokens"], c.word_ratio, sot, model.eot, model.text.mask_id, noise)
         batch = dict(batch, corrupted=corrupted, is_chosen=chosen)
+    if "labels" in batch:       # UniCL: a pair that names no class is one of its own
+        own = -1 - torch.arange(rank * B, rank * B + B)
+        batch = dict(batch, labels=torch.where(batch["labels"] < 0, own, batch["labels"]))
     return batch
 
 
@@ -581,7 +604,8 @@ def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
         words = mean_over_processes(torch.tensor(words, device=device))
         for part in parts:
             part["word_count"] = words
-    return [dict(part, images=data_module.normalize(part["images"])) for part in parts]
+    return [{name: data_module.normalize(value) if value.dtype == torch.uint8 else value
+             for name, value in part.items()} for part in parts]
 
 
 def seeded(seed: int, function, *arguments):
@@ -600,11 +624,12 @@ def backward(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, parts: l
     one part and the time of one more forward.  With one part nothing is computed twice.
     """
     count, terms, targets = len(parts), {}, []
+    labels = dict(labels=torch.cat([part["labels"] for part in parts])) if "labels" in parts[0] else {}
     if count > 1:
         with torch.no_grad(), runtime.autocast():
             cached = [seeded(seed + i, core.encode, part) for i, part in enumerate(parts)]
         leaves = {name: torch.cat([c[name] for c in cached]).requires_grad_() for name in cached[0]}
-        contrast = total_loss(core.contrast(leaves), weights)
+        contrast = total_loss(core.contrast({**leaves, **labels}), weights)
         grads = dict(zip(leaves, torch.autograd.grad(contrast, list(leaves.values()))))
     for i, part in enumerate(parts):
         last = i == count - 1
@@ -618,7 +643,7 @@ def backward(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, parts: l
                 if count > 1:
                     features = {name: torch.cat([leaves[name].detach()[:-len(own)], own])
                                 for name, own in features.items()}
-                terms.update(core.contrast(features))
+                terms.update(core.contrast({**features, **labels}))
                 loss = loss + total_loss({name: terms[name] for name in terms if name not in local}, weights)
             else:
                 rows = slice(i * len(part["tokens"]), (i + 1) * len(part["tokens"]))
@@ -636,6 +661,7 @@ def backward(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, parts: l
 
 def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: Path | None = None):
     parts = [data_module.open_data(spec, split, task, size=size, cache=cache) for spec in specs]
+    parts = data_module.name_classes(parts) if task == "captions" else parts
     return parts[0] if len(parts) == 1 else data_module.Mixed(parts)
 
 
@@ -659,10 +685,12 @@ def write_text_atomically(path: Path, text: str):
 def zeroshot_accuracy(model: MaskCLIP, tokenizer: BytePairTokenizer, runtime: Runtime, count: int = 1024) -> dict:
     """Accuracy over the 64 classes of the Shapes world on unseen scenes of one object; color and shape apart too."""
     world = data_module.ShapesWorld(split="val", count=count, size=model.config.image_size, objects=(1, 1))
-    classes = model.encode_classes(world.classes, ("a {}",), tokenizer)                             # (64, E)
+    prompts = tokenizer([f"a {name}" for name in world.classes], model.config.context_length)       # (64, L)
+    with torch.no_grad():
+        classes = model.encode_text(prompts.to(runtime.device))                                     # (64, E)
     alone = dataclasses.replace(runtime, rank=0, world=1)       # the main process does this while no other is waiting
     found = extract(world, data_module.EvalTransform(model.config.image_size), model.encode_image, alone, 256)
-    guess, label = (found["features"] @ classes.T).argmax(dim=1).cpu(), found["label"]              # (n,) each
+    guess, label = similarity(found["features"], classes).argmax(dim=1).cpu(), found["label"]       # (n,) each
     n = len(data_module.SHAPES)
     right = dict(zeroshot=guess == label, color=guess // n == label // n, shape=guess % n == label % n)
     return {name: hit.double().mean().item() for name, hit in right.items()}
@@ -688,7 +716,11 @@ def train(options: TrainOptions):
     total = options.steps or int(options.epochs * steps_per_epoch)
     warmup = min(int(options.warmup_epochs * steps_per_epoch), total // 5)
 
-    core = MaskCLIP(options, tokenizer.eot)
+    labels = getattr(data, "names_classes", False)
+    if labels and options.method in ("filip", "declip", "defilip"):
+        raise UserError(f"--method {options.method} contrasts pairs and cannot use the labels of folder: data; choose "
+                        f"another method, or data with captions")
+    core = build(options, tokenizer.eot)
     state = find_resumable(options, out)
     if state:
         check_same_data(state, identity, out)
@@ -713,14 +745,15 @@ def train(options: TrainOptions):
     if runtime.world > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     loader = data_module.train_loader(
-        data, PairTransform(options), options.batch_size, options.seed, range(first, total), runtime.rank,
+        data, PairTransform(options, labels), options.batch_size, options.seed, range(first, total), runtime.rank,
         runtime.world, runtime.workers, PairCollate(tokenizer, options.context_length, 8 if options.compile else 1))
     log = Log(out, runtime.is_main, total, options.batch_size, first)
     if runtime.is_main:
         write_text_atomically(out / "config.json", json.dumps(dict(asdict(options), data_hash=identity), indent=1))
         announce(options, data, core, tokenizer, total, first, runtime)
-    weights = dict(distillation=options.distillation_weight, pixel=options.distillation_weight,
-                   feature=options.distillation_weight, mlm=options.mlm_weight)
+    weights = {f.name.removesuffix("_weight"): getattr(options, f.name) for f in fields(Config)
+               if f.name.endswith("_weight")}
+    weights.update(pixel=options.distillation_weight, feature=options.distillation_weight)
 
     def save(step: int) -> bool:
         return not runtime.is_main or save_checkpoint(
@@ -756,12 +789,16 @@ def train(options: TrainOptions):
             skipped = 0
             optimizer.step()
             with torch.no_grad():
-                core.logit_scale.clamp_(0, math.log(100))
+                for name, parameter in core.named_parameters():
+                    if name.endswith("logit_scale"):
+                        parameter.clamp_(0, math.log(100))
             if teacher:
                 teacher.update(core, momentum)
                 if core.target == "codes":
                     for target in targets:
                         teacher.update_center(target, options.center_momentum ** (1 / len(targets)))
+            if isinstance(core, DeCLIP):
+                core.remember()
         else:
             skipped += 1
             refuse_update(terms, norm.item(), step, skipped, out)
