@@ -329,17 +329,30 @@ def words_of(caption: str, unit: str = "word") -> list[str]:
 
 
 @torch.no_grad()
-def word_maps(model: MaskCLIP, tokenizer, image: PIL.Image.Image, phrases: list[str], templates: tuple[str, ...],
-              path: str = "code", size: int = 0) -> np.ndarray:
-    """RGB image of W x H pixels -> (phrases, H, W) float32, cosine of phrase and patch, upsampled.
+def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, path: str = "code", size: int = 0) -> np.ndarray:
+    """RGB image of W x H pixels, texts (C, E) -> (C, H, W) float32, cosine of text and patch, upsampled.
 
     # paper: shows such maps, silent on how they are made; here: scores of zero-shot segmentation, phrases for classes
     """
     window = model.config.image_size
     pixels = data_module.to_tensor(image.resize(scaled_sides(*image.size, size or window), BILINEAR))
     pixels = data_module.normalize(pixels[None].to(model.logit_scale.device))[0]                     # (3, h, w)
-    predict = patch_scores(model, model.encode_classes(phrases, templates, tokenizer), path)
-    return resize(slide(pixels, predict, window, window // 2)[None], image.size[::-1])[0].cpu().numpy()
+    maps = slide(pixels, patch_scores(model, texts, path), window, window // 2)
+    return resize(maps[None], image.size[::-1])[0].cpu().numpy()
+
+
+def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...], path: str = "code",
+                  size: int = 0) -> tuple[float, float]:
+    """How often the highest point of a class's map lies on an object of that class (Zhang et al. 2018), over the
+    classes in the first `count` scenes; and the share of the picture that such objects cover, which is chance."""
+    texts, hits, shares = model.encode_classes(world.classes, templates, tokenizer), [], []
+    for sample in map(world.read, range(count)):
+        maps = text_maps(model, sample.image, texts, path, size)                                     # (C, H, W)
+        for label in np.unique(sample.label_map[sample.label_map > 0]):
+            there = sample.label_map == label                                                        # (H, W)
+            hits.append(there.flat[maps[label - 1].argmax()])
+            shares.append(there.mean())
+    return float(np.mean(hits)), float(np.mean(shares))
 
 
 def overlay(image: PIL.Image.Image, values: np.ndarray, low: float, high: float) -> PIL.Image.Image:
@@ -401,7 +414,8 @@ def words(argv=None):
         phrases = [phrase.strip() for phrase in options.words.split(",")] if options.words else words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
-        maps = np.stack([word_maps(model, tokenizer, image, phrases, templates, options.value_path, options.test_size)
+        maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer),
+                                   options.value_path, options.test_size)
                          for model, tokenizer, _ in loaded])                        # (models, phrases, H, W)
         rows.append((image, caption, phrases, maps))
         arrays.update({f"image{k}": np.asarray(image), f"words{k}": np.array(phrases), f"maps{k}": maps})
@@ -411,6 +425,13 @@ def words(argv=None):
     draw_word_maps(rows, names, options.scale == "own").save(out / "words.png")
     np.savez_compressed(out / "words.npz", models=np.array(paths), **arrays)
     print(f"{out}/words.png: {len(rows)} images;  {out}/words.npz: image, words and maps of each", flush=True)
+    if spec.startswith("shapes"):       # where the truth is known
+        for name, (model, tokenizer, config) in zip(names, loaded):
+            world = data_module.open_data(spec, "val", "segmentation", size=config.image_size)
+            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates, options.value_path,
+                                       options.test_size)
+            print(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
+                  f"(chance {share:.1%})", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

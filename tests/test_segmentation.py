@@ -355,12 +355,26 @@ def test_word_map_lights_up_where_the_word_is():
         colors = [world.classes[thing["category"]].split()[0] for thing in sample.objects]
         for color, thing in zip(colors, sample.objects):
             if colors.count(color) == 1 and color not in ("white", "black", "orange"):
-                maps = dense.word_maps(ColorModel(), None, sample.image, [color], ("{}",), size=64)
+                model = ColorModel()
+                maps = dense.text_maps(model, sample.image, model.encode_classes([color], (), None), size=64)
                 assert maps.shape == (1, 96, 96) and maps.dtype == np.float32
                 assert maps[0][thing["mask"]].mean() > maps[0][~thing["mask"]].mean() + 0.3, (i, color)
                 picture = np.asarray(dense.overlay(sample.image, maps[0], maps.min(), maps.max())).astype(int)
                 red_over_blue = (picture[:, :, 0] - picture[:, :, 2])
                 assert red_over_blue[thing["mask"]].mean() > red_over_blue[~thing["mask"]].mean()
+
+
+def test_pointing_game(monkeypatch):
+    """Maps of the truth always hit, their opposites never; a model that sees colors hits far above chance."""
+    world = data.ShapesWorld("val", size=96, objects=(2, 3), dense=True)
+    labels = iter([world.read(i).label_map for i in range(20)] * 2)
+    covered = [(world.read(i).label_map == label).mean() for i in range(20)
+               for label in np.unique(world.read(i).label_map)[1:]]
+    hit, share = dense.pointing_game(ColorModel(), None, world, 20, ("{}",))
+    assert hit > 3 * share and share == pytest.approx(np.mean(covered))
+    for sign in (1, -1):
+        monkeypatch.setattr(dense, "text_maps", lambda *_: sign * (next(labels) == np.arange(1, 65)[:, None, None]))
+        assert dense.pointing_game(ColorModel(), None, world, 20, ("{}",))[0] == max(sign, 0)
 
 
 def test_words_of_a_caption():
