@@ -367,19 +367,21 @@ def overlay(image: PIL.Image.Image, values: np.ndarray, low: float, high: float)
 def draw_word_maps(rows: list[tuple], models: list[str], own_scale: bool, cell: int = 160) -> PIL.Image.Image:
     """Rows of (image, caption, phrases, maps (models, phrases, H, W)): the image, then each phrase's map by each."""
     font, gap, line = PIL.ImageFont.load_default(14), 6, 20
-    high, wide = cell + 3 * line, [round(cell * image.width / image.height) for image, *_ in rows]
-    width = max((1 + len(phrases) * len(models)) * (w + gap) for w, (_, _, phrases, _) in zip(wide, rows))
+    names = models if len(models) > 1 else [""]                     # a line for them only where there are several
+    top = (2 + bool(names[0])) * line
+    high, wide = top + cell + line, [round(cell * image.width / image.height) for image, *_ in rows]
+    width = max((1 + len(phrases) * len(names)) * (w + gap) for w, (_, _, phrases, _) in zip(wide, rows))
     sheet = PIL.Image.new("RGB", (width + gap, len(rows) * high), "white")
     draw = PIL.ImageDraw.Draw(sheet)
     for k, (w, (image, caption, phrases, maps)) in enumerate(zip(wide, rows)):
         draw.text((gap, k * high), caption, "black", font)
-        sheet.paste(image.resize((w, cell)), (gap, k * high + 2 * line))
-        for (j, phrase), (m, model) in itertools.product(enumerate(phrases), enumerate(models)):
-            x = gap + (1 + j * len(models) + m) * (w + gap)
+        sheet.paste(image.resize((w, cell)), (gap, k * high + top))
+        for (j, phrase), (m, name) in itertools.product(enumerate(phrases), enumerate(names)):
+            x = gap + (1 + j * len(names) + m) * (w + gap)
             span = maps[m, j] if own_scale else maps[:, j]
-            draw.text((x, k * high + line), f"{phrase} ({model})" if len(models) > 1 else phrase, "black", font)
-            picture = overlay(image, maps[m, j], span.min(), span.max()).resize((w, cell))
-            sheet.paste(picture, (x, k * high + 2 * line))
+            draw.text((x, k * high + line), phrase, "black", font)
+            draw.text((x, k * high + 2 * line), name, "#606060", font)
+            sheet.paste(overlay(image, maps[m, j], span.min(), span.max()).resize((w, cell)), (x, k * high + top))
     return sheet
 
 

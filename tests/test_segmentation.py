@@ -396,7 +396,7 @@ def test_words_command(checkpoint, tmp_path, more, n_models, phrases):
     for k in range(2):
         assert saved[f"maps{k}"].shape == (n_models, len(saved[f"words{k}"]), 32, 32)
         assert phrases is None or saved[f"words{k}"].tolist() == phrases
-    assert PIL.Image.open(tmp_path / "words.png").size[1] == 2 * 220
+    assert PIL.Image.open(tmp_path / "words.png").size[1] == 2 * (200 + 20 * n_models)
 
 
 @needs_shared
