@@ -1361,7 +1361,7 @@ def compared_costs(net: MaskCLIP, towers: list[Cost], L: int) -> list[Cost]:
 
 
 def step_flops(config: Config, words: int | None = None) -> float:
-    """Useful FLOPs that a pair costs in a training step: nothing is counted twice, optimizer and averages not at all."""
+    """Useful FLOPs of a pair in a training step: nothing is counted twice, optimizer and averages not at all."""
     return sum(r.passes * r.flops for r in costs(config, words))
 
 

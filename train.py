@@ -889,8 +889,8 @@ def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtim
 # python train.py --plan: what a run would cost
 # ---------------------------------------------------------------------------------------------------------------------
 
-# dense matrix TFLOP/s, GB of memory, GB/s to the other devices: 8 to a node, whose network they share evenly (400 Gb/s
-# a GPU for Hopper, 200 for A100, 100 for L40S and 4090, 100 a node for V100).  V100 has no bfloat16: its row is float32
+# dense bf16 TFLOP/s, GB of memory, GB/s to devices of other nodes, its share of what is usual: 400 Gb/s for Hopper, 200
+# for A100, 100 for L40S and 4090, 100 a node of eight for V100, which multiplies no bfloat16: its TFLOP/s are of fp32
 GPUS = {
     "h200": (989, 141, 50.0), "h100": (989, 80, 50.0), "a100": (312, 80, 25.0), "a100-40gb": (312, 40, 25.0),
     "l40s": (362, 48, 12.5), "4090": (165, 24, 12.5), "v100": (15.7, 32, 1.6),
@@ -918,16 +918,16 @@ def plan(o: TrainOptions):
     gb = {name: value / 1e9 for name, value in need.items()}
     print(f"plan: {o.method}, preset {o.preset}, {o.gpus} x {o.gpu} in {'bf16' if bf16 else 'fp32'}, "
           f"captions of {o.context_length} tokens, all of which real ones seldom need")
-    print(f"steps          {steps:,} = {o.epochs:g} epochs x {o.pairs:,} pairs / batch of {o.batch_size:,}" if not o.steps
-          else f"steps          {steps:,}")
+    print(f"steps          {steps:,}" + ("" if o.steps else
+          f" = {o.epochs:g} epochs x {o.pairs:,} pairs / batch of {o.batch_size:,}"))
     print(f"FLOPs          {flops / 1e15:.2f} P a step = {o.batch_size:,} pairs x {flops / o.batch_size / 1e9:.1f} G "
           f"(python model.py: forward x passes); {steps * flops / 1e18:.1f} E in all")
     print(f"memory         {sum(gb.values()):.1f} of {memory} GB a device = states {gb['states']:.1f} + activations of "
           f"{own} pairs {gb['activations']:.1f} + logits {gb['logits']:.1f}")
     print(f"communication  {sum(traffic.values()) / 1e9:.2f} GB a step and device = gradients "
           f"{traffic['gradients'] / 1e9:.2f} (during backward) + features {traffic['features'] / 1e9:.3f}")
-    print(f"a step         {seconds:.2f} s = max(FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g}, "
-          f"assumed) = {compute:.2f}, gradients / {gbytes:g} GB/s = {exchange['gradients']:.2f}) + features "
+    print(f"a step         {seconds:.3f} s = max(FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g}, "
+          f"assumed) = {compute:.3f}, gradients / {gbytes:g} GB/s = {exchange['gradients']:.3f}) + features "
           f"{exchange['features']:.3f}")
     print(f"time           {hours:.1f} hours, {hours * o.gpus:.0f} GPU hours")
     if sum(gb.values()) > 0.9 * memory:
