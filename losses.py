@@ -72,6 +72,9 @@ def own_columns(B: int, device) -> Tensor:
     return rank * B + torch.arange(B, device=device)
 
 
+CONTRAST_LOGITS = 1 << 24       # 64 MiB
+
+
 def contrastive_loss(image_features: Tensor, text_features: Tensor,
                      logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
     """L_I and L_T: cross-entropy of this process's B rows against the W*B columns of all processes.
@@ -79,12 +82,18 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor,
         L_I = -1/B sum_i log( exp(s I_i.T_i) / sum_j exp(s I_i.T_j) ),    L_T the same with I and T exchanged
 
     image_features, text_features  (B, E), unit length.    logit_scale  s, the factor itself and not its logarithm.
-    Memory is B x W*B, never (W*B) x (W*B).
+    Of the B x W*B logits CONTRAST_LOGITS exist at once.
     """
-    target = own_columns(len(image_features), image_features.device)                           # (B,)
-    logits_i = (logit_scale * image_features) @ gather(text_features).T                        # (B, W*B)
-    logits_t = (logit_scale * text_features) @ gather(image_features).T                        # (B, W*B)
-    return F.cross_entropy(fp32(logits_i), target), F.cross_entropy(fp32(logits_t), target)
+    B = len(image_features)
+    scale = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)
+
+    def one_way(rows, target, columns, scale):
+        return F.cross_entropy(fp32((scale * rows) @ columns.T), target, reduction="sum")      # logits (rows, W*B)
+
+    def mean(rows, columns):
+        at_once = max(1, CONTRAST_LOGITS // len(columns))
+        return sum_in_chunks(one_way, at_once, rows, own_columns(B, rows.device), columns, scale) / B
+    return mean(image_features, gather(text_features)), mean(text_features, gather(image_features))
 
 
 def soft_codes(teacher: Tensor, temp_t: float, center: Tensor | float = 0.0) -> Tensor:

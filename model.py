@@ -198,13 +198,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, causal: bool = False, is_word: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D).  is_word (B, N) bool: True where a place may be attended to."""
+    def forward(self, x: Tensor, causal: bool = False, is_word: Tensor | None = None,
+                first: int | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D).  is_word (B, N) bool: True where a place may be attended to.
+
+        first: only so many tokens, the leftmost, attend, to all of them: (B, first, D).
+        """
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)    # (B, H, N, D/H)
         allowed = None if is_word is None else is_word[:, None, None, :]                              # (B, 1, 1, N)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        x = F.scaled_dot_product_attention(q[:, :, :first], k, v, attn_mask=allowed, is_causal=causal)
+        return self.proj(x.transpose(1, 2).flatten(2))                                                # (B, N, D)
 
     def value_path(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D): attention with the identity in place of softmax(QK), for dense features."""
@@ -267,8 +271,10 @@ class Block(nn.Module):
         draw = draw[losses.own_columns(B, x.device)]                                            # (B, 1, 1)
         return x * (draw < keep) / keep
 
-    def forward(self, x: Tensor, causal: bool = False, is_word: Tensor | None = None) -> Tensor:
-        x = x + self.skip_at_random(self.attn(self.norm1(x), causal, is_word))
+    def forward(self, x: Tensor, causal: bool = False, is_word: Tensor | None = None,
+                first: int | None = None) -> Tensor:
+        """As Attention.forward"""
+        x = x[:, :first] + self.skip_at_random(self.attn(self.norm1(x), causal, is_word, first))
         return x + self.skip_at_random(self.mlp(self.norm2(x)))
 
 
@@ -423,15 +429,16 @@ class VisionTransformer(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)                        # (B, 1, D)
         return self.norm_pre(torch.cat([cls.to(x.dtype), x], dim=1))
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, keep: Tensor | None = None, first: int | None = None) -> Tensor:
         """(B, 3, h, w) -> (B, 1+n, D) normalized tokens, class token first.
 
         keep (B, K): only these patches are computed, as the student of self-distillation sees them.
+        first: the last block computes only so many tokens, for who reads no others: 1 for the class token.
         """
         x = self.embed(images, keep)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, first=first))
 
     def block_outputs(self, images: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
         """The outputs (B, 1+N, D) of blocks `taps`, counted from 1, before the final norm, for dense heads."""
@@ -659,13 +666,17 @@ class MaskCLIP(nn.Module):
         """(B, 1+N, D) tokens -> (B, D)"""
         return pool_tokens(x, self.config.pool)
 
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, D); where the class token is all that is read, the last block computes no other"""
+        return self.pool_image(self.visual(images, first=1 if self.config.pool == "cls" else None))
+
     def pool_text(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, L, D), (B, L) -> (B, D) at the first end token.  By its id: the highest id may be another one."""
         return x[torch.arange(len(x), device=x.device), (tokens == self.eot).int().argmax(dim=1)]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) normalized pixels -> (B, E), unit length"""
-        return F.normalize(self.image_proj(self.pool_image(self.visual(images))).float(), dim=-1)
+        return F.normalize(self.image_proj(self.image_features(images)).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(B, L) ids with start and end -> (B, E), unit length; computed up to the longest caption only"""
@@ -860,7 +871,7 @@ class SLIP(MaskCLIP):
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch holds view1, view2 (B,3,H,W) besides; so does what is returned, (B, D) each."""
         views = torch.stack([batch["images"], batch["view1"], batch["view2"]], dim=1).flatten(0, 1)     # (3B, 3, H, W)
-        x = self.pool_image(self.visual(views))                                                 # (3B, D)
+        x = self.image_features(views)                                                          # (3B, D)
         return dict(image=F.normalize(self.image_proj(x[::3]).float(), dim=-1), view1=x[1::3].float(),
                     view2=x[2::3].float(), text=self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"]))
 
@@ -1280,8 +1291,13 @@ def costs(config: Config, words: int | None = None) -> list[Cost]:
         return sum(p.numel() for module in modules for p in module.parameters())
     N, K = c.grid ** 2, max(1, int(c.grid ** 2 * (1 - c.mask_ratio) + 1e-6))
     M, patch = N - K, 2 * 3 * c.patch_size ** 2 * c.width
-    flops, kept = blocks_cost(c.depth, c.width, N + 1)
-    rows = [Cost("image tower", count(net.visual, net.image_proj), flops + N * patch, kept)]
+    whole, kept = blocks_cost(c.depth, c.width, N + 1)
+    whole += N * patch
+    flops = whole
+    if c.pool == "cls" and c.method not in ("filip", "declip", "defilip"):      # see image_features
+        flops -= N * (18 * c.width ** 2 + 4 * (N + 1) * c.width)
+        kept -= N * 11.0 * c.width
+    rows = [Cost("image tower", count(net.visual, net.image_proj), flops, kept)]
     text_flops, text_kept = blocks_cost(c.text_depth, c.text_width, L)
     rows.append(Cost("text tower", count(net.text, net.text_proj), text_flops, text_kept))
     if c.method in COMPARED:
@@ -1295,11 +1311,11 @@ def costs(config: Config, words: int | None = None) -> list[Cost]:
         h = 2 * (c.width * c.quantizer_hidden + c.quantizer_hidden ** 2 +
                  (c.quantizer_hidden + c.n_codes) * c.quantizer_bottleneck)
         rows.append(Cost("quantizer", count(net.quantizer), M * h, M * 4.0 * c.quantizer_hidden))
-        rows.append(Cost("teacher and its quantizer", 0, rows[0].flops + M * h, 0, passes=1))
+        rows.append(Cost("teacher and its quantizer", 0, whole + M * h, 0, passes=1))
     elif net.target:
         rows.append(Cost("prediction", count(net.predict), 2.0 * M * net.predict.weight.numel(), 0))
     if net.target == "features":
-        rows.append(Cost("teacher", 0, rows[0].flops, 0, passes=1))
+        rows.append(Cost("teacher", 0, whole, 0, passes=1))
     if method["mlm"]:
         decoder, decoder_kept = blocks_cost(c.text_decoder_depth, c.text_width, L)
         chosen = max(1, round(c.word_ratio * (L - 2)))
@@ -1342,6 +1358,46 @@ def compared_costs(net: MaskCLIP, towers: list[Cost], L: int) -> list[Cost]:
         rows.append(Cost("tokens in the joint space", own, project, views * (N + L) * 3.0 * c.token_dim))
         rows.append(Cost(f"similarity, batch {c.batch_size}", 0, compare, 0, passes=4))
     return rows
+
+
+def step_flops(config: Config, words: int | None = None) -> float:
+    """Useful FLOPs of a pair in a training step: nothing is counted twice, optimizer and averages not at all."""
+    return sum(r.passes * r.flops for r in costs(config, words))
+
+
+def step_memory(config: Config, pairs: int, words: int | None = None, bf16: bool = False) -> dict[str, float]:
+    """Bytes that a step needs on a device, by what they are for; `pairs` of a micro-batch are there at a time.
+
+    states       4 bytes each of weight, gradient and Adam's two averages a parameter, and 4 a parameter of the teacher;
+                 in bf16 autocast's 2 bytes a weight besides
+    activations  what `costs` says is kept, 4 bytes a number.  In bf16 2.25: of a block's 16 D numbers a token its
+                 input and the sum after attention stay in 4 bytes, the others take 2
+    logits       of codes or words, LOGIT_ROWS rows at most: logits, their softmax, its gradient; and the gradient of
+                 the table they come from twice, a chunk's and the sum
+    """
+    c, rows = config, {r.name: r for r in costs(config, words)}
+    P = sum(r.parameters for r in rows.values())
+    averaged = sum(rows[name].parameters for name in ("image tower", "quantizer") if name in rows)
+    has_teacher = any(name.startswith("teacher") for name in rows)
+    places = c.grid ** 2 - max(1, int(c.grid ** 2 * (1 - c.mask_ratio) + 1e-6))
+    chosen = max(1, round(c.word_ratio * ((words or c.context_length) - 2)))
+    codes = min(LOGIT_ROWS, pairs * places) * c.n_codes + 2 / 3 * c.n_codes * c.quantizer_bottleneck
+    vocabulary = min(LOGIT_ROWS, pairs * chosen) * c.vocab_size + 2 / 3 * c.vocab_size * c.text_width
+    logits = max(codes * ("quantizer" in rows), vocabulary * METHODS[c.method]["mlm"])
+    return dict(states=P * (18 if bf16 else 16) + 4 * averaged * has_teacher,
+                activations=pairs * sum(r.kept for r in rows.values()) * (2.25 if bf16 else 4), logits=12.0 * logits)
+
+
+def step_traffic(config: Config, world: int) -> dict[str, float]:
+    """Bytes that a process hands to others in a step, W = world of them, B pairs in all, E numbers an embedding.
+
+    gradients  all-reduce of 4 bytes a parameter, done while the backward pass goes on
+    features   both embeddings, all-gathered; and their gradients, all-reduced: B * E * 4 bytes of each, and each way
+    A ring hands on (W - 1) / W of what is gathered, and twice that of what is reduced.
+    """
+    share = (world - 1) / world
+    P, embeddings = sum(r.parameters for r in costs(config)), 2 * 4.0 * config.batch_size * config.embed_dim
+    return dict(gradients=2 * share * 4 * P, features=share * embeddings + 2 * share * embeddings)
 
 
 def describe(config: Config, words: int | None = None):

@@ -34,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 import data as data_module
 from data import BytePairTokenizer, UserError
 from losses import mean_over_processes, similarity, total_loss
-from model import (METHODS, PRESETS, Config, DeCLIP, MaskCLIP, Teacher, build, initialize, mask_words, momentum_at, opt,
-                   preset_for, random_mask, read_merges)
+from model import (METHODS, PRESETS, Config, DeCLIP, MaskCLIP, Teacher, build, costs, initialize, mask_words,
+                   momentum_at, opt, preset_for, random_mask, read_merges, step_flops, step_memory, step_traffic)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,11 +70,17 @@ class TrainOptions(RunOptions, Config):
     log_every: int = opt(20, "steps between lines of metrics.jsonl", "run")
     compile: bool = opt(False, "torch.compile the model: faster after minutes of compiling, worth it on GPUs", "run")
     max_bad: float = opt(0.05, "stop when more than this share of the records read is bad", "run")
+    plan: bool = opt(False, "train nothing: print what the run would cost on --gpus", "plan")
+    gpus: int = opt(8, "devices to plan for", "plan")
+    gpu: str = opt("h100", "their kind", "plan", ("h200", "h100", "a100", "a100-40gb", "l40s", "4090", "v100"))
+    pairs: int = opt(15_000_000, "pairs of the data to plan for (YFCC15M's; CC3M 3 million)", "plan")
+    utilization: float = opt(0.4, "share of the peak that is assumed to be reached (a guess, measure yours)", "plan")
 
 
 # fields in which a resumed run may differ from the interrupted one: they change neither data nor arithmetic
 FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate", "checkpoint_every", "log_every",
-                  "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "fit"}
+                  "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "fit", "plan", "gpus", "gpu", "pairs",
+                  "utilization"}
 
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -879,5 +885,59 @@ def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtim
     print(f"next:  python eval_zeroshot.py {o.out}/last.pt   |   python dense.py words {o.out}/last.pt")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# python train.py --plan: what a run would cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+# dense bf16 TFLOP/s, GB of memory, GB/s to devices of other nodes, its share of what is usual: 400 Gb/s for Hopper, 200
+# for A100, 100 for L40S and 4090, 100 a node of eight for V100, which multiplies no bfloat16: its TFLOP/s are of fp32
+GPUS = {
+    "h200": (989, 141, 50.0), "h100": (989, 80, 50.0), "a100": (312, 80, 25.0), "a100-40gb": (312, 40, 25.0),
+    "l40s": (362, 48, 12.5), "4090": (165, 24, 12.5), "v100": (15.7, 32, 1.6),
+}
+
+
+def plan(o: TrainOptions):
+    """FLOPs, memory, communication and time of the run, each with the formula it comes from."""
+    (tflops, memory, gbytes), bf16 = GPUS[o.gpu], o.gpu != "v100"
+    if o.gpus < 1 or o.batch_size % (o.gpus * o.accumulate):
+        raise UserError(f"--batch-size {o.batch_size} cannot be shared by --gpus {o.gpus} times --accumulate "
+                        f"{o.accumulate}: choose a multiple of {max(o.gpus, 1) * o.accumulate}")
+    if not 0 < o.utilization <= 1:
+        raise UserError(f"--utilization {o.utilization} must lie above 0 and at most at 1")
+    own = o.batch_size // (o.gpus * o.accumulate)
+    steps = o.steps or int(o.epochs * (o.pairs // o.batch_size))
+    flops = o.batch_size * step_flops(o)
+    need, traffic = step_memory(o, own, bf16=bf16), step_traffic(o, o.gpus)
+    if o.accumulate > 1:                                # a forward of the two towers more
+        flops += o.batch_size * sum(cost.flops for cost in costs(o)[:2])
+    compute = flops / (o.gpus * tflops * 1e12 * o.utilization)
+    exchange = {name: value / (gbytes * 1e9) for name, value in traffic.items()}
+    seconds = max(compute, exchange["gradients"]) + exchange["features"]
+    hours = steps * seconds / 3600
+    gb = {name: value / 1e9 for name, value in need.items()}
+    print(f"plan: {o.method}, preset {o.preset}, {o.gpus} x {o.gpu} in {'bf16' if bf16 else 'fp32'}, "
+          f"captions of {o.context_length} tokens, all of which real ones seldom need")
+    print(f"steps          {steps:,}" + ("" if o.steps else
+          f" = {o.epochs:g} epochs x {o.pairs:,} pairs / batch of {o.batch_size:,}"))
+    print(f"FLOPs          {flops / 1e15:.2f} P a step = {o.batch_size:,} pairs x {flops / o.batch_size / 1e9:.1f} G "
+          f"(python model.py: forward x passes); {steps * flops / 1e18:.1f} E in all")
+    print(f"memory         {sum(gb.values()):.1f} of {memory} GB a device = states {gb['states']:.1f} + activations of "
+          f"{own} pairs {gb['activations']:.1f} + logits {gb['logits']:.1f}")
+    print(f"communication  {sum(traffic.values()) / 1e9:.2f} GB a step and device = gradients "
+          f"{traffic['gradients'] / 1e9:.2f} (during backward) + features {traffic['features'] / 1e9:.3f}")
+    print(f"a step         {seconds:.3f} s = max(FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g}, "
+          f"assumed) = {compute:.3f}, gradients / {gbytes:g} GB/s = {exchange['gradients']:.3f}) + features "
+          f"{exchange['features']:.3f}")
+    print(f"time           {hours:.1f} hours, {hours * o.gpus:.0f} GPU hours")
+    if sum(gb.values()) > 0.9 * memory:
+        print(f"note: this does not fit {o.gpu}: give --accumulate {o.accumulate * 2} or more --gpus")
+
+
+def main():
+    options = parse_train_options()
+    plan(options) if options.plan else train(options)
+
+
 if __name__ == "__main__":
-    run(lambda: train(parse_train_options()))
+    run(main)

@@ -35,6 +35,19 @@ def test_contrastive_loss_against_a_loop():
     assert (got_i.item(), got_t.item()) == (pytest.approx(loss_i, rel=1e-5), pytest.approx(loss_t, rel=1e-5))
 
 
+@pytest.mark.parametrize("at_once", [1, 21, 49])             # numbers: one row of logits at a time, three, all seven
+def test_contrastive_loss_in_chunks_is_that_of_all_logits(monkeypatch, at_once):
+    inputs = [unit(7, 4, seed=1), unit(7, 4, seed=2), torch.tensor(9.0, dtype=torch.float64)]
+    image, text, s = (x.requires_grad_() for x in inputs)
+    logits, target = s * image @ text.T, torch.arange(7)
+    want = 2 * F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)          # told apart by the factor
+    monkeypatch.setattr(losses, "CONTRAST_LOGITS", at_once)
+    loss_i, loss_t = losses.contrastive_loss(image, text, s)
+    got = 2 * loss_i + loss_t
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs))
+
+
 def test_distillation_loss_against_a_loop():
     B, N, C, temp_s, temp_t = 2, 3, 4, 0.1, 0.04
     student, teacher, center = unit(B, N, C, seed=3), unit(B, N, C, seed=4), unit(C, seed=5)

@@ -235,6 +235,20 @@ def test_every_method_trains_every_parameter_it_has(method, names):
     assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_class_token_alone_is_that_of_all_tokens(drop_path):
+    net, images = tiny("clip", pool="cls", drop_path=drop_path), torch.randn(4, 3, 32, 32)
+    torch.manual_seed(1)
+    whole = net.visual(images)[:, 0]
+    torch.manual_seed(1)
+    alone = net.image_features(images)
+    torch.testing.assert_close(alone, whole)
+    direction = torch.randn_like(whole)
+    parameters = list(net.visual.blocks.parameters())
+    torch.testing.assert_close(torch.autograd.grad((alone * direction).sum(), parameters),
+                               torch.autograd.grad((whole * direction).sum(), parameters))
+
+
 def test_losses_start_where_theory_says():
     net = tiny("maskclip", n_codes=256, quantizer_bottleneck=256, image_size=64)
     generator = torch.Generator().manual_seed(0)
@@ -336,9 +350,10 @@ def test_momentum_ramp(step, want):
 
 # ------------------------------------------------------------------------------------------------------ costs
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])                            # with cls the last block does less
 @pytest.mark.parametrize("method", METHODS.keys() - model.COMPARED)          # theirs: test_compared.py
-def test_flops_of_the_cost_table_are_those_counted(method):
-    net = tiny(method, image_size=64, width=64, text_width=64)
+def test_flops_of_the_cost_table_are_those_counted(method, pool):
+    net = tiny(method, image_size=64, width=64, text_width=64, pool=pool)
     generator = torch.Generator().manual_seed(0)
     B, tokens = 2, captions([10, 10])
     keep, hidden = random_mask(B, 64, 0.75, generator)
