@@ -866,10 +866,11 @@ def train(options: TrainOptions):
         told = mean_over_processes(torch.stack([*terms.values(), *norm.new_tensor([float(stop.is_set), float(bad)])]))
         *values, stopping, bad = told.tolist()
         terms = dict(zip(terms, values))
-        bad_count += round(bad * runtime.world)
-        check_bad(bad_count, (step + 1) * options.batch_size, options.max_bad)
         if math.isfinite(sum(values)) and math.isfinite(norm.item()):
             skipped = 0
+            if time.monotonic() - saved > options.checkpoint_every and step > first:
+                save(step)              # the weights that this step began with: now their loss is known to be finite
+                saved = time.monotonic()
             optimizer.step()
             with torch.no_grad():
                 for name, parameter in core.named_parameters():
@@ -885,6 +886,8 @@ def train(options: TrainOptions):
         else:
             skipped += 1
             refuse_update(terms, norm.item(), step, skipped, out)
+        bad_count += round(bad * runtime.world)
+        check_bad(bad_count, (step + 1) * options.batch_size, options.max_bad)
 
         if (step + 1) % options.log_every == 0 or step + 1 == total:
             loss = total_loss(terms, weights)
@@ -896,9 +899,6 @@ def train(options: TrainOptions):
             if not skipped and save(step + 1) and runtime.is_main:
                 print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)
             sys.exit(128 + (stop.number or signal.SIGTERM))
-        if time.monotonic() - saved > options.checkpoint_every and step + 1 < total and not skipped:
-            save(step + 1)                              # never weights whose loss is not finite
-            saved = time.monotonic()
 
     if first < total and not save(total):
         raise UserError(f"the finished model could not be saved to {out}/last.pt: free some space and run the "
@@ -935,8 +935,9 @@ def refuse_update(terms: dict, norm: float, step: int, skipped: int, out: Path):
     names = [name for name, value in terms.items() if not math.isfinite(value)] or [f"gradient (norm {norm})"]
     print(f"warning: step {step + 1}: {', '.join(names)} is not finite; update skipped", file=sys.stderr, flush=True)
     if skipped == 10:
-        raise UserError(f"{', '.join(names)} was not finite for 10 steps in a row, up to step {step + 1}; the last "
-                        f"good checkpoint is {out}/last.pt: try --precision fp32, a lower --lr or --clip-grad 1")
+        left = f"the last good checkpoint is {out}/last.pt" if (out / "last.pt").exists() else "no checkpoint yet"
+        raise UserError(f"{', '.join(names)} was not finite for 10 steps in a row, up to step {step + 1}; {left}: "
+                        f"try --precision fp32, a lower --lr or --clip-grad 1")
 
 
 def announce(o: TrainOptions, data, model: MaskCLIP, tokenizer, total: int, first: int, runtime: Runtime):
@@ -945,7 +946,10 @@ def announce(o: TrainOptions, data, model: MaskCLIP, tokenizer, total: int, firs
           f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; "
           f"{runtime.world} x {runtime.device.type}, {'bf16' if runtime.bf16 else 'fp32'}", flush=True)
     for note in getattr(data, "notes", ()):
-        print(f"note: {note}", flush=True)
+        print(f"note: {data_module.printable(note)}", flush=True)
+    if len(data) % o.batch_size:
+        print(f"note: {len(data) % o.batch_size} records fill no batch and are left out of an epoch, others in each",
+              flush=True)
     if first:
         print(f"going on from step {first} of {o.out}/last.pt", flush=True)
 
