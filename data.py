@@ -2062,9 +2062,15 @@ class DataLoader(torch.utils.data.DataLoader):
 
 
 def leave_signals_to_parent(worker: int):
-    """SIGTERM from Slurm and Ctrl-C reach every process of a run; the loader's must live till the step is done."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """SIGTERM from Slurm and Ctrl-C reach every process of a run; the loader's end when their parent says so."""
+    def listen():
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    signals = {signal.SIGTERM, signal.SIGINT}
+    if hasattr(signal, "sigwaitinfo"):                          # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=listen, daemon=True).start()
 
 
 def train_loader(data, transform, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1,
