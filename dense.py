@@ -40,8 +40,8 @@ from data import BadRecord, UserError
 from losses import mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, StopSignal, check_bad, check_full, check_same_data, find_resumable,
-                   layer_decay_groups, load_checkpoint, load_state, parse, refuse_update, report_bad, run,
-                   save_atomically, seeded, setup)
+                   layer_decay_groups, load_checkpoint, load_resumed, load_state, parse, refuse_update, report_bad,
+                   run, save_atomically, seeded, setup)
 
 IGNORED = 255
 BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
@@ -648,8 +648,8 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     optimizer, first, bad_count = torch.optim.AdamW(groups, fused=True), 0, 0
     if state:
         check_same_data(state, identity, out)
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_resumed(net.load_state_dict, state["model"], out)
+        load_resumed(optimizer.load_state_dict, state["optimizer"], out)
         first, bad_count = state["step"], state["bad_count"]
     runtime.check_alike(step_to_go_on_from=first, hash_of_the_data=identity)
     model = DistributedDataParallel(net, broadcast_buffers=False) if runtime.world > 1 else net
@@ -1788,7 +1788,7 @@ def maskrcnn(argv=None):
         visual = pretrained.visual
     net = MaskRCNN(visual, len(names), options).to(runtime.device)
     if options.eval:
-        net.load_state_dict(state["model"])
+        load_resumed(net.load_state_dict, state["model"], out)
         net.eval()
     else:
         if runtime.is_main:

@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (BICUBIC, MEAN, STD, BadRecord, EvalTransform, TrainTransform, UserError, eval_loader, hash_names,
-                  normalize, to_tensor, train_loader)
+                  normalize, one_line, to_tensor, train_loader)
 from losses import mean_over_processes
 from model import Config, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, Runtime, StopSignal, check_bad, check_full, check_same_data, cosine_schedule,
-                   find_resumable, layer_decay_groups, load_checkpoint, load_state, open_mixed, parse, refuse_update,
-                   report_bad, run, save_atomically, setup)
+                   find_resumable, layer_decay_groups, load_checkpoint, load_resumed, load_state, open_mixed, parse,
+                   refuse_update, report_bad, run, save_atomically, setup)
 
 
 @dataclass
@@ -289,8 +289,8 @@ def classifier_of(state: dict) -> Classifier:
         model = Classifier(Config(**state["backbone"]), len(state["classes"]), state["config"]["drop_path"])
         model.load_state_dict(state["model"])
         return model
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"a fine-tuned model does not fit its own config: {str(error).splitlines()[0]}") from None
+    except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it
+        raise UserError(f"a fine-tuned model does not fit its own config: {one_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     first, bad_count = 0, 0
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        load_resumed(optimizer.load_state_dict, state["optimizer"], out)
         first, bad_count = state["step"], state["bad_count"]
     runtime.check_alike(step_to_go_on_from=first, hash_of_the_data=identity)
     model = core

@@ -23,6 +23,8 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+PARENT = os.getppid()           # asked before the imports below, which take seconds: see StopSignal
+
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
@@ -542,7 +544,7 @@ class StopSignal:
     A worker whose torchrun was killed stops in the same way: else it would train on beside the run that follows.
     """
     def __init__(self):
-        self.number, self.parent = 0, os.getppid()
+        self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
@@ -554,7 +556,7 @@ class StopSignal:
 
     @property
     def is_set(self) -> bool:
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent and not self.number:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT and not self.number:
             self.note(signal.SIGTERM, None)
         return self.number > 0
 

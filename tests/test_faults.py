@@ -95,7 +95,7 @@ def workers_of(pid: int) -> list[int]:
             parent_of(int(entry.name)) == pid]
 
 
-def wait(condition, seconds: float = 300.0, pause: float = 0.01):
+def wait(condition, seconds: float = 300.0, pause: float = 0.02):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "hangs"
