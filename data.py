@@ -13,6 +13,7 @@
 """
 import argparse
 import bisect
+import contextlib
 import csv
 import functools
 import gzip
@@ -123,6 +124,12 @@ def one_line(error: Exception) -> str:
 def printable(text: str) -> str:
     """A text from a stranger's file on one line of a terminal: no line ends, no control characters, no half pairs."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str, file=None):
+    """print at once; where the output goes to a file on a full disk, that costs the line and not the run."""
+    with contextlib.suppress(OSError):
+        print(text, file=file or sys.stdout, flush=True)
 
 
 def orientation(image: PIL.Image.Image) -> int:
@@ -1013,7 +1020,7 @@ def progress(items: Iterable, total: int, what: str) -> Iterator:
         yield item
         if time.monotonic() - last > 5:
             last = time.monotonic()
-            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+            say(f"{what}: {done:,} of {total:,}", file=sys.stderr)
 
 
 # ---- shards: tar files of images and captions -----------------------------------------------------------------------

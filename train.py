@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data as data_module
-from data import BytePairTokenizer, UserError
+from data import BytePairTokenizer, UserError, say
 from losses import mean_over_processes, similarity, total_loss
 from model import (METHODS, PRESETS, Config, DeCLIP, MaskCLIP, Teacher, build, initialize, mask_words, momentum_at, opt,
                    preset_for, random_mask, read_merges)
@@ -150,7 +150,7 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {data_module.printable(str(error))}", file=sys.stderr, flush=True)
+        say(f"error: {data_module.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -328,8 +328,8 @@ def save_atomically(path: Path, state: dict) -> bool:
         return True
     except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
         reason = str(error).splitlines()[0]
-        print(f"warning: {path} was not saved ({reason}); the one before it stays, and training goes on",
-              file=sys.stderr, flush=True)
+        say(f"warning: {path} was not saved ({reason}); the one before it stays, and training goes on",
+            file=sys.stderr)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         return False
@@ -442,7 +442,7 @@ def tell_if_full(path: Path):
     try:
         yield
     except OSError as error:
-        print(f"warning: {path} could not be written ({error.strerror}); training goes on", file=sys.stderr, flush=True)
+        say(f"warning: {path} could not be written ({error.strerror}); training goes on", file=sys.stderr)
 
 
 class Log:
@@ -479,8 +479,7 @@ class Log:
             self.board.flush()
         left = (self.total - step - 1) * self.samples / rate
         terms = "  ".join(f"{k} {values[k]:.3f}" for k in ("loss", *TERMS, "code_entropy") if k in values)
-        print(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rate:.0f}/s  {duration(left)} left",
-              flush=True)
+        say(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rate:.0f}/s  {duration(left)} left")
 
 
 def draw_curves(log: Path, path: Path, columns: int = 4, width: int = 400, height: int = 240):
@@ -899,7 +898,7 @@ def train(options: TrainOptions):
                                 **collapse))
         if stopping:
             if not skipped and save(step + 1) and runtime.is_main:
-                print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)
+                say(f"stopped after step {step + 1}; the same command goes on from there")
             sys.exit(128 + (stop.number or signal.SIGTERM))
 
     if first < total and not save(total):
@@ -916,7 +915,7 @@ def teacher_temperature(step: int, total: int, o: Config) -> float:
 
 def report_bad(bad: list[tuple[str, str]]) -> int:
     for name, reason in bad:
-        print(f"skipped {data_module.printable(f'{name}: {reason}')}", file=sys.stderr, flush=True)
+        say(f"skipped {data_module.printable(f'{name}: {reason}')}", file=sys.stderr)
     return len(bad)
 
 
@@ -935,7 +934,7 @@ def check_bad(bad: int, read: int, limit: float):
 def refuse_update(terms: dict, norm: float, step: int, skipped: int, out: Path):
     """Names what is not finite; the tenth such step in a row ends the run."""
     names = [name for name, value in terms.items() if not math.isfinite(value)] or [f"gradient (norm {norm})"]
-    print(f"warning: step {step + 1}: {', '.join(names)} is not finite; update skipped", file=sys.stderr, flush=True)
+    say(f"warning: step {step + 1}: {', '.join(names)} is not finite; update skipped", file=sys.stderr)
     if skipped == 10:
         left = f"the last good checkpoint is {out}/last.pt" if (out / "last.pt").exists() else "no checkpoint yet"
         raise UserError(f"{', '.join(names)} was not finite for 10 steps in a row, up to step {step + 1}; {left}: "
@@ -944,33 +943,32 @@ def refuse_update(terms: dict, norm: float, step: int, skipped: int, out: Path):
 
 def announce(o: TrainOptions, data, model: MaskCLIP, tokenizer, total: int, first: int, runtime: Runtime):
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
-          f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; "
-          f"{runtime.world} x {runtime.device.type}, {'bf16' if runtime.bf16 else 'fp32'}", flush=True)
+    say(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
+        f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; "
+        f"{runtime.world} x {runtime.device.type}, {'bf16' if runtime.bf16 else 'fp32'}")
     for note in getattr(data, "notes", ()):
-        print(f"note: {data_module.printable(note)}", flush=True)
+        say(f"note: {data_module.printable(note)}")
     if len(data) % o.batch_size:
-        print(f"note: {len(data) % o.batch_size} records fill no batch and are left out of an epoch, others in each",
-              flush=True)
+        say(f"note: {len(data) % o.batch_size} records fill no batch and are left out of an epoch, others in each")
     if first:
-        print(f"going on from step {first} of {o.out}/last.pt", flush=True)
+        say(f"going on from step {first} of {o.out}/last.pt")
 
 
 def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtime: Runtime, bad_count: int):
     if not runtime.is_main:
         return
-    print(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""), flush=True)
+    say(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""))
     try:
         draw_curves(Path(o.out) / "metrics.jsonl", Path(o.out) / "curves.png")
-        print(f"curves: {o.out}/curves.png", flush=True)
+        say(f"curves: {o.out}/curves.png")
     except Exception as error:                          # a picture is not worth a finished run
-        print(f"warning: no curves.png: {data_module.one_line(error)}", file=sys.stderr, flush=True)
+        say(f"warning: no curves.png: {data_module.one_line(error)}", file=sys.stderr)
     if all(spec.startswith("shapes") for spec in o.data):
         core.eval()
         accuracy = zeroshot_accuracy(core, tokenizer, runtime)
-        print(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
-              f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)", flush=True)
-    print(f"next:  python eval_zeroshot.py {o.out}/last.pt   |   python dense.py words {o.out}/last.pt")
+        say(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
+            f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)")
+    say(f"next:  python eval_zeroshot.py {o.out}/last.pt   |   python dense.py words {o.out}/last.pt")
 
 
 if __name__ == "__main__":
