@@ -13,6 +13,7 @@
 """
 import argparse
 import bisect
+import contextlib
 import csv
 import functools
 import gzip
@@ -26,6 +27,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import threading
 import time
@@ -84,6 +86,7 @@ class Sample:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's red, green and blue, in 0..1
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")   # no others: reading EPS would start a program
 MAX_PIXELS = 100_000_000     # a file of a few kilobytes can claim gigabytes of pixels
+MAX_SCANS = 100              # of a progressive JPEG, which has about ten: thousands in a small file decode for hours
 MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or counter, not a picture
 DRAFT_MARGIN = 2             # a JPEG decodes to at least this multiple of the final size: about one level off
 UPRIGHT = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTATE_180,    # EXIF orientation -> its cure
@@ -109,11 +112,24 @@ def open_image(data: bytes) -> PIL.Image.Image:
         raise BadRecord(f"image too large: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     if min(image.size) < MIN_SIDE:
         raise BadRecord(f"image too small: {image.width} x {image.height} pixels")
+    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise BadRecord(f"corrupt image: more than {MAX_SCANS} scans, each of which would be decoded")
     return image
 
 
 def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__} {error}".split())[:200]
+
+
+def printable(text: str) -> str:
+    """A text from a stranger's file on one line of a terminal: no line ends, no control characters, no half pairs."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str, file=None):
+    """print at once; where the output goes to a file on a full disk, that costs the line and not the run."""
+    with contextlib.suppress(OSError):
+        print(text, file=file or sys.stdout, flush=True)
 
 
 def orientation(image: PIL.Image.Image) -> int:
@@ -1004,7 +1020,7 @@ def progress(items: Iterable, total: int, what: str) -> Iterator:
         yield item
         if time.monotonic() - last > 5:
             last = time.monotonic()
-            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+            say(f"{what}: {done:,} of {total:,}", file=sys.stderr)
 
 
 # ---- shards: tar files of images and captions -----------------------------------------------------------------------
@@ -1328,7 +1344,7 @@ def csv_file(path: str, image: str = "filepath", caption: str = "title") -> Imag
     csv.field_size_limit(LONGEST_FIELD)
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            line = file.readline()
+            line = file.readline(LONGEST_FIELD)
             headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in "\t,;"}
             separator = max(headers, key=lambda s: (len({image, caption} & {*headers[s]}), len(headers[s])))
             header = headers[separator]
@@ -2015,7 +2031,7 @@ class TrainBatches:
 
     An epoch is a permutation cut into n // batch_size global batches; process r takes the r-th slice of each, so every
     process has the same number of steps and no record comes twice in an epoch.  What the cut leaves over are the spares
-    that stand in for bad records.
+    that stand in for bad records; a stand-in may come twice, as processes do not ask each other who took which.
     """
     def __init__(self, n: int, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1):
         self.n, self.batch_size, self.seed, self.steps, self.rank, self.world = n, batch_size, seed, steps, rank, world
@@ -2040,12 +2056,36 @@ class TrainBatches:
         return [int(pool[(row + k) % len(pool)]) for k in range(1, 11)]
 
 
+class DataLoader(torch.utils.data.DataLoader):
+    """torch's, which tells of a worker's death in one line."""
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(f"a loader process died ({one_line(error)}): with too little memory, lower --workers; the "
+                            f"same command goes on from the last checkpoint") from None
+
+
+def leave_signals_to_parent(worker: int):
+    """SIGTERM from Slurm and Ctrl-C reach every process of a run; the loader's end when their parent says so."""
+    def listen():
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    signals = {signal.SIGTERM, signal.SIGINT}
+    if hasattr(signal, "sigwaitinfo"):                          # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=listen, daemon=True).start()
+
+
 def train_loader(data, transform, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1,
                  workers: int = 0, collate=collate):
     """An iterator over the batches of `steps`; batch_size is global, each batch holds this process's share of it."""
     batches = TrainBatches(len(data), batch_size, seed, steps, rank, world)
-    return torch.utils.data.DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers,
-                                       collate_fn=collate, pin_memory=torch.cuda.is_available())
+    return DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_parent)
 
 
 def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0, collate=collate,
@@ -2053,8 +2093,8 @@ def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1,
     """Every record once and in order: process r reads records r, r + world, ...  Bad ones are left out and named."""
     indices = range(rank, len(data), world)
     batches = [[(0, i) for i in indices[k:k + batch_size]] for k in range(0, len(indices), batch_size)]
-    return torch.utils.data.DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers,
-                                       collate_fn=collate, pin_memory=torch.cuda.is_available())
+    return DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2234,8 +2274,9 @@ def learn_tokenizer(data, vocab_size: int) -> BytePairTokenizer:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")           # names from files may hold what a terminal cannot show
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

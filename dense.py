@@ -39,9 +39,9 @@ import data as data_module
 from data import BadRecord, UserError
 from losses import mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
-from train import (Log, RunOptions, StopSignal, check_bad, check_same_data, find_resumable, layer_decay_groups,
-                   load_checkpoint, load_state, parse, refuse_update, report_bad, run, save_atomically, seeded,
-                   setup)
+from train import (Log, RunOptions, StopSignal, check_bad, check_full, check_same_data, find_resumable,
+                   layer_decay_groups, load_checkpoint, load_resumed, load_state, parse, refuse_update, report_bad,
+                   run, save_atomically, seeded, setup)
 
 IGNORED = 255
 BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
@@ -671,11 +671,10 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     optimizer, first, bad_count = torch.optim.AdamW(groups, fused=True), 0, 0
     if state:
         check_same_data(state, identity, out)
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_resumed(net.load_state_dict, state["model"], out)
+        load_resumed(optimizer.load_state_dict, state["optimizer"], out)
         first, bad_count = state["step"], state["bad_count"]
-    if runtime.is_main:
-        out.mkdir(parents=True, exist_ok=True)
+    runtime.check_alike(step_to_go_on_from=first, hash_of_the_data=identity)
     model = DistributedDataParallel(net, broadcast_buffers=False) if runtime.world > 1 else net
     loader = data_module.train_loader(data, transform, options.batch_size, options.seed, range(first, options.steps),
                                       runtime.rank, runtime.world, runtime.workers, collate)
@@ -692,17 +691,19 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
         lr = options.lr * schedule(step, options.steps, options.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        bad_count += report_bad(batch["bad"])
-        check_bad(bad_count, (step + 1 - first) * share, options.max_bad)
+        bad = report_bad(batch["bad"])
+        check_full(batch, share, step)
         optimizer.zero_grad()
         with runtime.autocast():
             terms = seeded((options.seed << 32) + step * runtime.world + runtime.rank, losses_of, model, batch)
         loss = sum(terms.values())
         loss.backward()
         norm = nn.utils.clip_grad_norm_(net.parameters(), options.clip_grad or math.inf)
-        told = torch.stack([*terms.values(), loss.new_tensor(float(stop.number > 0))])
-        *values, stopping = mean_over_processes(told).tolist()
+        told = torch.stack([*terms.values(), *loss.new_tensor([float(stop.is_set), float(bad)])])
+        *values, stopping, bad = mean_over_processes(told).tolist()
         terms = dict(zip(terms, values))
+        bad_count += round(bad * runtime.world)
+        check_bad(bad_count, (step + 1) * options.batch_size, options.max_bad)
         if math.isfinite(sum(values)) and math.isfinite(norm.item()):
             skipped = 0
             optimizer.step()
@@ -713,11 +714,10 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
             epoch = (step + 1) / (len(data) // options.batch_size)
             log.line(step, dict(epoch=epoch, loss=sum(values), lr=lr, **terms, grad_norm=norm.item()))
         if stopping:
-            save(step + 1)
-            if runtime.is_main:
+            if not skipped and save(step + 1) and runtime.is_main:
                 print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)
             sys.exit(128 + (stop.number or signal.SIGTERM))
-        if time.monotonic() - saved > options.checkpoint_every and step + 1 < options.steps:
+        if time.monotonic() - saved > options.checkpoint_every and step + 1 < options.steps and not skipped:
             save(step + 1)
             saved = time.monotonic()
     if first < options.steps and not save(options.steps):
@@ -728,6 +728,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
 def upernet(argv=None):
     options = parse_upernet(argv)
     runtime, out = setup(options), Path(options.out)
+    runtime.claim(out)
     state = find_resumable(options, out, "upernet")
     if state:
         c = Config(**state["backbone"])
@@ -1798,6 +1799,7 @@ def maskrcnn(argv=None):
     else:
         data, names, label_of = open_objects(options, "train")
         options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
+        runtime.claim(out)
         state = find_resumable(options, out, "maskrcnn")
     if state:
         c, names = Config(**state["backbone"]), state["classes"]
@@ -1809,7 +1811,7 @@ def maskrcnn(argv=None):
         visual = pretrained.visual
     net = MaskRCNN(visual, len(names), options).to(runtime.device)
     if options.eval:
-        net.load_state_dict(state["model"])
+        load_resumed(net.load_state_dict, state["model"], out)
         net.eval()
     else:
         if runtime.is_main:

@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (BICUBIC, MEAN, STD, BadRecord, EvalTransform, TrainTransform, UserError, eval_loader, hash_names,
-                  normalize, to_tensor, train_loader)
+                  normalize, one_line, to_tensor, train_loader)
 from losses import mean_over_processes
 from model import Config, VisionTransformer, image_tower, opt
-from train import (Log, RunOptions, Runtime, StopSignal, check_bad, check_same_data, cosine_schedule, find_resumable,
-                   layer_decay_groups, load_checkpoint, load_state, open_mixed, parse, refuse_update,
-                   report_bad, run, save_atomically, setup)
+from train import (Log, RunOptions, Runtime, StopSignal, check_bad, check_full, check_same_data, cosine_schedule,
+                   find_resumable, layer_decay_groups, load_checkpoint, load_resumed, load_state, open_mixed, parse,
+                   refuse_update, report_bad, run, save_atomically, setup)
 
 
 @dataclass
@@ -289,8 +289,8 @@ def classifier_of(state: dict) -> Classifier:
         model = Classifier(Config(**state["backbone"]), len(state["classes"]), state["config"]["drop_path"])
         model.load_state_dict(state["model"])
         return model
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"a fine-tuned model does not fit its own config: {str(error).splitlines()[0]}") from None
+    except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it
+        raise UserError(f"a fine-tuned model does not fit its own config: {one_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,9 +341,7 @@ def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
     if share % (2 * options.accumulate):
         raise UserError(f"--batch-size {options.batch_size} is {share} images a process, which are mixed in pairs: "
                         f"choose a multiple of {2 * options.accumulate * runtime.world}")
-    if runtime.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-
+    runtime.claim(out)
     state = find_resumable(options, out, "finetuning")
     if state:
         core, config = classifier_of(state), Config(**state["backbone"])
@@ -368,8 +366,9 @@ def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     first, bad_count = 0, 0
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        load_resumed(optimizer.load_state_dict, state["optimizer"], out)
         first, bad_count = state["step"], state["bad_count"]
+    runtime.check_alike(step_to_go_on_from=first, hash_of_the_data=identity)
     model = core
     if runtime.world > 1:
         model = DistributedDataParallel(core, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -391,8 +390,8 @@ def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
         lr = cosine_schedule(step, total, warmup, options.lr, options.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        bad_count += report_bad(batch["bad"])
-        check_bad(bad_count, (step + 1 - first) * share, options.max_bad)
+        bad = report_bad(batch["bad"])
+        check_full(batch, share, step)
 
         images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
         rng = np.random.default_rng((options.seed, step))
@@ -413,8 +412,11 @@ def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
             loss += part_loss.detach()
         norm = nn.utils.clip_grad_norm_(core.parameters(), options.clip_grad or math.inf)
 
-        # one meeting a step: the mean loss, and whether some process was asked to stop
-        mean, stopping = mean_over_processes(torch.stack([loss, loss.new_tensor(float(stop.number > 0))])).tolist()
+        # one meeting a step: the mean loss, whether some process was asked to stop, the bad records of all
+        mean, stopping, bad = mean_over_processes(torch.stack(
+            [loss, *loss.new_tensor([float(stop.is_set), float(bad)])])).tolist()
+        bad_count += round(bad * runtime.world)
+        check_bad(bad_count, (step + 1) * options.batch_size, options.max_bad)
         if math.isfinite(mean) and math.isfinite(norm.item()):
             skipped = 0
             optimizer.step()
@@ -424,11 +426,10 @@ def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
         if (step + 1) % options.log_every == 0 or step + 1 == total:
             log.line(step, dict(epoch=(step + 1) / steps_per_epoch, loss=mean, lr=lr, grad_norm=norm.item()))
         if stopping:
-            save(step + 1)
-            if runtime.is_main:
+            if not skipped and save(step + 1) and runtime.is_main:
                 print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)
             sys.exit(128 + (stop.number or signal.SIGTERM))
-        if time.monotonic() - saved > options.checkpoint_every and step + 1 < total:
+        if time.monotonic() - saved > options.checkpoint_every and step + 1 < total and not skipped:
             save(step + 1)
             saved = time.monotonic()
 

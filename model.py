@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import json
 import math
+import zlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -1107,7 +1108,7 @@ def config_from_open_clip(theirs: dict) -> Config:
                     vocab_size=text["vocab_size"], embed_dim=theirs["embed_dim"], dialect="timm" if
                     vision.get("no_ln_pre") else "openai" if theirs.get("quick_gelu") else "clip")
         ours = open_clip_config(c)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"open_clip's config is not that of a plain vision transformer with CLIP's text tower "
                         f"({type(error).__name__} {error})") from None
     free = {"vision_cfg", "text_cfg", "tokenizer_kwargs", "hf_tokenizer_name", "init_logit_scale"}
@@ -1143,9 +1144,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     raw = bytearray(path.read_bytes())
     start, state = 8 + int.from_bytes(raw[:8], "little"), {}
     kinds = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+    taken = 0
     for name, entry in json.loads(raw[8:start]).items():
         if name != "__metadata__":
             first, last = entry["data_offsets"]
+            taken += last - first
+            if not 0 <= first <= last <= len(raw) - start or taken > len(raw) - start:      # many names for one place
+                raise ValueError(f"{name} lies at {first} to {last} of {len(raw) - start} bytes")
             numbers = torch.frombuffer(raw[start + first:start + last], dtype=kinds[entry["dtype"]])
             state[name] = numbers.reshape(entry["shape"])
     return state
@@ -1174,8 +1179,11 @@ def read_timm(path: str) -> dict[str, Tensor]:
     if "visual.patch_embed.proj.weight" not in state:
         raise UserError(f"{path} holds no vision transformer of timm's: it has no patch_embed.proj.weight")
     about = read_json(file.with_name("config.json")) if file.with_name("config.json").is_file() else {}
-    pixels = about.get("pretrained_cfg", {})
-    return renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD), "visual.")
+    try:
+        pixels = about.get("pretrained_cfg", {})
+        return renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD), "visual.")
+    except Exception as error:                  # of a damaged or foreign file, whatever stumbles over it
+        raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None
 
 
 def read_open_clip(path: str) -> tuple[Config, dict[str, Tensor], dict]:
@@ -1188,13 +1196,17 @@ def read_open_clip(path: str) -> tuple[Config, dict[str, Tensor], dict]:
     if file is None:
         raise UserError(f"no weights in {path}: wanted {' or '.join(OPEN_CLIP_FILES)}")
     about = read_json(folder / "open_clip_config.json")
+    if not isinstance(about, dict):
+        raise UserError(f"{folder}/open_clip_config.json should hold an object, not a {type(about).__name__}")
     config = config_from_open_clip(about.get("model_cfg", about))
-    pixels = OPENAI_PIXELS | about.get("preprocess_cfg", {})
     try:
+        pixels = OPENAI_PIXELS | about.get("preprocess_cfg", {})
         state = from_open_clip(read_weights(file))
         return config, renormalize(state, pixels["mean"], pixels["std"], "visual."), pixels
     except KeyError as error:
         raise UserError(f"{file} holds no CLIP of open_clip's: it has no {error}") from None
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"cannot read weights from {file}: {one_line(error)}") from None
 
 
 def read_merges(path: str) -> BytePairTokenizer:
@@ -1203,8 +1215,11 @@ def read_merges(path: str) -> BytePairTokenizer:
     folder = folder if folder.is_dir() else folder.parent
     for file, opener in ((folder / "merges.txt.gz", gzip.open), (folder / "merges.txt", open)):
         if file.is_file():
-            with opener(file, "rt", encoding="utf-8") as lines:
-                return BytePairTokenizer.from_state({"merges": lines.read().partition("\n")[2]})
+            try:
+                with opener(file, "rt", encoding="utf-8") as lines:
+                    return BytePairTokenizer.from_state({"merges": lines.read(1 << 24).partition("\n")[2]})
+            except (OSError, EOFError, ValueError, zlib.error) as error:
+                raise UserError(f"cannot read merges from {file}: {one_line(error)}") from None
     raise UserError(f"no merges.txt beside the weights in {folder}: give CLIP's merges file with --bpe")
 
 

@@ -23,6 +23,8 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+PARENT = os.getppid()           # asked before the imports below, which take seconds: see StopSignal
+
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data as data_module
-from data import BytePairTokenizer, UserError
+from data import BytePairTokenizer, UserError, say
 from losses import mean_over_processes, similarity, total_loss
 from model import (METHODS, PRESETS, Config, DeCLIP, MaskCLIP, Teacher, build, costs, initialize, mask_words,
                    momentum_at, opt, preset_for, random_mask, read_merges, step_flops, step_memory, step_traffic)
@@ -150,10 +152,11 @@ def check_options(o: TrainOptions):
 
 def run(main):
     """main(), with a user's mistake told in one line and exit status 2, and no traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # names from files may hold what a terminal cannot show
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {data_module.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -186,6 +189,45 @@ class Runtime:
             raise UserError(f"--batch-size {batch_size} cannot be shared by {self.world} processes: "
                             f"choose a multiple of {self.world}")
         return batch_size // self.world
+
+    def claim(self, out: Path, patience: float = 60.0):
+        """Makes the folder, and holds it against a second run until this process ends, however it ends.
+
+        The workers of a torchrun that was killed need a moment to notice, so a new run waits for them.
+        """
+        if self.is_main:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                self.lock = open(out / "lock", "w")         # stays open: the lock goes with the process
+            except OSError as error:
+                raise UserError(f"cannot write to {out}: {error.strerror}") from None
+            started = time.monotonic()
+            while is_locked(self.lock):
+                if time.monotonic() - started > patience:
+                    raise UserError(f"another run is writing to {out}: wait for its end, or choose another --out")
+                time.sleep(0.2)
+        if self.world > 1:
+            dist.barrier()                                  # nobody reads last.pt before the old run is gone
+
+    def check_alike(self, **mine):
+        """All processes must begin with the same; the first thing that differs is named."""
+        for other in gather(mine, self):
+            for name in mine:
+                if mine[name] != other[name]:
+                    raise UserError(f"processes differ in {name.replace('_', ' ')}: {mine[name]} here, {other[name]} "
+                                    f"elsewhere; --out and --data must be on a disk that all machines share")
+
+
+def is_locked(file) -> bool:
+    """Whether another process holds this file; if not, we do from now on."""
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except (ImportError, OSError):                          # Windows, or a disk without locks
+        pass
+    return False
 
 
 def setup(options: RunOptions) -> Runtime:
@@ -292,8 +334,8 @@ def save_atomically(path: Path, state: dict) -> bool:
         return True
     except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
         reason = str(error).splitlines()[0]
-        print(f"warning: {path} was not saved ({reason}); the one before it stays, and training goes on",
-              file=sys.stderr, flush=True)
+        say(f"warning: {path} was not saved ({reason}); the one before it stays, and training goes on",
+            file=sys.stderr)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         return False
@@ -339,14 +381,30 @@ def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairT
     config = config_of(state, path)
     try:
         tokenizer = BytePairTokenizer.from_state(state["tokenizer"])
+        check_sizes(config, tokenizer.eot, state["model"], Path(path).stat().st_size)
         model = build(config, tokenizer.eot)
         model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit its own config: {str(error).splitlines()[0]}") from None
-    if (list(state["mean"]), list(state["std"])) != (list(data_module.MEAN), list(data_module.STD)):
+        pixels = list(state["mean"]), list(state["std"])
+    except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it
+        raise UserError(f"{path} does not fit its own config: {data_module.one_line(error)}") from None
+    if pixels != (list(data_module.MEAN), list(data_module.STD)):
         raise UserError(f"{path} was trained with pixel normalization {state['mean']}, {state['std']}; "
                         f"this version uses {data_module.MEAN}, {data_module.STD}")
     return model.to(device).eval(), tokenizer, config
+
+
+def check_sizes(config: Config, eot: int, weights: dict[str, Tensor], file_size: int):
+    """ValueError if the config asks for other weights than there are, before memory is taken for what it asks."""
+    if sum(value.numel() * value.element_size() for value in weights.values()) > file_size:
+        raise ValueError("the weights claim to be larger than the file")
+    if config.depth + config.text_depth > len(weights):
+        raise ValueError(f"{config.depth} and {config.text_depth} blocks, but only {len(weights)} weights")
+    with torch.device("meta"):
+        wanted = build(config, eot).state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        said, there = (tuple(x[name].shape) if name in x else "nothing" for x in (wanted, weights))
+        if said != there:
+            raise ValueError(f"{name} should be {said}, the file has {there}")
 
 
 def find_resumable(options, out: Path, kind: str = "pretraining") -> dict | None:
@@ -356,13 +414,21 @@ def find_resumable(options, out: Path, kind: str = "pretraining") -> dict | None
     state = None
     for path in paths:
         state = load_state(path)
-        if state.get("kind") != kind or "step" not in state or not isinstance(state.get("config"), dict):
+        parts = dict(step=int, bad_count=int, config=dict, model=dict, optimizer=dict, data=str)
+        if state.get("kind") != kind or not all(isinstance(state.get(name), parts[name]) for name in parts):
             raise UserError(f"{path} is no {kind} checkpoint: choose another --out")
         for name, value in asdict(options).items():
             if name not in FREE_TO_CHANGE and state["config"].get(name) != value:
                 raise UserError(f"{path} is of a run with {name} = {state['config'].get(name)}, this one has {value}: "
                                 f"choose another --out, or remove that folder")
     return None if options.resume == "none" else state
+
+
+def load_resumed(load, part: dict, out: Path):
+    try:
+        load(part)
+    except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it
+        raise UserError(f"{out}/last.pt does not fit its own config: {data_module.one_line(error)}") from None
 
 
 def check_same_data(state: dict, identity: str, out: Path):
@@ -376,6 +442,15 @@ def check_same_data(state: dict, identity: str, out: Path):
 # Log
 # ---------------------------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def tell_if_full(path: Path):
+    """A disk that is full costs lines of a log, not the run."""
+    try:
+        yield
+    except OSError as error:
+        say(f"warning: {path} could not be written ({error.strerror}); training goes on", file=sys.stderr)
+
+
 class Log:
     """metrics.jsonl, one object a line, and the progress line with rate and time left; by the main process only."""
 
@@ -386,7 +461,8 @@ class Log:
             # lines beyond the checkpoint we go on from will be written again
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            with tell_if_full(self.path):
+                write_text_atomically(self.path, "".join(line + "\n" for line in kept))
         self.board = None
         with contextlib.suppress(ImportError):          # TensorBoard, where it is installed
             from torch.utils.tensorboard import SummaryWriter
@@ -400,8 +476,8 @@ class Log:
         if not self.is_main:
             return
         values = dict(step=step, **values, samples_per_second=rate)
-        with open(self.path, "a") as file:
-            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        with tell_if_full(self.path), open(self.path, "a") as file:
             file.write(json.dumps(rounded) + "\n")
         if self.board:
             for name, value in values.items():
@@ -409,8 +485,7 @@ class Log:
             self.board.flush()
         left = (self.total - step - 1) * self.samples / rate
         terms = "  ".join(f"{k} {values[k]:.3f}" for k in ("loss", *TERMS, "code_entropy") if k in values)
-        print(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rate:.0f}/s  {duration(left)} left",
-              flush=True)
+        say(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rate:.0f}/s  {duration(left)} left")
 
 
 def draw_curves(log: Path, path: Path, columns: int = 4, width: int = 400, height: int = 240):
@@ -469,8 +544,10 @@ def duration(seconds: float) -> str:
 
 
 class StopSignal:
-    """SIGTERM or SIGINT: the current step is finished and saved, then the program ends with 128 + signal."""
+    """SIGTERM or SIGINT: the current step is finished and saved, then the program ends with 128 + signal.
 
+    A worker whose torchrun was killed stops in the same way: else it would train on beside the run that follows.
+    """
     def __init__(self):
         self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -481,6 +558,12 @@ class StopSignal:
             self.number, self.since = number, time.monotonic()
         elif time.monotonic() - self.since > 5:         # not torchrun's echo of a signal that Slurm sent to us too
             sys.exit(128 + number)                      # asked twice: at once
+
+    @property
+    def is_set(self) -> bool:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT and not self.number:
+            self.note(signal.SIGTERM, None)
+        return self.number > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,6 +651,8 @@ class PairCollate:
 
     def __call__(self, items: list[dict]) -> dict:
         batch = data_module.collate(items)
+        if "captions" not in batch:                         # not one record, nor a stand-in, could be read
+            return batch
         if "captions2" in batch:
             batch["tokens2"] = self.tokens(batch.pop("captions2"))
         return dict(batch, tokens=self.tokens(batch.pop("captions")))
@@ -709,8 +794,7 @@ def train(options: TrainOptions):
     if share % options.accumulate:
         raise UserError(f"--accumulate {options.accumulate} does not divide the {share} pairs of a process")
     out = Path(options.out)
-    if runtime.is_main:
-        out.mkdir(parents=True, exist_ok=True)
+    runtime.claim(out)
 
     data = open_mixed(options.data, "train", "captions", options.image_size, out / "index")
     if len(data) < options.batch_size:
@@ -730,9 +814,9 @@ def train(options: TrainOptions):
     state = find_resumable(options, out)
     if state:
         check_same_data(state, identity, out)
-        if state["tokenizer"] != tokenizer.state():
+        if state.get("tokenizer") != tokenizer.state():
             raise UserError(f"{out} holds a run with another vocabulary: give the same --bpe, or choose another --out")
-        core.load_state_dict(state["model"])
+        load_resumed(core.load_state_dict, state["model"], out)
     elif ":" in options.init:
         initialize(core, options.init)
     core.to(runtime.device)
@@ -742,10 +826,11 @@ def train(options: TrainOptions):
                                   eps=options.eps, fused=True)
     first, bad_count = 0, 0
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        load_resumed(optimizer.load_state_dict, state["optimizer"], out)
         if teacher:
-            teacher.load_state_dict(state["teacher"])
+            load_resumed(teacher.load_state_dict, state["teacher"], out)
         first, bad_count = state["step"], state["bad_count"]
+    runtime.check_alike(step_to_go_on_from=first, hash_of_the_data=identity, vocabulary=tokenizer.vocab_size)
 
     model = torch.compile(core) if options.compile else core
     if runtime.world > 1:
@@ -755,7 +840,8 @@ def train(options: TrainOptions):
         runtime.world, runtime.workers, PairCollate(tokenizer, options.context_length, 8 if options.compile else 1))
     log = Log(out, runtime.is_main, total, options.batch_size, first)
     if runtime.is_main:
-        write_text_atomically(out / "config.json", json.dumps(dict(asdict(options), data_hash=identity), indent=1))
+        with tell_if_full(out / "config.json"):
+            write_text_atomically(out / "config.json", json.dumps(dict(asdict(options), data_hash=identity), indent=1))
         announce(options, data, core, tokenizer, total, first, runtime)
     weights = {f.name.removesuffix("_weight"): getattr(options, f.name) for f in fields(Config)
                if f.name.endswith("_weight")}
@@ -774,12 +860,8 @@ def train(options: TrainOptions):
         temp = teacher_temperature(step, total, options)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        bad_count += report_bad(batch.pop("bad"))
-        check_bad(bad_count, (step + 1) * share, options.max_bad)
-        if len(batch["images"]) < share:
-            raise UserError(f"step {step + 1}: too many bad records in a row to fill the batch; look at them with: "
-                            f"python data.py check --data SPEC")
-
+        bad = report_bad(batch.pop("bad"))
+        check_full(batch, share, step)
         batch = hide(batch, core, tokenizer.sot, step, options, runtime.rank, runtime.world)
         parts = micro_batches(batch, options.accumulate, runtime.device)
         optimizer.zero_grad()
@@ -787,12 +869,15 @@ def train(options: TrainOptions):
                                   seed=step * options.accumulate)
         norm = nn.utils.clip_grad_norm_(core.parameters(), options.clip_grad or math.inf)
 
-        # one meeting a step: the terms' means, and whether some process was asked to stop
-        shared = mean_over_processes(torch.stack([*terms.values(), norm.new_tensor(float(stop.number > 0))]))
-        *values, stopping = [*shared.tolist()]
+        # one meeting a step: the terms' means, whether some process was asked to stop, the bad records of all
+        told = mean_over_processes(torch.stack([*terms.values(), *norm.new_tensor([float(stop.is_set), float(bad)])]))
+        *values, stopping, bad = told.tolist()
         terms = dict(zip(terms, values))
         if math.isfinite(sum(values)) and math.isfinite(norm.item()):
             skipped = 0
+            if time.monotonic() - saved > options.checkpoint_every and step > first:
+                save(step)              # the weights that this step began with: now their loss is known to be finite
+                saved = time.monotonic()
             optimizer.step()
             with torch.no_grad():
                 for name, parameter in core.named_parameters():
@@ -808,6 +893,8 @@ def train(options: TrainOptions):
         else:
             skipped += 1
             refuse_update(terms, norm.item(), step, skipped, out)
+        bad_count += round(bad * runtime.world)
+        check_bad(bad_count, (step + 1) * options.batch_size, options.max_bad)
 
         if (step + 1) % options.log_every == 0 or step + 1 == total:
             loss = total_loss(terms, weights)
@@ -816,13 +903,9 @@ def train(options: TrainOptions):
                                 momentum=momentum, logit_scale=core.logit_scale.exp().item(), grad_norm=norm.item(),
                                 **collapse))
         if stopping:
-            save(step + 1)
-            if runtime.is_main:
-                print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)
+            if not skipped and save(step + 1) and runtime.is_main:
+                say(f"stopped after step {step + 1}; the same command goes on from there")
             sys.exit(128 + (stop.number or signal.SIGTERM))
-        if time.monotonic() - saved > options.checkpoint_every and step + 1 < total:
-            save(step + 1)
-            saved = time.monotonic()
 
     if first < total and not save(total):
         raise UserError(f"the finished model could not be saved to {out}/last.pt: free some space and run the "
@@ -838,8 +921,14 @@ def teacher_temperature(step: int, total: int, o: Config) -> float:
 
 def report_bad(bad: list[tuple[str, str]]) -> int:
     for name, reason in bad:
-        print(f"skipped {name}: {reason}", file=sys.stderr, flush=True)
+        say(f"skipped {data_module.printable(f'{name}: {reason}')}", file=sys.stderr)
     return len(bad)
+
+
+def check_full(batch: dict, share: int, step: int):
+    if len(batch.get("images", ())) < share:
+        raise UserError(f"step {step + 1}: too many bad records in a row to fill the batch; look at them with: "
+                        f"python data.py check --data SPEC")
 
 
 def check_bad(bad: int, read: int, limit: float):
@@ -851,38 +940,41 @@ def check_bad(bad: int, read: int, limit: float):
 def refuse_update(terms: dict, norm: float, step: int, skipped: int, out: Path):
     """Names what is not finite; the tenth such step in a row ends the run."""
     names = [name for name, value in terms.items() if not math.isfinite(value)] or [f"gradient (norm {norm})"]
-    print(f"warning: step {step + 1}: {', '.join(names)} is not finite; update skipped", file=sys.stderr, flush=True)
+    say(f"warning: step {step + 1}: {', '.join(names)} is not finite; update skipped", file=sys.stderr)
     if skipped == 10:
-        raise UserError(f"{', '.join(names)} was not finite for 10 steps in a row, up to step {step + 1}; the last "
-                        f"good checkpoint is {out}/last.pt: try --precision fp32, a lower --lr or --clip-grad 1")
+        left = f"the last good checkpoint is {out}/last.pt" if (out / "last.pt").exists() else "no checkpoint yet"
+        raise UserError(f"{', '.join(names)} was not finite for 10 steps in a row, up to step {step + 1}; {left}: "
+                        f"try --precision fp32, a lower --lr or --clip-grad 1")
 
 
 def announce(o: TrainOptions, data, model: MaskCLIP, tokenizer, total: int, first: int, runtime: Runtime):
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
-          f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; "
-          f"{runtime.world} x {runtime.device.type}, {'bf16' if runtime.bf16 else 'fp32'}", flush=True)
+    say(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
+        f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; "
+        f"{runtime.world} x {runtime.device.type}, {'bf16' if runtime.bf16 else 'fp32'}")
     for note in getattr(data, "notes", ()):
-        print(f"note: {note}", flush=True)
+        say(f"note: {data_module.printable(note)}")
+    if len(data) % o.batch_size:
+        say(f"note: {len(data) % o.batch_size} records fill no batch and are left out of an epoch, others in each")
     if first:
-        print(f"going on from step {first} of {o.out}/last.pt", flush=True)
+        say(f"going on from step {first} of {o.out}/last.pt")
 
 
 def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtime: Runtime, bad_count: int):
     if not runtime.is_main:
         return
-    print(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""), flush=True)
+    say(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""))
     try:
         draw_curves(Path(o.out) / "metrics.jsonl", Path(o.out) / "curves.png")
-        print(f"curves: {o.out}/curves.png", flush=True)
+        say(f"curves: {o.out}/curves.png")
     except Exception as error:                          # a picture is not worth a finished run
-        print(f"warning: no curves.png: {data_module.one_line(error)}", file=sys.stderr, flush=True)
+        say(f"warning: no curves.png: {data_module.one_line(error)}", file=sys.stderr)
     if all(spec.startswith("shapes") for spec in o.data):
         core.eval()
         accuracy = zeroshot_accuracy(core, tokenizer, runtime)
-        print(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
-              f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)", flush=True)
-    print(f"next:  python eval_zeroshot.py {o.out}/last.pt   |   python dense.py words {o.out}/last.pt")
+        say(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
+            f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)")
+    say(f"next:  python eval_zeroshot.py {o.out}/last.pt   |   python dense.py words {o.out}/last.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
