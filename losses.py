@@ -72,7 +72,7 @@ def own_columns(B: int, device) -> Tensor:
     return rank * B + torch.arange(B, device=device)
 
 
-CONTRAST_LOGITS = 1 << 24       # 64 MiB
+CONTRAST_LOGITS = 1 << 25       # 128 MiB; with fewer, adding up the columns' gradients takes time
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor,
@@ -178,8 +178,7 @@ class SumInChunks(torch.autograd.Function):
                 leaves = [p.detach().requires_grad_() for p in shared]
                 loss = fn(part, other[start:start + rows], *leaves)
             x_grad[start:start + rows], *grads = torch.autograd.grad(loss, [part, *leaves])
-            for old, new in zip(shared_grad, grads):
-                old += new
+            shared_grad = [old.add_(new) for old, new in zip(shared_grad, grads)] if start else grads
             total = total + loss.detach()
         ctx.save_for_backward(x_grad, *shared_grad)
         return total if len(x) else x.new_zeros(())

@@ -237,7 +237,8 @@ def test_every_method_trains_every_parameter_it_has(method, names):
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_class_token_alone_is_that_of_all_tokens(drop_path):
-    net, images = tiny("clip", pool="cls", drop_path=drop_path), torch.randn(4, 3, 32, 32)
+    net = tiny("clip", pool="cls", drop_path=drop_path).double()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     torch.manual_seed(1)
     whole = net.visual(images)[:, 0]
     torch.manual_seed(1)

@@ -103,7 +103,7 @@ from dataclasses import replace
 from test_plan import SMALL
 import bench, torch
 torch.set_num_threads(1)
-config, B = replace(SMALL, method="{method}"), SMALL.batch_size
+config, B = replace(SMALL, method="{method}"), 96
 images, captions = torch.zeros(B, 3, 64, 64, dtype=torch.uint8), ["a small red star left of a blue ring"] * B
 print(json.dumps(bench.step_peak(config, bench.data.BytePairTokenizer([]), images, captions)))
 """)
