@@ -971,7 +971,8 @@ def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtim
         say(f"warning: no curves.png: {data_module.one_line(error)}", file=sys.stderr)
     if all(spec.startswith("shapes") for spec in o.data):
         core.eval()
-        accuracy = zeroshot_accuracy(core, tokenizer, runtime)
+        count = 1024 if o.image_size < 100 else 128         # a large tower needs a second an image on a CPU
+        accuracy = zeroshot_accuracy(core, tokenizer, runtime, count)
         say(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
             f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)")
     say(f"next:  python eval_zeroshot.py {o.out}/last.pt   |   python dense.py words {o.out}/last.pt")
