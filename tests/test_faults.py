@@ -95,7 +95,7 @@ def workers_of(pid: int) -> list[int]:
             parent_of(int(entry.name)) == pid]
 
 
-def wait(condition, seconds: float = 300.0, pause: float = 0.02):
+def wait(condition, seconds: float = 300.0, pause: float = 0.05):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "hangs"
@@ -164,7 +164,8 @@ def test_killed_anywhere_and_nothing_is_lost(kills, processes, every_format, und
                                        stderr=log, env=dict(os.environ, OMP_NUM_THREADS="1"), start_new_session=True)
         begun = time.monotonic()
         if kill % 5 == 4:                                                   # while it starts
-            time.sleep(rng.random() * started)
+            until = begun + rng.random() * started
+            wait(lambda: time.monotonic() > until or lines(out) >= stride * (kill + 1) - 2, 600)
         else:
             target = stride * kill + rng.randint(1, stride - 1)
             wait(lambda: lines(out) >= target or process.poll() is not None, 600)
@@ -172,7 +173,7 @@ def test_killed_anywhere_and_nothing_is_lost(kills, processes, every_format, und
             started = time.monotonic() - begun if kill == 0 else started
             time.sleep(rng.random() * 0.1)
         workers = workers_of(process.pid)
-        whom = ("all", "torchrun", "a worker")[rng.randrange(3)] if workers else "torchrun"
+        whom = ("all", "a worker", "torchrun")[rng.randrange(2 if kill % 5 == 4 else 3)] if workers else "torchrun"
         tally.append(whom)
         for pid in {"all": [process.pid, *workers], "torchrun": [process.pid]}.get(whom) or [rng.choice(workers)]:
             with contextlib.suppress(ProcessLookupError):
@@ -195,8 +196,7 @@ def test_killed_anywhere_and_nothing_is_lost(kills, processes, every_format, und
 def test_torchrun_goes_on_when_a_worker_dies(every_format, undisturbed, tmp_path):
     run, out = soaked(every_format, 32), tmp_path / "out"
     words = command(*run, "--out", out, processes=2)
-    words[words.index("--nproc-per-node"):1] = []
-    words.insert(words.index("train.py"), "--max-restarts=1")
+    words[words.index("--master-port"):words.index("train.py")] = ["--standalone", "--max-restarts", "1"]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=dict(os.environ, OMP_NUM_THREADS="1"))
     wait(lambda: lines(out) >= 5 or process.poll() is not None)
