@@ -569,7 +569,7 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
 
 # paper: nothing so small; here: few steps at a higher rate; colors stay as they are, as they are half of the class.
 # Forms are learned suddenly, after some five hundred steps in which the loss tells colors apart only
-POCKET = dict(steps=1500, lr=3e-3, warmup_steps=50, crop=64, test_size=64, channels=48, aux_channels=32, distort=False)
+POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, crop=64, test_size=64, channels=48, aux_channels=32, distort=False)
 
 
 def parse_upernet(argv=None) -> UperNetOptions:
