@@ -251,10 +251,24 @@ def setup(options: RunOptions) -> Runtime:
     if workers < 0:
         workers = min(8, max(1, cores // local_world - 1)) if kind == "cuda" else 0
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store_of_this_attempt(world, local_world),
+                                rank=rank, world_size=world)
     torch.manual_seed(options.seed)
     bf16 = options.precision == "bf16" or options.precision == "auto" and multiplies_bf16(device)
     return Runtime(rank, world, device, bf16, workers)
+
+
+def store_of_this_attempt(world: int, local_world: int) -> dist.Store | None:
+    """Where workers find each other, or None: as torch does it.
+
+    torchrun keeps the addresses that workers left, so after --max-restarts new ones may call dead ones (PyTorch issue
+    135712).  On one machine each attempt has names of its own; on several, attempts are not counted alike: there set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or world != local_world:
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
