@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -271,9 +272,10 @@ def test_a_run_leaves_what_it_promises(finished):
     (["--data", "photos:x"], "shapes"),                                             # the kinds that there are
     (["--bpe", "/nowhere/merges.gz"], "/nowhere/merges.gz"),
 ])
-def test_a_mistake_is_a_user_error(more, says, finished):
+def test_a_mistake_is_a_user_error(more, says, finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "run")        # this process keeps the lock of the folder it runs in
     with pytest.raises(train.UserError) as error:
-        train.train(train.parse_train_options([str(word) for word in (*SMALL[1:], "--out", finished[0], *more)]))
+        train.train(train.parse_train_options([str(word) for word in (*SMALL[1:], "--out", out, *more)]))
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
