@@ -1,5 +1,4 @@
 """The run as a whole: schedules, any number of processes, accumulation, resume, checkpoints, and what users do wrong."""
-import gc
 import json
 import os
 import pickle
@@ -278,8 +277,6 @@ def test_a_mistake_is_a_user_error(more, says, finished, tmp_path):
     with pytest.raises(train.UserError) as error:
         train.train(train.parse_train_options([str(word) for word in (*SMALL[1:], "--out", out, *more)]))
     assert says in str(error.value) and "\n" not in str(error.value)
-    del error
-    gc.collect()                            # with the run goes its hold on the folder, which the next tests use
 
 
 @pytest.mark.slow
