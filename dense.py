@@ -299,6 +299,7 @@ class WordOptions(RunOptions):
     checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
     compare: str = opt("", "another checkpoint, whose maps stand beside")
     data: str = opt("shapes", "data set with captions, as train.py reads it")
+    json: str = opt("", "file for how often maps point at their object, on shapes, as one JSON object")
     samples: int = opt(6, "how many records, drawn by --seed")
     image: str = opt("", "file of an image to take instead of records")
     caption: str = opt("", "its caption")
@@ -427,6 +428,7 @@ def words(argv=None):
     draw_word_maps(rows, names, options.scale == "own").save(out / "words.png")
     np.savez_compressed(out / "words.npz", models=np.array(paths), **arrays)
     print(f"{out}/words.png: {len(rows)} images;  {out}/words.npz: image, words and maps of each", flush=True)
+    pointing = {}
     if spec.startswith("shapes"):       # where the truth is known
         for name, (model, tokenizer, config) in zip(names, loaded):
             world = data_module.open_data(spec, "val", "segmentation", size=config.image_size)
@@ -434,6 +436,9 @@ def words(argv=None):
                                        options.test_size)
             print(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
                   f"(chance {share:.1%})", flush=True)
+            pointing[name] = dict(hit=hit, chance=share)
+    if options.json:
+        Path(options.json).write_text(json.dumps(dict(pointing, task="words")) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -871,7 +876,7 @@ def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int
     wy, wx = wy[row_bin, y], wx[column_bin, x]
     y = y + H * image[row_bin // oh]                                               # in the stack of all images
 
-    table, pooled = features.permute(0, 2, 3, 1).reshape(B * H * W, C), []
+    table, pooled = features.permute(0, 2, 3, 1).contiguous().view(B * H * W, C), []
     reads = rows.view(R, oh).sum(dim=1) * columns.view(R, ow).sum(dim=1)           # (R,)
     for box in torch.arange(R, device=device).split((reads.cumsum(0) // POOLED_PIXELS).bincount().tolist() or [0]):
         row = (box[:, None] * oh + torch.arange(oh, device=device)).repeat_interleave(ow)      # (bins,) box, i, j

@@ -222,14 +222,15 @@ def test_what_open_clip_lacks_is_not_exported(tmp_path, change, named):
 
 SMALL = ["train.py", "--image-size", 32, "--patch-size", 16, "--width", 32, "--depth", 2, "--heads", 2,
          "--text-width", 32, "--text-heads", 2, "--embed-dim", 16, "--n-codes", 16, "--quantizer-hidden", 16,
-         "--quantizer-bottleneck", 8, "--vocab-size", 600, "--batch-size", 8, "--data", "shapes:train=64",
-         "--lr", 0, "--lr-start", 0, "--lr-end", 0, "--weight-decay", 0]
+         "--quantizer-bottleneck", 8, "--vocab-size", 600, "--pool", "cls", "--batch-size", 8,
+         "--data", "shapes:train=64", "--lr", 0, "--lr-start", 0, "--lr-end", 0, "--weight-decay", 0]
 
 
 @pytest.mark.slow
 def test_a_run_starts_from_public_weights_and_goes_on_without_reading_them_again(tmp_path):
     """At learning rate 0 the first step leaves the towers, and so the teacher, at what was read."""
-    config = replace(TINY, patch_size=16, width=32, heads=2, text_width=32, text_heads=2, embed_dim=16, method="clip")
+    config = replace(TINY, patch_size=16, width=32, heads=2, text_width=32, text_heads=2, embed_dim=16, method="clip",
+                     pool="cls")
     tokenizer = toy_vocabulary()
     public = saved(tmp_path / "public.pt", config, tokenizer)
     state, run = public.state_dict(), [*SMALL, "--context-length", 16, "--out", tmp_path / "run"]

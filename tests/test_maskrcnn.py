@@ -826,6 +826,7 @@ def test_a_step_at_full_size_and_its_memory():
 import resource, time, torch, dense
 from model import VisionTransformer
 from train import layer_decay_groups
+torch.manual_seed(0)
 options = dense.parse_maskrcnn(["--data", "coco:x"])
 net = dense.MaskRCNN(VisionTransformer(), 80, options).train()
 optimizer = torch.optim.AdamW(layer_decay_groups(net, 1e-4, 0.05, 0.75))
@@ -845,4 +846,4 @@ print(losses["label"].item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert done.returncode == 0, done.stderr
     label, peak, seconds = map(float, done.stdout.split())
     print(f"peak memory {peak:.1f} GiB, {seconds:.0f} s")
-    assert 4 < label < 6 and peak < 24                                          # ln 81 = 4.4: nothing is known yet
+    assert abs(label - math.log(81)) < 1 and peak < 24                          # nothing is known yet

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, run_script
+from conftest import ROOT, start_script
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -75,7 +75,8 @@ def helps() -> dict[str, str]:
     commands = [f"{script}.py" for script in SCRIPTS if script not in ("losses", "dense", "data")]
     commands += [f"dense.py {name}" for name in ("zeroshot", "words", "upernet", "maskrcnn")]
     commands += [f"data.py {name}" for name in ("preview", "check", "bpe")]
-    return {command: run_script(*command.split(), "--help").stdout for command in commands}
+    running = {command: start_script(*command.split(), "--help") for command in commands}
+    return {command: process.communicate(timeout=300)[0] for command, process in running.items()}
 
 
 @pytest.mark.slow

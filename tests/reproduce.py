@@ -1,0 +1,432 @@
+"""The supplement's tables at pocket scale, on the embedded world: every number and picture of docs/reproduction.md.
+
+    python tests/reproduce.py                   which tables there are, what of each is done, and what the rest costs
+    python tests/reproduce.py ladder            fills a table, three seeds; stop it anywhere, the same command goes on
+    python tests/reproduce.py ladder --quick    one seed, few pairs, into runs/reproduce-quick: does it run?
+    python tests/reproduce.py report            writes docs/reproduction.md and .png anew from the numbers there are
+
+Every number is made by the commands a user has: train.py with a row's options, then an evaluation script.  Each finished
+one is a line of docs/reproduction.jsonl: run (the options of train.py), seed, evaluation, values, seconds, commit.  A
+network stands in several tables and is trained once.  Seconds are of processor time, on one thread each, so that they
+mean the same however many runs share the machine.
+
+The setting is that of the preset `pocket` with fewer pairs, each seen 25 times as in the paper.  How many was fixed by a
+rule before any other method was run: the fewest of 500, 1000, 2000, ... with which `clip` alone, over the three seeds,
+names 30% of the 64 classes; color alone would give 12.5%.
+
+"equal seconds" are runs as long as those of `clip`: a method takes as many steps as the processor time of clip's 25
+epochs pays for, by the seconds a step that both took with equal steps, seed 0.
+"""
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from conftest import ROOT
+
+import data
+from train import duration, ticks
+
+CELLS, PAGE, PICTURE = (ROOT / "docs" / f"reproduction.{kind}" for kind in ("jsonl", "md", "png"))
+PAIRS, EPOCHS, BATCH = 1000, 25, 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained, and what is measured of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+def setting(method: str, pairs: int = PAIRS, epochs: float = EPOCHS, **changes) -> str:
+    """A run: options of train.py"""
+    options = dict(method=method, data=f"shapes:train={pairs}", epochs=epochs, **changes)
+    return shlex.join(part for name, value in options.items() for part in option(name, value))
+
+
+def option(name: str, value) -> list[str]:
+    """mask_ratio, 0.5 -> --mask-ratio 0.5;  causal, False -> --no-causal"""
+    flag = name.replace("_", "-")
+    return [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", f"{value}"]
+
+
+def steps_of(run: str) -> int:
+    words = shlex.split(run)
+    if "--steps" in words:
+        return int(words[words.index("--steps") + 1])
+    pairs = int(re.search(r"train=(\d+)", run)[1]) + ("folder:" in run) * (PAIRS // 2)
+    return int(float(words[words.index("--epochs") + 1]) * (pairs // BATCH))
+
+
+# evaluation -> its command, what it takes instead with --quick, and value -> where that stands in the JSON it writes
+LABELLED = ["--data", "shapes:objects=1-1,train=1000"]
+EVALUATIONS = {
+    "zeroshot": (["eval_zeroshot.py"], [], dict(
+        top1=lambda j: j["results"][0]["top1"],
+        i2t=lambda j: j["results"][1]["image_to_text"]["1"], t2i=lambda j: j["results"][1]["text_to_image"]["1"])),
+    "linear": (["eval_linear.py", *LABELLED], ["--epochs", "5"], dict(
+        top1=lambda j: j["results"]["checkpoint"]["top1"])),
+    "finetune": (["finetune.py", *LABELLED, "--epochs", "20", "--warmup-epochs", "2", "--batch-size", "64"],
+                 ["--epochs", "1"], dict(top1=lambda j: j["top1"])),
+    "words": (["dense.py", "words"], ["--samples", "1"], dict(hit=lambda j: next(iter(j.values()))["hit"])),
+    "maps": (["dense.py", "zeroshot", "--limit", "256"], ["--limit", "16"], dict(miou=lambda j: j["miou"])),
+    "upernet": (["dense.py", "upernet", "--steps", "600", "--limit", "256"], ["--steps", "10", "--limit", "8"],
+                dict(miou=lambda j: j["miou"])),
+    "detector": (["dense.py", "maskrcnn", "--epochs", "0.06", "--limit", "200"], ["--epochs", "0.002", "--limit", "8"],
+                 dict(box=lambda j: j["box"]["AP"], mask=lambda j: j["mask"]["AP"])),
+}
+
+
+@dataclass
+class Row:
+    name: str                                   # as in the paper
+    run: str
+    paper: tuple = ()                           # what the paper reports, a number a column, None where it does not
+    group: str = ""                             # rows of a group are a line in the picture
+    only: tuple[str, ...] = ()                  # the evaluations it takes part in, none: all of the table's
+
+
+@dataclass
+class Table:
+    title: str
+    columns: dict                               # heading -> (evaluation, value)
+    rows: list[Row]
+
+
+ZEROSHOT, LINEAR, FINE = {"0-shot": ("zeroshot", "top1")}, {"linear": ("linear", "top1")}, {"fine-tuned": ("finetune", "top1")}
+RETRIEVAL = {"I2T R@1": ("zeroshot", "i2t"), "T2I R@1": ("zeroshot", "t2i")}
+DENSE = {"UperNet mIoU": ("upernet", "miou"), "box AP": ("detector", "box"), "mask AP": ("detector", "mask")}
+WORDS = {"map mIoU": ("maps", "miou"), "pointing": ("words", "hit")}
+LADDER = {"clip": "CLIP", "clip+mae": "+ MAE", "clip+feature": "+ feature target", "clip+ema": "+ EMA teacher",
+          "maskclip": "+ MLM = MaskCLIP"}
+SYSTEMS = {"clip": "CLIP", "slip": "SLIP", "filip": "FILIP", "declip": "DeCLIP", "defilip": "DeFILIP",
+           "unicl": "UniCL", "maskclip": "MaskCLIP"}
+
+
+def tables(cells: dict) -> dict[str, Table]:
+    """All of them.  Rows of equal seconds are there as soon as the seconds of equal steps are known."""
+    def both(names: dict, paper: dict, only: tuple[str, ...]) -> list[Row]:
+        rows = [Row(names[m], system(m), paper.get(m, ()), "equal steps") for m in names]
+        base = cells.get((system("clip"), 0, "train"))
+        for m in names:
+            own = cells.get((system(m), 0, "train"))
+            if base and own and m != "clip":
+                paid = round(steps_of(system(m)) * base["seconds"] / own["seconds"])
+                rows.append(Row(names[m], f"{system(m)} --steps {paid}", (), "equal seconds", only))
+        return rows
+
+    def sweep(field: str, values: list, default, paper: dict, method: str = "maskclip") -> list[Row]:
+        return [Row(f"{value}", setting(method, **({} if value == default else {field: value})), paper.get(value, ()))
+                for value in values]
+    return {
+        "systems": Table("Supplement Table 1: MaskCLIP and the systems it is compared with",
+                         {**ZEROSHOT, **LINEAR, **FINE},
+                         both(SYSTEMS, {"clip": (26.1, 60.5, 74.3), "slip": (23.0, 65.4, 81.4),
+                                        "defilip": (36.4,), "maskclip": (38.5, 69.1, 79.2)}, ("zeroshot", "linear"))),
+        "ladder": Table("Supplement Table 2: what each part adds", {**ZEROSHOT, **FINE, **DENSE, **RETRIEVAL},
+                        both(LADDER, {"clip": (37.6, 80.5, None, None, None, 52.9, 32.8),
+                                      "clip+mae": (42.1, 83.2, 49.1, 44.5, 40.4, 57.3, 41.1),
+                                      "clip+feature": (42.6, 83.4, 49.9, 45.1, 40.6, 62.3, 41.4),
+                                      "clip+ema": (42.8, 83.6, 50.4, 45.5, 40.9, 65.0, 41.6),
+                                      "maskclip": (44.5, 83.6, 50.5, 45.4, 40.9, 70.1, 45.6)}, ("zeroshot",))),
+        "lambda": Table("Weight of the distillation, lambda of Eq. 8", {**ZEROSHOT, **LINEAR, **FINE},
+                        sweep("distillation_weight", [1, 0.1, 0.05, 0.01], 0.05,
+                              {1: (38.5, 68.2, 82.5), 0.1: (44.4, 73.5, 83.5), 0.05: (44.5, 73.7, 83.6),
+                               0.01: (43.6, 73.0, 83.4)})),
+        "beta": Table("Weight of masked language modelling, beta of Eq. 8", {**ZEROSHOT, **RETRIEVAL},
+                      sweep("mlm_weight", [1, 0.1, 0.05, 0.01], 0.05,
+                            {1: (36.5, 51.7, 32.1), 0.1: (44.3, 69.2, 45.9), 0.05: (44.5, 70.1, 45.6),
+                             0.01: (43.2, 70.6, 45.6)})),
+        "decoder": Table("Blocks of the image decoder", {**ZEROSHOT, **LINEAR}, sweep("decoder_depth", [1, 2, 4], 1, {})),
+        "words-decoder": Table("Blocks of the text decoder (the paper: 0 and 4)", {**ZEROSHOT, **RETRIEVAL},
+                               sweep("text_decoder_depth", [0, 1, 4], 1, {0: (None, 65.2, 44.1), 4: (44.5, 70.1, 45.6)})),
+        "mask": Table("Share of patches hidden from the student", {**ZEROSHOT, **LINEAR},
+                      sweep("mask_ratio", [0.5, 0.75, 0.9], 0.75, {0.75: (44.5, 73.7)})),
+        "causal": Table("Causal or bidirectional text tower", {**ZEROSHOT, **RETRIEVAL},
+                        sweep("causal", [True, False], True, {})),
+        "figure": Table("Supplement Figures 2 and 3: where words are found", WORDS,
+                        [Row(LADDER[m], setting(m)) for m in LADDER]),
+        "pairs": Table("How many pairs there are, each seen 25 times", {**ZEROSHOT, **LINEAR, **RETRIEVAL},
+                       [Row(f"{n}", setting(m, pairs=n), (), m) for m in ("clip", "maskclip")
+                        for n in (500, 1000, 2000, 4000, 8000)]),
+        "length": Table(f"How often each of {PAIRS} pairs is seen", {**ZEROSHOT, **LINEAR, **RETRIEVAL},
+                        [Row(f"{n}", setting(m, epochs=n), (), m) for m in ("clip", "maskclip")
+                         for n in (12, 25, 50, 100)]),
+    }
+
+
+def system(method: str) -> str:
+    """UniCL is CLIP whose data are half pairs, half labelled scenes of one object."""
+    if method == "unicl":
+        return setting("clip", pairs=PAIRS // 2) + f" --data folder:{labelled()}"
+    return setting(method)
+
+
+def labelled() -> str:
+    return f"runs/reproduce/labelled-{PAIRS // 2}"
+
+
+def write_labelled(folder: Path):
+    """A folder a class, as UniCL wants its labels"""
+    world = data.ShapesWorld(split="train", count=PAIRS // 2, size=48, seed=1, objects=(1, 1))
+    for i in range(len(world)):
+        sample = world.read(i)
+        path = folder / world.classes[sample.label] / f"{i:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sample.image.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filling a table
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Lab:
+    """Runs what is not there yet and appends it to a file of cells."""
+
+    def __init__(self, folder: Path, cells: Path, quick: bool, jobs: int):
+        self.folder, self.path, self.quick, self.jobs = folder, cells, quick, jobs
+        self.lock, self.children, self.started, self.busy = threading.Lock(), set(), time.monotonic(), 0.0
+        self.commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                                     text=True).stdout.strip() or "unknown"
+
+    def call(self, *arguments) -> float:
+        """Runs a script on its share of the processors; seconds of processor time.  Its output is kept in a file."""
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        log = self.folder / f"{threading.get_ident()}.log"
+        with open(log, "w") as out:
+            child = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=out,
+                                     stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+            self.children.add(child)
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            self.children.discard(child)
+        if child.returncode:
+            raise SystemExit(f"{shlex.join(map(str, arguments))}\nended with {child.returncode}: "
+                             f"{log.read_text()[-2000:]}")
+        return usage.ru_utime + usage.ru_stime
+
+    def record(self, **cell):
+        cell = dict(cell, commit=self.commit, quick=True) if self.quick else dict(cell, commit=self.commit)
+        with self.lock, open(self.path, "a") as file:
+            file.write(json.dumps(cell) + "\n")
+
+    def train(self, run: str, seed: int, known: bool) -> Path:
+        """The folder of a finished run: found, or trained from the start, so that its seconds are whole."""
+        folder = self.folder / re.sub(r"[^a-z0-9.+=]+", "-", run.lower()).strip("-") / f"seed{seed}"
+        if known and (folder / "last.pt").exists():
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        if "folder:" in run and not Path(ROOT / labelled()).exists():
+            write_labelled(ROOT / labelled())
+        seconds = self.call("train.py", *shlex.split(run), *(["--steps", 8] if self.quick else []),
+                            "--seed", seed, "--device", "cpu", "--out", folder)
+        if not known:
+            self.record(run=run, seed=seed, evaluation="train", values={}, seconds=round(seconds, 1))
+        return folder
+
+    def evaluate(self, name: str, run: str, seed: int, folder: Path) -> dict:
+        script, instead, values = EVALUATIONS[name]
+        out, result = folder / name, folder / f"{name}.json"
+        split = 2 if script[0] == "dense.py" else 1
+        seconds = self.call(*script[:split], folder / "last.pt", *script[split:], *(instead if self.quick else []),
+                            "--seed", seed, "--device", "cpu", "--out", out, "--json", result)
+        shutil.rmtree(out, ignore_errors=True)
+        found = json.loads(result.read_text())
+        values = {value: round(100 * read(found), 2) for value, read in values.items()}
+        self.record(run=run, seed=seed, evaluation=name, values=values, seconds=round(seconds, 1))
+        return values
+
+    def fill(self, name: str, seeds: tuple[int, ...]):
+        """All cells of a table: first those of seed 0, then of the next; what equal seconds cost is known in between."""
+        done = 0
+        while True:
+            cells = read_cells(self.path)
+            missing = wanted(tables(cells)[name], seeds, cells)
+            if not missing:
+                return
+            with ThreadPoolExecutor(self.jobs) as pool:
+                def job(key):
+                    (run, seed), names = key, missing[key]
+                    folder = self.train(run, seed, (run, seed, "train") in cells)
+                    for evaluation in names:
+                        values = self.evaluate(evaluation, run, seed, folder)
+                        say(f"{run}, seed {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in values.items()))
+                for i, _ in enumerate(pool.map(job, missing)):
+                    spent = time.monotonic() - self.started
+                    done += 1
+                    left = spent / done * (len(missing) - i - 1)
+                    say(f"{name}: {i + 1} of {len(missing)} networks, {duration(spent)} spent, {duration(left)} left")
+
+
+def say(line: str):
+    print(line, flush=True)
+
+
+def read_cells(path: Path) -> dict:
+    """(run, seed, evaluation) -> cell"""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {(line["run"], line["seed"], line["evaluation"]): line for line in lines}
+
+
+def wanted(table: Table, seeds: tuple[int, ...], cells: dict) -> dict[tuple, list[str]]:
+    """(run, seed) -> evaluations of it that are missing; a run that only wants training has none."""
+    missing = {}
+    for seed in seeds:
+        for row in table.rows:
+            names = dict.fromkeys(evaluation for evaluation, _ in table.columns.values()
+                                  if not row.only or evaluation in row.only)
+            names = [name for name in names if (row.run, seed, name) not in cells]
+            if names:
+                missing[row.run, seed] = names
+    return missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+MARK = "<!-- what follows is written by tests/reproduce.py -->\n"
+
+
+def values_of(row: Row, column: tuple[str, str], seeds, cells: dict) -> list[float]:
+    """Of the seeds there are"""
+    evaluation, value = column
+    found = [cells.get((row.run, seed, evaluation)) for seed in seeds]
+    return [cell["values"][value] for cell in found if cell]
+
+
+def markdown(table: Table, seeds, cells: dict) -> str:
+    """mean +- standard deviation over the seeds, and below it what the paper reports at its scale"""
+    groups = len({row.group for row in table.rows}) > 1
+    lines = [f"## {table.title}", "", "| " + " | ".join(["", *([""] if groups else []), *table.columns, "steps",
+                                                         "seconds"]) + " |",
+             "|---" * (3 + groups + len(table.columns)) + "|"]
+    for row in table.rows:
+        texts = []
+        for column, theirs in zip(table.columns.values(), [*row.paper, *[None] * len(table.columns)]):
+            own = values_of(row, column, seeds, cells)
+            text = "" if not own else f"{statistics.mean(own):.1f}" + (
+                f" ± {statistics.stdev(own):.1f}" if len(own) > 1 else "") + (
+                f" ({len(own)} of {len(seeds)})" if len(own) < len(seeds) else "")
+            texts.append(text + (f" *{theirs}*" if theirs is not None else ""))
+        trained = [cells[key]["seconds"] for seed in seeds if (key := (row.run, seed, "train")) in cells]
+        cost = f"{statistics.mean(trained):.0f}" if trained else ""
+        lines.append("| " + " | ".join([row.name, *([row.group] if groups else []), *texts, f"{steps_of(row.run)}",
+                                        cost]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(shown: list[Table], seeds, cells: dict, width: int = 420, height: int = 250) -> PIL.Image.Image:
+    """A line of panels a table, one a column: gray dots are seeds, colored ones means, joined within a group."""
+    across = max(len(table.columns) for table in shown)
+    sheet = PIL.Image.new("RGB", (across * width, len(shown) * (height + 30)), "white")
+    pen, font, colors = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(12), ("#1f5fbf", "#c8501e")
+    for r, table in enumerate(shown):
+        top = r * (height + 30)
+        pen.text((10, top + 8), table.title, "black", PIL.ImageFont.load_default(15))
+        names, groups = list(dict.fromkeys(row.name for row in table.rows)), list(dict.fromkeys(
+            row.group for row in table.rows))
+        for c, (heading, column) in enumerate(table.columns.items()):
+            points = [(row, values_of(row, column, seeds, cells)) for row in table.rows]
+            every = [v for _, own in points for v in own]
+            if not every:
+                continue
+            low, high = min(every), max(every)
+            low, high = low - 0.1 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1
+            x0, x1, y0, y1 = c * width + 50, (c + 1) * width - 15, top + 55, top + height - 10
+
+            def place(name, value):
+                return (x0 + (x1 - x0) * (names.index(name) + 0.5) / len(names),
+                        y1 - (y1 - y0) * (value - low) / (high - low))
+            for tick in ticks(low, high):
+                y = place(names[0], tick)[1]
+                pen.line([x0, y, x1, y], "#e4e4e4")
+                pen.text((x0 - 5, y), f"{tick:.6g}", "#444444", font, anchor="rm")
+            for k, name in enumerate(names):
+                short = name.removeprefix("+ ").split(" = ")[-1]
+                pen.text((place(name, low)[0], y1 + 4 + 13 * (k % 2 if len(names) > 4 else 0)), short, "#444444", font,
+                         anchor="mt")
+            pen.text((x0, y0 - 6), heading, "black", font, anchor="ls")
+            for g, group in enumerate(groups):
+                line = [place(row.name, statistics.mean(own)) for row, own in points if own and row.group == group]
+                pen.line(line, colors[g], 2)
+                for row, own in points:
+                    for value in own if row.group == group else ():
+                        x, y = place(row.name, value)
+                        pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill="#b8b8b8")
+                for x, y in line:
+                    pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colors[g])
+                if len(groups) > 1:
+                    pen.text((x1, y0 - 6 - 14 * g), group, colors[g], font, anchor="rs")
+            pen.rectangle([x0, y0, x1, y1], outline="#888888")
+    return sheet
+
+
+def report(seeds, cells: dict):
+    """The page's tables and its picture; what stands above the mark in the page is left as it is."""
+    shown = [table for table in tables(cells).values()
+             if any(values_of(row, column, seeds, cells) for row in table.rows for column in table.columns.values())]
+    above = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# The paper on a laptop\n\n"
+    PAGE.write_text(above + MARK + "\n" + "\n".join(markdown(table, seeds, cells) for table in shown))
+    if shown:
+        draw(shown, seeds, cells).save(PICTURE)
+    say(f"{PAGE.relative_to(ROOT)}, {PICTURE.relative_to(ROOT)}: {len(shown)} tables of {len(cells)} cells")
+
+
+def overview(seeds, cells: dict):
+    """What is there, and the hours of one core that the rest takes, by what the same things have cost so far."""
+    cost = {}
+    for (run, _, evaluation), cell in cells.items():
+        cost.setdefault(evaluation, []).append(cell["seconds"] / (steps_of(run) if evaluation == "train" else 1))
+    for name, table in tables(cells).items():
+        missing, all_cells = wanted(table, seeds, cells), wanted(table, seeds, {})
+        seconds = sum(statistics.mean(cost.get(e, [0])) for names in missing.values() for e in names) + sum(
+            statistics.mean(cost.get("train", [0])) * steps_of(run) for run, seed in missing
+            if (run, seed, "train") not in cells)
+        say(f"{name:14}{sum(map(len, all_cells.values())) - sum(map(len, missing.values())):5} of "
+            f"{sum(map(len, all_cells.values())):3} numbers   {seconds / 3600:5.1f} hours of one core left   {table.title}")
+
+
+def main():
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("tables", nargs="*", help=f"{', '.join(tables({}))}, all, or report; none: an overview")
+    cli.add_argument("--quick", action="store_true", help="one seed and 8 steps a run, into runs/reproduce-quick")
+    cli.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    cli.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
+    o = cli.parse_args()
+    if unknown := set(o.tables) - {*tables({}), "all", "report"}:
+        cli.error(f"no table {', '.join(unknown)}; there are {', '.join(tables({}))}, all, report")
+    seeds = (0,) if o.quick else tuple(range(o.seeds))
+    folder = ROOT / "runs" / ("reproduce-quick" if o.quick else "reproduce")
+    path = folder / "cells.jsonl" if o.quick else CELLS
+    if not o.tables:
+        return overview(seeds, read_cells(path))
+    folder.mkdir(parents=True, exist_ok=True)
+    lab = Lab(folder, path, o.quick, o.jobs)
+    for name in tables({}) if "all" in o.tables else [name for name in o.tables if name != "report"]:
+        try:
+            lab.fill(name, seeds)
+        except KeyboardInterrupt:
+            for child in lab.children:
+                child.terminate()
+            sys.exit(f"stopped; what is done stands in {path}, the same command goes on")
+    if o.quick:
+        for name in o.tables:
+            print(markdown(tables(read_cells(path))[name], seeds, read_cells(path)))
+    else:
+        report(seeds, read_cells(path))
+
+
+if __name__ == "__main__":
+    main()
