@@ -21,7 +21,7 @@ import eval_zeroshot
 import losses
 import model
 import train
-from conftest import run_script
+from conftest import run_script, start_script
 from model import COMPARED, PRESETS, preset_for
 from test_model import EOT, SOT, TINY, captions, tiny
 from test_train import SMALL, metrics
@@ -570,11 +570,20 @@ def test_one_step_at_full_scale(method, tmp_path):
     (tmp_path / "run" / "last.pt").unlink()                     # gigabytes
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short run of each, all at once"""
+    folders = {method: tmp_path_factory.mktemp(method) for method in COMPARED}
+    running = [start_script("train.py", "--method", method, "--steps", 100, "--batch-size", 32, "--image-size", 32,
+                            "--out", folder) for method, folder in folders.items()]
+    for process in running:
+        assert process.communicate(timeout=900) and process.returncode == 0
+    return folders
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", COMPARED)
-def test_learns_at_pocket_scale(method, tmp_path):
-    run_script("train.py", "--method", method, "--steps", 100, "--batch-size", 32, "--image-size", 32,
-               "--out", tmp_path, timeout=900)
-    net, tokenizer, _ = train.load_checkpoint(tmp_path / "last.pt")
+def test_learns_at_pocket_scale(method, trained):
+    net, tokenizer, _ = train.load_checkpoint(trained[method] / "last.pt")
     accuracy = train.zeroshot_accuracy(net, tokenizer, ALONE)
     assert accuracy["color"] > 0.3 and accuracy["zeroshot"] > 0.04, accuracy    # chance: 0.125, 0.016

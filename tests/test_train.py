@@ -175,7 +175,7 @@ def test_accumulation_is_exact_contrast_included(method, count):
 def test_resumed_run_equals_undisturbed_run_to_the_bit(method, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command = [*SMALL, "--method", method, "--steps", 40]
-    run_script(*command, "--out", whole)
+    undisturbed = start_script(*command, "--out", whole)
     interrupted = start_script(*command, "--out", parts)
     while not (parts / "metrics.jsonl").exists() or len(metrics(parts)) < 5:
         time.sleep(0.05)
@@ -183,6 +183,8 @@ def test_resumed_run_equals_undisturbed_run_to_the_bit(method, tmp_path):
     assert "goes on from there" in interrupted.communicate(timeout=60)[0] and interrupted.returncode == 143
     assert 5 <= load_state(parts / "last.pt")["step"] < 40
     run_script(*command, "--out", parts)
+    undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0
     a, b = weights(whole), weights(parts)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert [m["loss"] for m in metrics(whole)] == [m["loss"] for m in metrics(parts)]
