@@ -1,12 +1,13 @@
 """Speed and memory beside the peers, measured side by side in one run; run it in the peers' environment.
 
-    python tests/bench.py                                   all rows, on two cores in under half an hour
+    python tests/bench.py                                   all rows, twenty minutes on two cores
     python tests/bench.py step loader --rounds 9            some rows, more often
     python tests/bench.py --tiny --threads 1 --clock cpu    small sizes on a busy machine: whether it runs, not how fast
 
 Contestants take turns, in each round in the opposite order to that before, on the same data, after a round that does
 not count.  A ratio is the median of the rounds' ratios; beside it stand their lowest and highest.  Aims ">=" are speeds,
-"<=" costs, and one that is missed is marked with "!".  --clock cpu counts processor time, which other programs do not lengthen: right for one thread on a CPU.
+"<=" costs, and one that is missed is marked with "!".  --clock cpu counts processor time, which other programs do not
+lengthen: right for one thread on a CPU.
 This is no test and pytest does not collect it: times belong to the machine they are measured on.
 """
 import argparse
@@ -126,11 +127,12 @@ def clip_tokenizer() -> data.BytePairTokenizer:
 class Ours:
     """One step as in train.train, from pixels and captions on."""
 
-    def __init__(self, config: model.Config, tokenizer: data.BytePairTokenizer):
+    def __init__(self, config: model.Config, tokenizer: data.BytePairTokenizer, compile: bool = False):
         torch.manual_seed(0)
-        self.options = o = train.TrainOptions(**asdict(config))
-        self.net = self.core = model.build(o, tokenizer.eot).to(DEVICE).train()
-        self.collate = train.PairCollate(tokenizer, o.context_length, 1)
+        self.options = o = train.TrainOptions(**asdict(config), compile=compile)
+        self.core = model.build(o, tokenizer.eot).to(DEVICE).train()
+        self.net = torch.compile(self.core) if compile else self.core
+        self.collate = train.PairCollate(tokenizer, o.context_length, 8 if compile else 1)
         has_teacher = model.METHODS[o.method]["target"] == "teacher"
         self.teacher = model.Teacher(self.core).to(DEVICE) if has_teacher else None
         self.optimizer = torch.optim.AdamW(train.param_groups(self.core, o.weight_decay), lr=1e-5,
@@ -415,13 +417,13 @@ def tokens(o) -> list[Row]:
                 f"{len(captions) / statistics.median(took['ours']):,.0f} a second")]
 
 
-def pocket_step(split: str = "train"):
+def pocket_step(compile: bool = False):
     """(Ours of the preset, its images, captions): 64 scenes"""
-    world = data.ShapesWorld(split=split, count=64, size=48)
+    world = data.ShapesWorld(count=64, size=48)
     samples = [world.read(i) for i in range(64)]
     tokenizer = data.BytePairTokenizer.train((s.captions[0] for s in samples), 768)
     images = torch.stack([data.to_tensor(s.image.convert("RGB")) for s in samples])
-    return Ours(model.PRESETS["pocket"], tokenizer), images, [s.captions[0] for s in samples]
+    return Ours(model.PRESETS["pocket"], tokenizer, compile), images, [s.captions[0] for s in samples]
 
 
 def pocket(o) -> list[Row]:
@@ -435,6 +437,19 @@ def pocket(o) -> list[Row]:
     reached = [many * net.flops(captions) / s for s in took["step"]]
     return [row("pocket's step, useful FLOPs", "matrix peak", ">= 0.60", over(reached, peak.rates(took["peak"])),
                 f"{1000 * statistics.median(took['step']) / many:.0f} ms a step of 64")]
+
+
+def compiled(o) -> list[Row]:
+    """The step of the default run under torch.compile."""
+    (net, images, captions), (faster, *_) = pocket_step(), pocket_step(compile=True)
+    started = time.perf_counter()
+    for number in range(2):
+        faster.step(images, captions, number)
+    minutes = (time.perf_counter() - started) / 60
+    took = race(dict(eager=lambda i: lambda: net.step(images, captions, i),
+                     compiled=lambda i: lambda: faster.step(images, captions, i)), o)
+    return [row("pocket's step, --compile", "without", ">= 1", over(took["eager"], took["compiled"]),
+                f"after {minutes:.1f} minutes of compiling")]
 
 
 def zeroshot(o) -> list[Row]:
@@ -530,7 +545,7 @@ def scaling_child(o) -> dict:
 
 
 ROWS = dict(step=step, memory=memory, contrast=contrast, loader=loader, tokenizer=tokens, pocket=pocket,
-            zeroshot=zeroshot, boxes=boxes, scaling=scaling)
+            compile=compiled, zeroshot=zeroshot, boxes=boxes, scaling=scaling)
 CHILDREN = dict(memory=memory_child, contrast=contrast_child, scaling=scaling_child)
 
 
