@@ -571,7 +571,7 @@ def test_one_step_at_full_scale(method, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def learned(tmp_path_factory):
     """The folder of a short run of each, all at once"""
     folders = {method: tmp_path_factory.mktemp(method) for method in COMPARED}
     running = [start_script("train.py", "--method", method, "--steps", 100, "--batch-size", 32, "--image-size", 32,
@@ -583,7 +583,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", COMPARED)
-def test_learns_at_pocket_scale(method, trained):
-    net, tokenizer, _ = train.load_checkpoint(trained[method] / "last.pt")
+def test_learns_at_pocket_scale(method, learned):
+    net, tokenizer, _ = train.load_checkpoint(learned[method] / "last.pt")
     accuracy = train.zeroshot_accuracy(net, tokenizer, ALONE)
     assert accuracy["color"] > 0.3 and accuracy["zeroshot"] > 0.04, accuracy    # chance: 0.125, 0.016
