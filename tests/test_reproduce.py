@@ -80,7 +80,7 @@ def test_the_page_holds_mean_spread_and_the_paper(tmp_path, monkeypatch):
     table = TABLES["beta"]
     run = table.rows[2].run
     cells = cells_of(*(cell(run, seed, "zeroshot", top1=50.0 + seed, i2t=10.0, t2i=20.0) for seed in SEEDS),
-                     cell(run, 0, "train", 321.0))
+                     cell(run, 0, "train", 321.0), cell(table.rows[0].run, 0, "zeroshot", top1=9.0, i2t=1.0, t2i=2.0))
     for name in ("CELLS", "PAGE", "PICTURE"):
         monkeypatch.setattr(reproduce, name, tmp_path / getattr(reproduce, name).name)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -89,6 +89,7 @@ def test_the_page_holds_mean_spread_and_the_paper(tmp_path, monkeypatch):
     page = reproduce.PAGE.read_text()
     assert page.startswith("# Title\n\nWhat was found.") and "old" not in page
     assert "| 0.05 | 51.0 ± 1.0 *44.5* | 10.0 ± 0.0 *70.1* | 20.0 ± 0.0 *45.6* | 775 | 321 |" in page
+    assert "| 1 | 9.0 (1 of 3) *36.5* |" in page and page.count("\n## ") == 1, "only what was measured"
     assert reproduce.PICTURE.stat().st_size > 1000
 
 
