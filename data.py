@@ -1546,7 +1546,7 @@ def name_classes(parts: list) -> list:
 
 
 def hash_names(data) -> str:
-    """sha256 of the names of all records, in order: two runs with the same hash have seen the same list of samples."""
+    """sha256 of the names of all records, in order: the same list of names, whatever pixels and captions they have."""
     digest = hashlib.sha256()
     for i in progress(range(len(data)), len(data), "names hashed"):
         digest.update(f"{data.name(i)}\n".encode())
@@ -2224,14 +2224,16 @@ def main(argv=None):
                              help=f"{OPENS['captions']}; may be repeated (default: shapes)")
         command.add_argument("--split", default="train", help="train, val or test, where the data has splits")
         command.add_argument("--bpe", default="", help="CLIP's merges file (default: learn merges from the captions)")
-        command.add_argument("--vocab-size", type=int, default=1024, help="learned without --bpe (default: 1024)")
+        command.add_argument("--vocab-size", type=int, default=1024,
+                             help="entries that are learned where no --bpe is given (default: 1024)")
         if name == "preview":
             command.add_argument("--out", default="grid.png", help="the picture to write (default: grid.png)")
-            command.add_argument("--rows", type=int, default=4, help="default: 4")
+            command.add_argument("--rows", type=int, default=4, help="rows of the sheet (default: 4)")
             command.add_argument("--columns", type=int, default=6, help="default: 6")
             command.add_argument("--seed", type=int, default=0, help="another seed shows other records (default: 0)")
         if name == "check":
-            command.add_argument("--context-length", type=int, default=77, help="longer captions count as truncated")
+            command.add_argument("--context-length", type=int, default=77,
+                                 help="tokens; longer captions count as truncated (default: 77)")
             command.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
             command.add_argument("--json", default="", help="file for the report as one JSON object")
         if name == "bpe":

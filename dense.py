@@ -577,12 +577,17 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
 POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, crop=64, test_size=64, channels=48, aux_channels=32, distort=False)
 
 
+def without_help(argv: list[str] | None) -> list[str]:
+    """For a first look at what is asked for, after which --help can show the defaults of that recipe"""
+    return [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
+
+
 def parse_upernet(argv=None) -> UperNetOptions:
     """The command line over the recipe that it, or else the data, names."""
-    asked = parse(UperNetOptions, __doc__, argv, positional=("checkpoint",))
+    asked = parse(UperNetOptions, __doc__, without_help(argv), positional=("checkpoint",))
     recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "ade20k"
     defaults = replace(UperNetOptions(test_size=512), **(POCKET if recipe == "pocket" else {}))
-    options = parse(UperNetOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults)
+    options = parse(UperNetOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults, own="ade20k")
     return replace(options, recipe=recipe, out=options.out or f"runs/upernet-{recipe}")
 
 
@@ -1540,8 +1545,8 @@ class MaskRCNNOptions(FineTuneOptions, RunOptions):
     warmup_steps: int = opt(500, "steps of linear warm-up (mmdetection)", "recipe")
     layer_decay: float = opt(0.75, "learning rate of a block relative to the one above it (paper)", "recipe")
     clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (mmdetection; paper silent)", "recipe")
-    short_side: int = opt(800, "images are resized until their short side is this, pixels (paper),", "recipe")
-    long_side: int = opt(1333, "or their long side this (paper)", "recipe")
+    short_side: int = opt(800, "images are resized until their short side is this, pixels (paper), or", "recipe")
+    long_side: int = opt(1333, "until their long side is this (paper), whichever is first", "recipe")
     channels: int = opt(256, "channels of the FPN's maps and in the mask head (mmdetection)", "detector")
     head_width: int = opt(1024, "width of the box head (mmdetection)", "detector")
     mask_depth: int = opt(4, "convolutions of the mask head (mmdetection)", "detector")
@@ -1561,14 +1566,14 @@ POCKET_DETECTOR = dict(
 
 def parse_maskrcnn(argv=None) -> MaskRCNNOptions:
     """The command line over the recipe that it, or else the data, names; with --eval, over the options of OUT's run."""
-    asked = parse(MaskRCNNOptions, __doc__, argv, positional=("checkpoint",))
+    asked = parse(MaskRCNNOptions, __doc__, without_help(argv), positional=("checkpoint",))
     recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "coco"
     defaults = replace(MaskRCNNOptions(), **(POCKET_DETECTOR if recipe == "pocket" else {}), recipe=recipe,
                        out=f"runs/maskrcnn-{recipe}")
     if asked.eval:
         trained = trained_detector(Path(asked.out or defaults.out))["config"]
         defaults = MaskRCNNOptions(**dict(trained, device="auto", precision="auto", json=""))
-    return replace(parse(MaskRCNNOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults),
+    return replace(parse(MaskRCNNOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults, own="coco"),
                    recipe=defaults.recipe)
 
 

@@ -4,7 +4,8 @@
                the class token or the mean of the patches after the final norm
     head       BatchNorm without scale and shift, then a linear layer
     training   cross-entropy; LARS with momentum 0.9 and no weight decay; 90 epochs; learning rate 6.4 at batch 16384,
-               scaled with the batch, cosine to 0; random crops, one draw an image, and mirroring
+               scaled with the batch (not under 100,000 records), cosine to 0; random crops, one draw an image, and
+               mirroring
     test       top-1; short side resized to 256/224 of the input side, centre cut out
                                                                                     (supplement B; MAE)
     python eval_linear.py                                                  runs/pocket/last.pt, scenes of one object

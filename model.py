@@ -1,10 +1,10 @@
 """The networks of MaskCLIP, from the patch to the teacher, in reading order.
 
     images (B,3,H,W) ──┬─ student ViT, all patches ─► image_proj ─► z_I (B,E)                            encode_image
-                       ├─ student ViT, K visible patches ─► 1-layer decoder ─► h ─► codes (B,M,C)        Masked branch
+                       ├─ student ViT, K visible patches ─► 1-layer decoder ─► h ─► codes (B,M,C)        predict_hidden
                        └─ EMA teacher ViT, all patches ─► h ─► soft codes (B,M,C), no gradient           Teacher
     tokens (B,L)    ───┬─ text transformer ─► end token ─► text_proj ─► z_T (B,E)                        encode_text
-                       └─ text transformer, 20% masked ─► 4-layer text decoder ─► word logits (n,V)      Word branch
+                       └─ text transformer, 20% masked ─► 4-layer text decoder ─► word logits (n,V)      predict_words
 
 Config holds every number of a run, PRESETS the named ones, METHODS the rows of supplement Table 2.
 SLIP, FILIP, DeCLIP and DeFILIP, which the paper compares with, stand together at the end; nothing before needs them.
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import losses
-from data import MEAN, STD, BytePairTokenizer, UserError, one_line, read_json
+from data import MEAN, STD, BytePairTokenizer, UserError, one_line, read_json, say
 from losses import patchify
 
 
@@ -46,8 +46,8 @@ def opt(default, help: str, group: str = "run", choices=None):
 @dataclass
 class Config:
     """A model and its training recipe.  Defaults are the paper's main run: ViT-B/16 on YFCC15M, batch 4096."""
-    method: str = opt("maskclip", "what to train: clip, clip+mae, clip+feature, clip+ema, maskclip (the rows of "
-                      "supplement Table 2), or a compared system", "what")
+    method: str = opt("maskclip", "what to train: clip, or a row of supplement Table 2 (clip+mae, clip+feature, "
+                      "clip+ema, maskclip), or a compared system (slip, filip, declip, defilip)", "what")
     # image tower
     image_size: int = opt(224, "side of the square input, pixels (paper)", "image tower")
     patch_size: int = opt(16, "side of a patch, pixels (paper)", "image tower")
@@ -116,7 +116,8 @@ class Config:
     lr_end: float = opt(1e-5, "learning rate at the last step, reached by half a cosine (paper)", "recipe")
     lr_start: float = opt(1e-6, "learning rate at step 0 of the warm-up (SLIP; paper silent)", "recipe")
     warmup_epochs: float = opt(1.0, "epochs of linear warm-up (paper)", "recipe")
-    weight_decay: float = opt(0.1, "AdamW weight decay of matrices; vectors, tokens, positions: none (paper)", "recipe")
+    weight_decay: float = opt(0.1, "AdamW weight decay of matrices (paper); vectors, tokens, positions: none (ours)",
+                              "recipe")
     beta2: float = opt(0.98, "AdamW beta2, beta1 is 0.9 (SLIP; paper silent)", "recipe")
     eps: float = opt(1e-8, "AdamW epsilon (SLIP; paper silent)", "recipe")
     clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (paper silent, SLIP none)", "recipe")
@@ -756,9 +757,10 @@ class MaskCLIP(nn.Module):
 
         def code_loss(student, teacher, codes):
             """Summed over rows: (rows, bottleneck) of student and teacher against their own (C, bottleneck) codes"""
-            return len(student) * losses.distillation_loss(
-                student @ codes.T, teacher @ target["codes"].T, None, self.config.temp_s, target["temp"],
-                target["center"])
+            with torch.autocast(student.device.type, enabled=False):    # divided by 0.04, rounding to bf16 would show
+                return len(student) * losses.distillation_loss(
+                    student @ codes.T, teacher @ target["codes"].T, None, self.config.temp_s, target["temp"],
+                    target["center"])
         student = self.quantizer.bottleneck(x).flatten(0, 1)                                    # (B*M, bottleneck)
         codes = self.quantizer.unit_codes()                                                     # (C, bottleneck)
         total = losses.sum_in_chunks(code_loss, LOGIT_ROWS, student, target["features"].flatten(0, 1), codes)
@@ -1181,6 +1183,9 @@ def read_timm(path: str) -> dict[str, Tensor]:
     about = read_json(file.with_name("config.json")) if file.with_name("config.json").is_file() else {}
     try:
         pixels = about.get("pretrained_cfg", {})
+        if "mean" not in pixels:
+            say(f"note: no config.json beside {path} says how its pixels are normalized: ImageNet's mean and deviation "
+                f"are assumed, as most of timm's towers have them (augreg's and CLIP's have not)")
         return renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD), "visual.")
     except Exception as error:                  # of a damaged or foreign file, whatever stumbles over it
         raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None

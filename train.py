@@ -5,7 +5,7 @@
     torchrun --nnodes 4 --nproc-per-node 8 ... train.py --preset vit-b16-yfcc15m --data ... --bpe ...   the paper's run
 
 One step, in the order of `train`:  schedules; masks; teacher without gradient; all branches in one forward; backward;
-clip; optimizer; clamp the logit scale; teacher <- average; log; save.
+clip; is all finite?; now and then save; optimizer; clamp the logit scale; teacher <- average, its centre; log.
 Every random choice is a function of (seed, step) and of the row in the global batch, never of the process, so a run can
 be stopped anywhere and go on, on another number of processes too.
 """
@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import sys
 import time
@@ -75,11 +76,12 @@ class TrainOptions(RunOptions, Config):
     plan: bool = opt(False, "train nothing: print what the run would cost on --gpus", "plan")
     gpus: int = opt(8, "devices to plan for", "plan")
     gpu: str = opt("h100", "their kind", "plan", ("h200", "h100", "a100", "a100-40gb", "l40s", "4090", "v100"))
-    pairs: int = opt(15_000_000, "pairs of the data to plan for (YFCC15M's; CC3M 3 million)", "plan")
+    pairs: int = opt(15_000_000, "pairs of the data to plan for (YFCC15M's)", "plan")
     utilization: float = opt(0.4, "share of the peak that is assumed to be reached (a guess, measure yours)", "plan")
 
 
-# fields in which a resumed run may differ from the interrupted one: they change neither data nor arithmetic
+# fields in which a resumed run may differ from the interrupted one: they change neither the data nor what is computed,
+# only where, in which parts and how exactly
 FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate", "checkpoint_every", "log_every",
                   "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "fit", "plan", "gpus", "gpu", "pairs",
                   "utilization"}
@@ -127,6 +129,7 @@ def parse_train_options(argv=None) -> TrainOptions:
     first.add_argument("--method", default=TrainOptions.method)
     chosen = first.parse_known_args(argv)[0]
     defaults = TrainOptions(**asdict(preset_for(chosen.preset, chosen.method)), preset=chosen.preset)
+    defaults.pairs = {"pocket": 20_000, "vit-b16-cc3m": 3_000_000}.get(chosen.preset, defaults.pairs)
     options = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
     options.out = options.out or f"runs/{options.preset}"
     check_options(options)
@@ -158,6 +161,9 @@ def run(main):
     except UserError as error:
         say(f"error: {data_module.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                                 # train.py --plan | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -855,7 +861,8 @@ def train(options: TrainOptions):
     log = Log(out, runtime.is_main, total, options.batch_size, first)
     if runtime.is_main:
         with tell_if_full(out / "config.json"):
-            write_text_atomically(out / "config.json", json.dumps(dict(asdict(options), data_hash=identity), indent=1))
+            described = dict(asdict(options), records=len(data), data_hash=identity)
+            write_text_atomically(out / "config.json", json.dumps(described, indent=1))
         announce(options, data, core, tokenizer, total, first, runtime)
     weights = {f.name.removesuffix("_weight"): getattr(options, f.name) for f in fields(Config)
                if f.name.endswith("_weight")}
@@ -989,7 +996,8 @@ def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtim
         accuracy = zeroshot_accuracy(core, tokenizer, runtime, count)
         say(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
             f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)")
-    say(f"next:  python eval_zeroshot.py {o.out}/last.pt   |   python dense.py words {o.out}/last.pt")
+    spec = "" if o.data[0].startswith("shapes") else f" --data {shlex.quote(o.data[0])}"
+    say(f"next:  python eval_zeroshot.py {o.out}/last.pt{spec}   |   python dense.py words {o.out}/last.pt{spec}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1024,7 +1032,7 @@ def plan(o: TrainOptions):
     hours = steps * seconds / 3600
     gb = {name: value / 1e9 for name, value in need.items()}
     print(f"plan: {o.method}, preset {o.preset}, {o.gpus} x {o.gpu} in {'bf16' if bf16 else 'fp32'}, "
-          f"captions of {o.context_length} tokens, all of which real ones seldom need")
+          f"as if every caption had {o.context_length} tokens")
     print(f"steps          {steps:,}" + ("" if o.steps else
           f" = {o.epochs:g} epochs x {o.pairs:,} pairs / batch of {o.batch_size:,}"))
     print(f"FLOPs          {flops / 1e15:.2f} P a step = {o.batch_size:,} pairs x {flops / o.batch_size / 1e9:.1f} G "

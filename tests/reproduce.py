@@ -2,7 +2,7 @@
 
     python tests/reproduce.py                   which tables there are, what of each is done, and what the rest costs
     python tests/reproduce.py ladder            fills a table, three seeds; stop it anywhere, the same command goes on
-    python tests/reproduce.py ladder --quick    one seed, few pairs, into runs/reproduce-quick: does it run?
+    python tests/reproduce.py ladder --quick    one seed, eight steps a run, into runs/reproduce-quick: does it run?
     python tests/reproduce.py report            writes docs/reproduction.md and .png anew from the numbers there are
 
 Every number is made by the commands a user has: train.py with a row's options, then an evaluation script.  Each is a
@@ -402,12 +402,13 @@ def overview(seeds, cells: dict):
         cost.setdefault(evaluation, []).append(cell["seconds"] / (steps_of(run) if evaluation == "train" else 1))
     for name, table in tables(cells).items():
         missing, all_cells = wanted(table, seeds, cells), wanted(table, seeds, {})
+        known = "train" in cost
         seconds = sum(statistics.mean(cost.get(e, [0])) for names in missing.values() for e in names) + sum(
             statistics.mean(cost.get("train", [0])) * steps_of(run) for run, seed in missing
             if (run, seed, "train") not in cells)
         total, left = sum(map(len, all_cells.values())), sum(map(len, missing.values()))
-        say(f"{name:14}{total - left:4} of {total:3} numbers   {seconds / 3600:5.1f} hours of one core left   "
-            f"{table.title.split(' (')[0]}")
+        say(f"{name:14}{total - left:4} of {total:3} numbers   {f'{seconds / 3600:.1f}' if known else '?':>5} hours of "
+            f"one core left   {table.title.split(' (')[0]}")
 
 
 def main():
@@ -428,7 +429,8 @@ def main():
         return overview(seeds, read_cells(path))
     folder.mkdir(parents=True, exist_ok=True)
     lab = Lab(folder, path, o.quick, o.jobs, o.only)
-    for name in tables({}) if "all" in o.tables else [name for name in o.tables if name != "report"]:
+    names = list(tables({})) if "all" in o.tables else [name for name in o.tables if name != "report"]
+    for name in names:
         try:
             lab.fill(name, seeds)
         except KeyboardInterrupt:
@@ -436,7 +438,7 @@ def main():
                 child.terminate()
             sys.exit(f"stopped; what is done stands in {path}, the same command goes on")
     if o.quick:
-        for name in o.tables:
+        for name in names:
             print(markdown(tables(read_cells(path))[name], seeds, read_cells(path)))
     else:
         report(seeds, read_cells(path))

@@ -392,7 +392,7 @@ print(time.process_time() - start, before / 2 ** 20, peak / 2 ** 20)
 @pytest.mark.soak
 @pytest.mark.slow
 def test_time_and_memory_of_accumulation():
-    """The table of README: one step of ViT-B/32 at batch 64, forward and backward, each N in a process of its own."""
+    """The table of docs/SPEED.md: one step of ViT-B/32 at batch 64, forward and backward, each N in a process of its own."""
     B, table = int(os.environ.get("BATCH", 64)), {}
     for count in (1, 2, 4, 8):
         done = subprocess.run([sys.executable, "-c", STEP, ROOT, str(count), str(B)], capture_output=True, text=True,

@@ -35,7 +35,7 @@ def test_every_name_a_page_points_to_exists(page):
 
 def test_every_bare_name_in_the_reading_order_exists():
     """There a name stands without its module; it must be one of a class or function of ours."""
-    order = README[README.index("About an hour of reading"):README.index("Each letter is used")]
+    order = README[README.index("About an hour of reading"):README.index("Within a file each letter")]
     names = re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", order)
     names = [name for name in names if not name.endswith(".py")]
     assert len(names) > 12
@@ -66,7 +66,7 @@ def test_line_counts(module):
 
 
 def test_readme_is_read_in_one_sitting():
-    assert len(README.splitlines()) <= 330
+    assert len(README.splitlines()) <= 345
 
 
 @pytest.fixture(scope="module")
