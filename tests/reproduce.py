@@ -43,6 +43,7 @@ import data
 from train import duration, ticks
 
 CELLS, PAGE, PICTURE = (ROOT / "docs" / f"reproduction.{kind}" for kind in ("jsonl", "md", "png"))
+FIGURE = ROOT / "docs" / "reproduction-words.png"
 PAIRS, EPOCHS, BATCH = 2000, 25, 64
 
 
@@ -275,6 +276,15 @@ class Lab:
                     say(f"{name}: {i + 1} of {len(missing)} networks, {duration(spent)} spent, {duration(left)} left")
 
 
+    def figure(self):
+        """The same words in the same pictures by MaskCLIP and by CLIP, seed 0."""
+        cells = read_cells(self.path)
+        ours, theirs = (self.train(setting(m), 0, (setting(m), 0, "train") in cells) for m in ("maskclip", "clip"))
+        out = self.folder / "figure"
+        self.call("dense.py", "words", ours / "last.pt", "--compare", theirs / "last.pt", "--out", out)
+        shutil.copy(out / "words.png", out / "quick.png" if self.quick else FIGURE)
+
+
 def say(line: str):
     print(line, flush=True)
 
@@ -325,6 +335,8 @@ def markdown(table: Table, seeds, cells: dict) -> str:
     groups = len({row.group for row in rows}) > 1
     head = ["", *([""] if groups else []), *columns, "steps", "seconds"]
     lines = [f"## {table.title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    if table.columns == WORDS and FIGURE.exists():
+        lines[1:1] = ["", f"![words in pictures, by MaskCLIP and by CLIP]({FIGURE.name})"]
     for row in rows:
         paper = dict(zip(table.columns, row.paper))
         texts = []
@@ -389,7 +401,8 @@ def report(seeds, cells: dict):
     """The page's tables and its picture; what stands above the mark in the page is left as it is."""
     shown = [table for table in tables(cells).values() if len(measured(table, seeds, cells)[0]) > 1]
     above = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# The paper on a laptop\n\n"
-    PAGE.write_text(above + MARK + "\n" + "\n".join(markdown(table, seeds, cells) for table in shown))
+    written = [f"![all tables as panels]({PICTURE.name})\n", *(markdown(table, seeds, cells) for table in shown)]
+    PAGE.write_text(above + MARK + "\n" + "\n".join(written))
     if shown:
         draw(shown, seeds, cells).save(PICTURE)
     say(f"{PAGE.relative_to(ROOT)}, {PICTURE.relative_to(ROOT)}: {len(shown)} tables of {len(cells)} cells")
@@ -433,6 +446,8 @@ def main():
     for name in names:
         try:
             lab.fill(name, seeds)
+            if name == "figure":
+                lab.figure()
         except KeyboardInterrupt:
             for child in lab.children:
                 child.terminate()
