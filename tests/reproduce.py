@@ -399,7 +399,8 @@ def draw(shown: list[Table], seeds, cells: dict, width: int = 420, height: int =
 
 def report(seeds, cells: dict):
     """The page's tables and its picture; what stands above the mark in the page is left as it is."""
-    shown = [table for table in tables(cells).values() if len(measured(table, seeds, cells)[0]) > 1]
+    shown = [table for table in tables(cells).values()
+             if len({row.name for row in measured(table, seeds, cells)[0]}) > 1]
     above = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# The paper on a laptop\n\n"
     written = [f"![all tables as panels]({PICTURE.name})\n", *(markdown(table, seeds, cells) for table in shown)]
     PAGE.write_text(above + MARK + "\n" + "\n".join(written))
