@@ -14,7 +14,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # of other programs that the pages call
 THEIR_OPTIONS = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "durations", "output_format",
                  "incremental_mode", "retries", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time",
-                 "signal", "requeue", "max-restarts"}
+                 "signal", "requeue", "max-restarts", "no-deps"}
 
 
 def find(module: str, name: str):
