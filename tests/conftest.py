@@ -32,7 +32,11 @@ def start_script(*arguments, processes: int = 0) -> subprocess.Popen:
 
 def run_script(*arguments, processes: int = 0, check: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:
     """The same, waiting for its end and for the exit status `check`."""
-    done = start_script(*arguments, processes=processes)
-    out, err = done.communicate(timeout=timeout)
-    assert done.returncode == check, f"exit {done.returncode}\n{out[-3000:]}\n{err[-3000:]}"
-    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+    return finish_script(start_script(*arguments, processes=processes), check, timeout)
+
+
+def finish_script(process: subprocess.Popen, check: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:
+    """Waits for what start_script started."""
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == check, f"exit {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -39,7 +39,7 @@ import PIL.ImageFont
 
 from conftest import ROOT
 
-import data
+from data import ShapesWorld, say
 from train import duration, ticks
 
 CELLS, PAGE, PICTURE = (ROOT / "docs" / f"reproduction.{kind}" for kind in ("jsonl", "md", "png"))
@@ -185,13 +185,15 @@ def labelled() -> str:
 
 
 def write_labelled(folder: Path):
-    """A folder a class, as UniCL wants its labels"""
-    world = data.ShapesWorld(split="train", count=PAIRS // 2, size=48, seed=1, objects=(1, 1))
+    """A folder a class, as UniCL wants its labels; whole or not there."""
+    partial = folder.with_name(folder.name + ".tmp")
+    world = ShapesWorld(split="train", count=PAIRS // 2, size=48, seed=1, objects=(1, 1))
     for i in range(len(world)):
         sample = world.read(i)
-        path = folder / world.classes[sample.label] / f"{i:05}.png"
+        path = partial / world.classes[sample.label] / f"{i:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         sample.image.save(path)
+    partial.rename(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ class Lab:
 
     def __init__(self, folder: Path, cells: Path, quick: bool, jobs: int, only: tuple[str, ...]):
         self.folder, self.path, self.quick, self.jobs, self.only = folder, cells, quick, jobs, only
-        self.lock, self.children, self.started, self.busy = threading.Lock(), set(), time.monotonic(), 0.0
+        self.lock, self.started = threading.Lock(), time.monotonic()
         self.commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
                                      text=True).stdout.strip() or "unknown"
 
@@ -214,19 +216,16 @@ class Lab:
         with open(log, "w") as out:
             child = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=out,
                                      stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
-            self.children.add(child)
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
-            self.children.discard(child)
         if child.returncode:
             raise SystemExit(f"{shlex.join(map(str, arguments))}\nended with {child.returncode}: "
                              f"{log.read_text()[-2000:]}")
         return usage.ru_utime + usage.ru_stime
 
     def record(self, **cell):
-        cell = dict(cell, commit=self.commit, quick=True) if self.quick else dict(cell, commit=self.commit)
         with self.lock, open(self.path, "a") as file:
-            file.write(json.dumps(cell) + "\n")
+            file.write(json.dumps(dict(cell, commit=self.commit)) + "\n")
 
     def train(self, run: str, seed: int, known: bool) -> Path:
         """The folder of a finished run: found, or trained from the start, so that its seconds are whole."""
@@ -234,8 +233,6 @@ class Lab:
         if known and (folder / "last.pt").exists():
             return folder
         shutil.rmtree(folder, ignore_errors=True)
-        if "folder:" in run and not Path(ROOT / labelled()).exists():
-            write_labelled(ROOT / labelled())
         seconds = self.call("train.py", *shlex.split(run), *(["--steps", 8] if self.quick else []),
                             "--seed", seed, "--device", "cpu", "--out", folder)
         if not known:
@@ -262,6 +259,8 @@ class Lab:
             missing = wanted(tables(cells)[name], seeds, cells, self.only)
             if not missing:
                 return
+            if any("folder:" in run for run, _ in missing) and not (ROOT / labelled()).exists():
+                write_labelled(ROOT / labelled())               # before two runs could want it at once
             with ThreadPoolExecutor(self.jobs) as pool:
                 def job(key):
                     (run, seed), names = key, missing[key]
@@ -275,7 +274,6 @@ class Lab:
                     left = spent / done * (len(missing) - i - 1)
                     say(f"{name}: {i + 1} of {len(missing)} networks, {duration(spent)} spent, {duration(left)} left")
 
-
     def figure(self):
         """The same words in the same pictures by MaskCLIP and by CLIP, seed 0."""
         cells = read_cells(self.path)
@@ -283,10 +281,6 @@ class Lab:
         out = self.folder / "figure"
         self.call("dense.py", "words", ours / "last.pt", "--compare", theirs / "last.pt", "--out", out)
         shutil.copy(out / "words.png", out / "quick.png" if self.quick else FIGURE)
-
-
-def say(line: str):
-    print(line, flush=True)
 
 
 def read_cells(path: Path) -> dict:
@@ -416,12 +410,11 @@ def overview(seeds, cells: dict):
         cost.setdefault(evaluation, []).append(cell["seconds"] / (steps_of(run) if evaluation == "train" else 1))
     for name, table in tables(cells).items():
         missing, all_cells = wanted(table, seeds, cells), wanted(table, seeds, {})
-        known = "train" in cost
         seconds = sum(statistics.mean(cost.get(e, [0])) for names in missing.values() for e in names) + sum(
             statistics.mean(cost.get("train", [0])) * steps_of(run) for run, seed in missing
             if (run, seed, "train") not in cells)
         total, left = sum(map(len, all_cells.values())), sum(map(len, missing.values()))
-        say(f"{name:14}{total - left:4} of {total:3} numbers   {f'{seconds / 3600:.1f}' if known else '?':>5} hours of "
+        say(f"{name:14}{total - left:4} of {total:3} numbers   {f'{seconds / 3600:.1f}' if cost else '?':>5} hours of "
             f"one core left   {table.title.split(' (')[0]}")
 
 
@@ -449,9 +442,7 @@ def main():
             lab.fill(name, seeds)
             if name == "figure":
                 lab.figure()
-        except KeyboardInterrupt:
-            for child in lab.children:
-                child.terminate()
+        except KeyboardInterrupt:                               # of the scripts too, and the pool has waited for them
             sys.exit(f"stopped; what is done stands in {path}, the same command goes on")
     if o.quick:
         for name in names:

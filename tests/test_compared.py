@@ -21,7 +21,7 @@ import eval_zeroshot
 import losses
 import model
 import train
-from conftest import run_script, start_script
+from conftest import finish_script, run_script, start_script
 from model import COMPARED, PRESETS, preset_for
 from test_model import EOT, SOT, TINY, captions, tiny
 from test_train import SMALL, metrics
@@ -577,7 +577,7 @@ def learned(tmp_path_factory):
     running = [start_script("train.py", "--method", method, "--steps", 100, "--batch-size", 32, "--image-size", 32,
                             "--out", folder) for method, folder in folders.items()]
     for process in running:
-        assert process.communicate(timeout=900) and process.returncode == 0
+        finish_script(process, timeout=900)
     return folders
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, start_script
+from conftest import ROOT, finish_script, start_script
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -76,7 +76,7 @@ def helps() -> dict[str, str]:
     commands += [f"dense.py {name}" for name in ("zeroshot", "words", "upernet", "maskrcnn")]
     commands += [f"data.py {name}" for name in ("preview", "check", "bpe")]
     running = {command: start_script(*command.split(), "--help") for command in commands}
-    return {command: process.communicate(timeout=300)[0] for command, process in running.items()}
+    return {command: finish_script(process).stdout for command, process in running.items()}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-from conftest import SHARED, needs_shared, run_script, start_script
+from conftest import SHARED, finish_script, needs_shared, run_script, start_script
 from model import METHODS
 from train import cosine_schedule, load_checkpoint, load_state, save_atomically
 
@@ -183,8 +183,7 @@ def test_resumed_run_equals_undisturbed_run_to_the_bit(method, tmp_path):
     assert "goes on from there" in interrupted.communicate(timeout=60)[0] and interrupted.returncode == 143
     assert 5 <= load_state(parts / "last.pt")["step"] < 40
     run_script(*command, "--out", parts)
-    undisturbed.communicate(timeout=300)
-    assert undisturbed.returncode == 0
+    finish_script(undisturbed)
     a, b = weights(whole), weights(parts)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert [m["loss"] for m in metrics(whole)] == [m["loss"] for m in metrics(parts)]
