@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import losses
 from data import MEAN, STD, BytePairTokenizer, UserError, one_line, read_json, say
-from losses import patchify
+from losses import fp32, patchify
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self._check_input_dim(x)
         axes = [0, *range(2, x.ndim)]
         count = torch.full((x.shape[1],), x.numel() / x.shape[1], device=x.device)
-        own = torch.stack([count, x.float().mean(axes), x.float().var(axes, correction=0)])     # (3, C)
+        own = torch.stack([count, fp32(x).mean(axes), fp32(x).var(axes, correction=0)])       # (3, C)
         count, mean, var = losses.gather(own[None]).unbind(dim=1)                               # (W, C) each
         n = count.sum(dim=0)                                                                    # (C,)
         joint_mean = (count * mean).sum(dim=0) / n
@@ -598,11 +598,11 @@ class Quantizer(nn.Module):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, bottleneck), unit length"""
-        return F.normalize(self.mlp(x).float(), dim=-1)
+        return F.normalize(fp32(self.mlp(x)), dim=-1)
 
     def unit_codes(self) -> Tensor:
         """(C, bottleneck), unit length"""
-        return F.normalize(self.codes.float(), dim=-1)
+        return F.normalize(fp32(self.codes), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, C) logits, each in [-1, 1]"""
@@ -678,7 +678,7 @@ class MaskCLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) normalized pixels -> (B, E), unit length"""
-        return F.normalize(self.image_proj(self.image_features(images)).float(), dim=-1)
+        return F.normalize(fp32(self.image_proj(self.image_features(images))), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(B, L) ids with start and end -> (B, E), unit length; computed up to the longest caption only"""
@@ -687,7 +687,7 @@ class MaskCLIP(nn.Module):
 
     def embed_text(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, L, D) text features -> (B, E), unit length"""
-        return F.normalize(self.text_proj(self.pool_text(x, tokens)).float(), dim=-1)
+        return F.normalize(fp32(self.text_proj(self.pool_text(x, tokens))), dim=-1)
 
     @torch.no_grad()
     def encode_classes(self, names, templates, tokenizer) -> Tensor:
@@ -705,7 +705,7 @@ class MaskCLIP(nn.Module):
 
     def encode_patches(self, images: Tensor, path: str = "code") -> Tensor:
         """(B, 3, h, w) -> (B, N, E) unit-length patch embeddings in the joint space, by DenseCLIP's value path"""
-        return F.normalize(self.image_proj(self.visual.value_features(images, path)).float(), dim=-1)
+        return F.normalize(fp32(self.image_proj(self.visual.value_features(images, path))), dim=-1)
 
     def forward(self, batch: dict[str, Tensor], target: dict | None = None) -> tuple[dict, dict]:
         """One pass of all branches, so that DistributedDataParallel sees one forward.
@@ -875,8 +875,8 @@ class SLIP(MaskCLIP):
         """batch holds view1, view2 (B,3,H,W) besides; so does what is returned, (B, D) each."""
         views = torch.stack([batch["images"], batch["view1"], batch["view2"]], dim=1).flatten(0, 1)     # (3B, 3, H, W)
         x = self.image_features(views)                                                          # (3B, D)
-        return dict(image=F.normalize(self.image_proj(x[::3]).float(), dim=-1), view1=x[1::3].float(),
-                    view2=x[2::3].float(), text=self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"]))
+        return dict(image=F.normalize(fp32(self.image_proj(x[::3])), dim=-1), view1=fp32(x[1::3]),
+                    view2=fp32(x[2::3]), text=self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"]))
 
     def forward(self, batch: dict[str, Tensor], target: None = None) -> tuple[dict, dict]:
         return self.encode(batch), {}
@@ -897,11 +897,11 @@ class FILIP(MaskCLIP):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) normalized pixels -> (B, N, E), unit length"""
-        return F.normalize(self.image_proj(self.visual(images)[:, 1:]).float(), dim=-1)
+        return F.normalize(fp32(self.image_proj(self.visual(images)[:, 1:])), dim=-1)
 
     def embed_text(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, L, D) text features -> (B, L, E), unit length, zero where there is no word"""
-        return F.normalize(self.text_proj(x).float(), dim=-1) * between_ends(tokens, self.eot)
+        return F.normalize(fp32(self.text_proj(x)), dim=-1) * between_ends(tokens, self.eot)
 
     def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(token=self.both_ways(*losses.token_contrastive_loss(
@@ -938,7 +938,7 @@ class DeCLIP(MaskCLIP):
 
     def features(self, batch: dict[str, Tensor], views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
         """What the towers returned -> image1, image2 (B, E) of any length, text1, text2 (B, E) of unit length"""
-        image = self.image_proj(self.pool_image(views)).float()                                 # (2B, E)
+        image = fp32(self.image_proj(self.pool_image(views)))                                   # (2B, E)
         return dict(image1=image[::2], image2=image[1::2], text1=self.embed_text(text1, batch["tokens"]),
                     text2=self.embed_text(text2, batch["tokens2"]))
 
@@ -985,8 +985,8 @@ class DeFILIP(DeCLIP):
 
     def features(self, batch: dict[str, Tensor], views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
         """DeCLIP's, and patches1, patches2 (B, N, E), words1 (B, L, E), words2 (B, L', E) as in FILIP"""
-        patches = F.normalize(self.patch_proj(views[:, 1:]).float(), dim=-1)                    # (2B, N, E)
-        words1, words2 = (F.normalize(self.word_proj(x).float(), dim=-1) * between_ends(tokens, self.eot)
+        patches = F.normalize(fp32(self.patch_proj(views[:, 1:])), dim=-1)                      # (2B, N, E)
+        words1, words2 = (F.normalize(fp32(self.word_proj(x)), dim=-1) * between_ends(tokens, self.eot)
                           for x, tokens in ((text1, batch["tokens"]), (text2, batch["tokens2"])))
         return dict(super().features(batch, views, text1, text2), patches1=patches[::2], patches2=patches[1::2],
                     words1=words1, words2=words2)

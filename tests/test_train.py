@@ -141,10 +141,10 @@ def test_a_result_that_could_not_be_written_is_told_before_the_work(tmp_path, co
 # ------------------------------------------------------------------------------------------------------ exactness
 
 def gradients(method, count, weights={"distillation": 0.05, "pixel": 0.05, "mlm": 0.05}):
-    """The gradient of one step over `count` micro-batches, after its batch went through the same preparation."""
+    """The gradient of one step over `count` micro-batches, in float64, after its batch was prepared as in training."""
     from model import Teacher
     from test_model import tiny, SOT
-    net = tiny(method, drop_path=0.0)
+    net = tiny(method, drop_path=0.0).double()
     teacher = Teacher(net) if METHODS[method]["target"] == "teacher" else None
     from test_model import captions
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +154,8 @@ def gradients(method, count, weights={"distillation": 0.05, "pixel": 0.05, "mlm"
     options = train.TrainOptions(**{**train.asdict(net.config), "seed": 3})
     batch = train.hide(batch, net, SOT, 0, options, 0, 1)
     runtime = train.Runtime(0, 1, torch.device("cpu"), False, 0)
-    parts = train.micro_batches(batch, count, runtime.device)
+    parts = [{name: value.double() if value.is_floating_point() else value for name, value in part.items()}
+             for part in train.micro_batches(batch, count, runtime.device)]
     terms, _ = train.backward(net, net, teacher, parts, weights, 0.04, runtime)
     return terms, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
@@ -165,9 +166,9 @@ def test_accumulation_is_exact_contrast_included(method, count):
     terms, grads = gradients(method, 1)
     terms_n, grads_n = gradients(method, count)
     for name in terms:
-        assert terms_n[name].item() == pytest.approx(terms[name].item(), rel=1e-5, abs=1e-6), name
+        assert terms_n[name].item() == pytest.approx(terms[name].item(), rel=1e-10, abs=1e-12), name
     for name in grads:
-        torch.testing.assert_close(grads_n[name], grads[name], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(grads_n[name], grads[name], atol=1e-11, rtol=1e-9, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.slow
