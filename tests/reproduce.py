@@ -79,8 +79,8 @@ EVALUATIONS = {
         i2t=lambda j: j["results"][1]["image_to_text"]["1"], t2i=lambda j: j["results"][1]["text_to_image"]["1"])),
     "linear": (["eval_linear.py", *LABELLED], ["--epochs", "5"], dict(
         top1=lambda j: j["results"]["checkpoint"]["top1"])),
-    "finetune": (["finetune.py", *LABELLED, "--epochs", "20", "--warmup-epochs", "2", "--batch-size", "64"],
-                 ["--epochs", "1"], dict(top1=lambda j: j["top1"])),
+    "finetune": (["finetune.py", *LABELLED, "--epochs", "40", "--warmup-epochs", "4", "--batch-size", "64",
+                  "--lr", "3e-3"], ["--epochs", "1"], dict(top1=lambda j: j["top1"])),
     "words": (["dense.py", "words"], ["--samples", "1"], dict(hit=lambda j: next(iter(j.values()))["hit"])),
     "maps": (["dense.py", "zeroshot", "--limit", "256"], ["--limit", "16"], dict(miou=lambda j: j["miou"])),
     "upernet": (["dense.py", "upernet", "--steps", "600", "--limit", "256"], ["--steps", "10", "--limit", "8"],
@@ -161,7 +161,7 @@ def tables(cells: dict) -> dict[str, Table]:
         "mask": Table("Share of patches hidden from the student", {**ZEROSHOT, **LINEAR},
                       sweep("mask_ratio", [0.5, 0.75, 0.9], 0.75, {0.75: (44.5, 73.7)})),
         "causal": Table("Causal or bidirectional text tower", {**ZEROSHOT, **RETRIEVAL},
-                        sweep("causal", [True, False], True, {})),
+                        [Row("causal", setting("maskclip")), Row("bidirectional", setting("maskclip", causal=False))]),
         "figure": Table("Supplement Figures 2 and 3: where words are found", WORDS,
                         [Row(LADDER[m], setting(m)) for m in LADDER]),
         "pairs": Table("How many pairs there are, each seen 25 times", {**ZEROSHOT, **LINEAR, **RETRIEVAL},
@@ -405,13 +405,15 @@ def report(seeds, cells: dict):
 
 def overview(seeds, cells: dict):
     """What is there, and the hours of one core that the rest takes, by what the same things have cost so far."""
-    cost = {}
+    cost, kind = {}, lambda run, evaluation: shlex.split(run)[1] if evaluation == "train" else evaluation
     for (run, _, evaluation), cell in cells.items():
-        cost.setdefault(evaluation, []).append(cell["seconds"] / (steps_of(run) if evaluation == "train" else 1))
+        cost.setdefault(kind(run, evaluation), []).append(
+            cell["seconds"] / (steps_of(run) if evaluation == "train" else 1))
+    cost = {name: statistics.mean(seconds) for name, seconds in cost.items()}
     for name, table in tables(cells).items():
         missing, all_cells = wanted(table, seeds, cells), wanted(table, seeds, {})
-        seconds = sum(statistics.mean(cost.get(e, [0])) for names in missing.values() for e in names) + sum(
-            statistics.mean(cost.get("train", [0])) * steps_of(run) for run, seed in missing
+        seconds = sum(cost.get(e, 0) for names in missing.values() for e in names) + sum(
+            cost.get(kind(run, "train"), cost.get("maskclip", 0)) * steps_of(run) for run, seed in missing
             if (run, seed, "train") not in cells)
         total, left = sum(map(len, all_cells.values())), sum(map(len, missing.values()))
         say(f"{name:14}{total - left:4} of {total:3} numbers   {f'{seconds / 3600:.1f}' if cost else '?':>5} hours of "
