@@ -14,7 +14,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="real data folder 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
-    config.addinivalue_line("markers", "soak: takes a quarter of an hour or more; only with -m soak")
+    config.addinivalue_line("markers", "soak: takes minutes, or gigabytes; only with -m soak")
     config.option.markexpr = config.option.markexpr or "not soak"       # those are slow too, for -m "not slow"
 
 

@@ -820,6 +820,7 @@ def test_backbone_learns_slower_the_lower_it_is():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_step_at_full_size_and_its_memory():
     """ViT-B/16, an image of 800 x 1333: forward, backward and update, in a process whose peak is printed."""
     code = """

@@ -576,6 +576,7 @@ def test_looking_at_the_parts_changes_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_step_at_full_size_and_its_memory():
     """ViT-B/16, 512 px, two images: forward, backward and update, in a process of its own, whose peak is printed."""
     code = """
