@@ -320,11 +320,12 @@ def values_of(row: Row, column: tuple[str, str], seeds, cells: dict) -> list[flo
 
 
 def measured(table: Table, seeds, cells: dict) -> tuple[list[Row], dict]:
-    """The rows and the columns of which there is some number"""
+    """The rows of which there is some number, and the columns in which rows can be compared"""
     there = {(row.run, heading) for row in table.rows for heading, column in table.columns.items()
              if values_of(row, column, seeds, cells)}
     return ([row for row in table.rows if any(run == row.run for run, _ in there)],
-            {heading: column for heading, column in table.columns.items() if any(name == heading for _, name in there)})
+            {heading: column for heading, column in table.columns.items()
+             if sum(name == heading for _, name in there) > 1})
 
 
 def markdown(table: Table, seeds, cells: dict) -> str:
