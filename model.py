@@ -303,7 +303,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self._check_input_dim(x)
         axes = [0, *range(2, x.ndim)]
         count = torch.full((x.shape[1],), x.numel() / x.shape[1], device=x.device)
-        own = torch.stack([count, fp32(x).mean(axes), fp32(x).var(axes, correction=0)])       # (3, C)
+        own = torch.stack([count, fp32(x).mean(axes), fp32(x).var(axes, correction=0)])         # (3, C)
         count, mean, var = losses.gather(own[None]).unbind(dim=1)                               # (W, C) each
         n = count.sum(dim=0)                                                                    # (C,)
         joint_mean = (count * mean).sum(dim=0) / n

@@ -63,6 +63,10 @@ def option(name: str, value) -> list[str]:
     return [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", f"{value}"]
 
 
+def method_of(run: str) -> str:
+    return shlex.split(run)[1]
+
+
 def steps_of(run: str) -> int:
     words = shlex.split(run)
     if "--steps" in words:
@@ -129,9 +133,9 @@ def tables(cells: dict) -> dict[str, Table]:
                 rows.append(Row(names[m], f"{system(m)} --steps {paid}", (), "equal seconds", only))
         return rows
 
-    def sweep(field: str, values: list, default, paper: dict, method: str = "maskclip") -> list[Row]:
-        return [Row(f"{value}", setting(method, **({} if value == default else {field: value})), paper.get(value, ()))
-                for value in values]
+    def sweep(field: str, values: list, default, paper: dict) -> list[Row]:
+        return [Row(f"{value}", setting("maskclip", **({} if value == default else {field: value})),
+                    paper.get(value, ())) for value in values]
     return {
         "systems": Table("Supplement Table 1: MaskCLIP and the systems it is compared with (the paper's numbers: "
                          "ViT-B/32 on YFCC15M / ViT-B/16 on CC3M)", {**ZEROSHOT, **LINEAR, **FINE},
@@ -410,15 +414,15 @@ def report(seeds, cells: dict):
 
 def overview(seeds, cells: dict):
     """What is there, and the hours of one core that the rest takes, by what the same things have cost so far."""
-    cost, kind = {}, lambda run, evaluation: shlex.split(run)[1] if evaluation == "train" else evaluation
+    cost = {}                                   # of an evaluation, and of a step of a method
     for (run, _, evaluation), cell in cells.items():
-        cost.setdefault(kind(run, evaluation), []).append(
-            cell["seconds"] / (steps_of(run) if evaluation == "train" else 1))
+        name, count = (method_of(run), steps_of(run)) if evaluation == "train" else (evaluation, 1)
+        cost.setdefault(name, []).append(cell["seconds"] / count)
     cost = {name: statistics.mean(seconds) for name, seconds in cost.items()}
     for name, table in tables(cells).items():
         missing, all_cells = wanted(table, seeds, cells), wanted(table, seeds, {})
         seconds = sum(cost.get(e, 0) for names in missing.values() for e in names) + sum(
-            cost.get(kind(run, "train"), cost.get("maskclip", 0)) * steps_of(run) for run, seed in missing
+            cost.get(method_of(run), cost.get("maskclip", 0)) * steps_of(run) for run, seed in missing
             if (run, seed, "train") not in cells)
         total, left = sum(map(len, all_cells.values())), sum(map(len, missing.values()))
         say(f"{name:14}{total - left:4} of {total:3} numbers   {f'{seconds / 3600:.1f}' if cost else '?':>5} hours of "
