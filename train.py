@@ -31,6 +31,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 import torch.distributed as dist
+import torch.distributed.nn     # before init_process_group: its functions keep the group of their import as a default
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -4,13 +4,14 @@
 """
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, needs_shared, run_script
+from conftest import ROOT, SHARED, needs_shared, run_script
 
 import data
 import eval_zeroshot
@@ -411,6 +412,24 @@ def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path):
                    "--batch-size", 16, "--device", "cpu", "--json", tmp_path / f"{processes}.json", processes=processes)
     one, two = ((tmp_path / f"{processes}.json").read_text() for processes in (0, 2))
     assert one == two
+
+
+LAST_THREADS = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import eval_zeroshot, train
+train.run(eval_zeroshot.main)
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for the names of threads")
+def test_no_thread_outlives_the_process_group(checkpoint, tmp_path):
+    """A gloo thread that frees a tensor while Python ends aborts the process, rarely: so none may be left by then."""
+    (tmp_path / "script.py").write_text(LAST_THREADS)
+    run_script(tmp_path / "script.py", ROOT, checkpoint[0], "--data", "shapes:val=20", "--device", "cpu", processes=2)
 
 
 @needs_shared
