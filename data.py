@@ -626,6 +626,7 @@ def trim(tokens: Tensor, eot: int, multiple: int = 1) -> Tensor:
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 COLORS = {"red": (214, 36, 40), "orange": (238, 132, 24), "yellow": (238, 224, 50), "green": (42, 160, 62),
           "blue": (38, 76, 214), "purple": (142, 44, 176), "white": (237, 237, 237), "black": (18, 18, 18)}
+KINDS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]        # an object's category is its place here
 TEXTURES = ("plain", "striped", "checkered", "dotted", "cloudy")
 OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {} ")
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
@@ -844,17 +845,18 @@ class ShapesWorld:
     object_size  smallest and largest size of a lone object; n objects are n ** -0.4 times as large, or less to fit
     unsaid       probability that the caption leaves out an object after the first, or an object's color or shape
     dense        read() gives label_map and objects too
+    forms        a class is a shape of any color, and there are 8; else color and shape, and there are 64
 
     A scene is in "val" if a hash of its layout (color and shape of its objects, their places and sizes in sixteenths of
     the side) is a multiple of 4, else in "train".  So no layout is in both, whatever the seeds and options, while both
     have all classes: held out is where a thing is, how large, and beside which others.
     """
-    classes = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    classes = KINDS
     reduce_zero_label = True            # label 0 of a label_map is no class
 
     def __init__(self, split: str = "train", count: int = 20000, size: int = 64, seed: int = 0,
                  objects: tuple[int, int] = (1, 4), object_size: tuple[float, float] = (0.45, 0.8),
-                 single: float = 0.7, unsaid: float = 0.0, dense: bool = False):
+                 single: float = 0.7, unsaid: float = 0.0, dense: bool = False, forms: bool = False):
         if split not in ("train", "val"):
             raise UserError(f"the Shapes world has no split {split!r}; use train or val")
         for what, (low, high), least, most in [("objects", objects, 1, 6), ("object_size", object_size, 0.1, 0.8)]:
@@ -865,6 +867,8 @@ class ShapesWorld:
         self.split, self.count, self.size, self.seed = split, count, size, seed
         self.objects, self.object_size, self.single = objects, object_size, single
         self.unsaid, self.dense = unsaid, dense
+        if forms:
+            self.classes = list(SHAPES)
 
     def __len__(self) -> int:
         return self.count
@@ -877,8 +881,8 @@ class ShapesWorld:
         things, scale = [], n ** -0.4
         while len(things) < n:
             if category is None:                                 # now and then two alike
-                category = things[-1].category if things and rng.random() < 0.1 else rng.randrange(len(self.classes))
-            color, shape = self.classes[category].split()
+                category = things[-1].category if things and rng.random() < 0.1 else rng.randrange(len(KINDS))
+            color, shape = KINDS[category].split()
             size = rng.uniform(*self.object_size) * scale
             cx, cy = rng.uniform(size / 2, 1 - size / 2), rng.uniform(size / 2, 1 - size / 2)
             for other in things:                                 # 0.8 of the sum of the radii; 1.1 of it for one color
@@ -899,7 +903,7 @@ class ShapesWorld:
         lone = fewest == 1 and (most == 1 or rng.random() < self.single)
         n = 1 if lone else rng.randint(max(fewest, 2), most)
         for _ in range(1000):
-            things = self.layout(rng, n, i % len(self.classes) if most == 1 else None)
+            things = self.layout(rng, n, i % len(KINDS) if most == 1 else None)
             cells = sorted((t.category, int(16 * t.cx), int(16 * t.cy), int(16 * t.size)) for t in things)
             held_out = hashlib.blake2b(bytes(sum(cells, ()))).digest()[0] % 4 == 0
             if held_out == (self.split == "val"):
@@ -917,36 +921,41 @@ class ShapesWorld:
         scene = self.scene(i)
         return draw_scene(scene, self.size), scene.caption
 
+    def class_of(self, thing: Thing) -> int:
+        return thing.category % len(self.classes)               # forms are the inner loop of KINDS
+
     def read(self, i: int) -> Sample:
         scene = self.scene(i)
         sample = Sample(PIL.Image.fromarray(draw_scene(scene, self.size)), (scene.caption,))
         if len(scene.objects) == 1:
-            sample.label = scene.objects[0].category
+            sample.label = self.class_of(scene.objects[0])
         if self.dense:
             sample.label_map, sample.objects = np.zeros((self.size, self.size), dtype=np.uint8), []
             for thing, visible in zip(scene.objects, visible_masks(scene, self.size)):
-                sample.label_map[visible] = thing.category + 1   # 0 is the background
+                sample.label_map[visible] = self.class_of(thing) + 1     # 0 is the background
                 rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
                 if len(rows):
                     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-                    sample.objects.append({"box": box, "category": thing.category, "mask": visible, "crowd": False})
+                    sample.objects.append({"box": box, "category": self.class_of(thing), "mask": visible,
+                                           "crowd": False})
         return sample
 
 
 def shapes_options(text: str) -> dict:
     """What follows "shapes:" in a SPEC, or "": "train=20000,objects=1-4" -> {"train": 20000, "objects": (1, 4)}."""
     whole, share = r"\d{1,9}", r"0?\.\d+|[01](\.0*)?"
-    forms = dict(train=whole, val=whole, size=whole, seed=whole, objects=r"\d-\d", single=share, unsaid=share)
+    pattern = dict(train=whole, val=whole, size=whole, seed=whole, objects=r"\d-\d", single=share, unsaid=share,
+                   forms="[01]")
     options = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
-        if key not in forms:
-            raise UserError(f"the Shapes world has no option {key!r}; it has {', '.join(forms)}")
-        if not re.fullmatch(forms[key], value, re.ASCII):
+        if key not in pattern:
+            raise UserError(f"the Shapes world has no option {key!r}; it has {', '.join(pattern)}")
+        if not re.fullmatch(pattern[key], value, re.ASCII):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
-                            "seed=0, objects=1-4, single=0.7, unsaid=0.2 (the last two from 0 to 1)")
+                            "seed=0, objects=1-4, single=0.7, unsaid=0.2 (these two from 0 to 1), forms=1 (or 0)")
         options[key] = (tuple(map(int, value.split("-"))) if key == "objects" else
-                        int(value) if forms[key] == whole else float(value))
+                        float(value) if pattern[key] == share else int(value))
     return options
 
 
@@ -1581,6 +1590,8 @@ def open_data(spec: str, split: str | None = None, task: str = "captions", size:
         options.setdefault("size", size or 64)
         if task == "classes":
             options.setdefault("objects", (1, 1))
+        if task == "detection":
+            options.setdefault("forms", 1)
         return ShapesWorld(split="val" if held_out else "train", count=counts[held_out],
                            dense=task in ("segmentation", "detection"), **options)
     if task == "segmentation":

@@ -1594,14 +1594,10 @@ def step_schedule(step: int, total: int, warmup: int) -> float:
 # ---- images and objects, for training and test ----------------------------------------------------------------------
 
 def open_objects(options: MaskRCNNOptions, split: str, names: list[str] | None = None):
-    """The data set, the names of the classes, by default its own, and the class of each of its categories, -1 for none.
-
-    The Shapes world's 64 categories are 8 colors times 8 shapes; a class is a shape of any color.
-    """
+    """The data set, the names of the classes, by default its own, and the class of each of its own, -1 for none."""
     data = data_module.open_data(options.data, split, "detection", size=options.short_side)
-    own = [name.split()[-1] for name in data.classes] if options.data.startswith("shapes") else data.classes
-    names = names or list(dict.fromkeys(own))
-    return data, names, [names.index(name) if name in names else -1 for name in own]
+    names = names or data.classes
+    return data, names, [names.index(name) if name in names else -1 for name in data.classes]
 
 
 def fitted_sides(width: int, height: int, short: int, long: int) -> tuple[int, int]:

@@ -158,6 +158,18 @@ def test_dense_samples():
     assert hidden_by_others > 0, "the sample has no overlap: it does not test who covers whom"
 
 
+def test_with_forms_a_class_is_a_shape_of_any_color():
+    forms, both = ShapesWorld(objects=(1, 3), dense=True, forms=True), ShapesWorld(objects=(1, 3), dense=True)
+    assert forms.classes == list(SHAPES) and len(both.classes) == 64
+    for i in range(40):
+        scene, sample, finer = forms.scene(i), forms.read(i), both.read(i)
+        assert np.array_equal(sample.image, finer.image) and sample.captions == finer.captions
+        assert [SHAPES[o["category"]] for o in sample.objects] == [thing.shape for thing in scene.objects]
+        assert sample.label == (SHAPES.index(scene.objects[0].shape) if len(scene.objects) == 1 else -1)
+        shape_of = [0, *(1 + SHAPES.index(name.split()[1]) for name in both.classes)]
+        assert np.array_equal(sample.label_map, np.array(shape_of)[finer.label_map])
+
+
 def test_later_objects_cover_earlier_ones_and_hidden_ones_are_dropped(monkeypatch):
     below = Thing("circle", "red", 0.5, 0.5, 0.2, 0.0, (214.0, 36.0, 40.0))
     above = Thing("square", "blue", 0.5, 0.5, 0.5, 0.0, (38.0, 76.0, 214.0))
@@ -317,6 +329,7 @@ def test_unsaid(unsaid, fewest, most):
     ("", {}),                                                                    # `shapes`
     ("train=20000,size=64", dict(train=20000, size=64)),                         # `shapes:train=20000,size=64`
     ("val=9,seed=3,objects=1-1,single=1,unsaid=.25", dict(val=9, seed=3, objects=(1, 1), single=1.0, unsaid=0.25)),
+    ("forms=1,size=48", dict(forms=1, size=48)),
 ])
 def test_options(text, want):
     assert shapes_options(text) == want
