@@ -39,7 +39,7 @@ import data as data_module
 from data import BadRecord, UserError
 from losses import mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
-from train import (Log, RunOptions, StopSignal, check_bad, check_full, check_same_data, find_resumable,
+from train import (Log, RunOptions, StopSignal, check_bad, check_full, check_same_data, find_resumable, first_look,
                    layer_decay_groups, load_checkpoint, load_resumed, load_state, parse, refuse_update, report_bad,
                    run, save_atomically, seeded, setup)
 
@@ -577,14 +577,9 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
 POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, crop=64, test_size=64, channels=48, aux_channels=32, distort=False)
 
 
-def without_help(argv: list[str] | None) -> list[str]:
-    """For a first look at what is asked for, after which --help can show the defaults of that recipe"""
-    return [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
-
-
 def parse_upernet(argv=None) -> UperNetOptions:
     """The command line over the recipe that it, or else the data, names."""
-    asked = parse(UperNetOptions, __doc__, without_help(argv), positional=("checkpoint",))
+    asked = first_look(UperNetOptions, argv, "recipe", "data")
     recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "ade20k"
     defaults = replace(UperNetOptions(test_size=512), **(POCKET if recipe == "pocket" else {}))
     options = parse(UperNetOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults, own="ade20k")
@@ -1566,7 +1561,7 @@ POCKET_DETECTOR = dict(
 
 def parse_maskrcnn(argv=None) -> MaskRCNNOptions:
     """The command line over the recipe that it, or else the data, names; with --eval, over the options of OUT's run."""
-    asked = parse(MaskRCNNOptions, __doc__, without_help(argv), positional=("checkpoint",))
+    asked = first_look(MaskRCNNOptions, argv, "recipe", "data", "eval", "out")
     recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "coco"
     defaults = replace(MaskRCNNOptions(), **(POCKET_DETECTOR if recipe == "pocket" else {}), recipe=recipe,
                        out=f"runs/maskrcnn-{recipe}")

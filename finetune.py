@@ -18,7 +18,6 @@ Random choices follow from (seed, step), (seed, epoch, record) and the row in th
 So rows 2i and 2i+1 are each other's mixing partners, which no number of processes separates; as the records come in
 random order, that is in law the same as timm's pairs of a batch and its reverse.
 """
-import argparse
 import contextlib
 import json
 import math
@@ -42,8 +41,8 @@ from data import (BICUBIC, MEAN, STD, BadRecord, EvalTransform, TrainTransform, 
 from losses import mean_over_processes
 from model import Config, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, Runtime, StopSignal, check_bad, check_full, check_same_data, cosine_schedule,
-                   find_resumable, layer_decay_groups, load_checkpoint, load_resumed, load_state, open_mixed, parse,
-                   refuse_update, report_bad, run, save_atomically, setup)
+                   find_resumable, first_look, layer_decay_groups, load_checkpoint, load_resumed, load_state,
+                   open_mixed, parse, refuse_update, report_bad, run, save_atomically, setup)
 
 
 @dataclass
@@ -93,9 +92,7 @@ RANGES = [("batch_size", 1, math.inf), ("accumulate", 1, math.inf), ("log_every"
 
 def parse_options(argv=None) -> Options:
     """The command line over the recipe it names; when only evaluating, over the test set of the run it evaluates."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=tuple(RECIPES), default=Options.recipe)
-    defaults = replace(RECIPES[first.parse_known_args(argv)[0].recipe], out="runs/finetune")
+    defaults = replace(RECIPES[first_look(Options, argv, "recipe").recipe], out="runs/finetune")
     options = parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
     if options.eval:
         trained = load_finetuned(Path(options.out) / "last.pt")["config"]

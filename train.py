@@ -123,12 +123,19 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
     return cls(**values)
 
 
+def first_look(cls, argv, *names: str) -> argparse.Namespace:
+    """What the command line says of these fields of cls: they decide what the defaults of the others are."""
+    cli = argparse.ArgumentParser(usage="%(prog)s [options]", add_help=False, allow_abbrev=False)
+    for f in fields(cls):
+        if f.name in names:
+            kind = {"action": "store_true"} if f.type is bool else {"choices": f.metadata["choices"]}
+            cli.add_argument("--" + f.name, default=f.default, **kind)
+    return cli.parse_known_args(argv)[0]
+
+
 def parse_train_options(argv=None) -> TrainOptions:
     """The command line over the preset and the method it names."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=tuple(PRESETS), default=TrainOptions.preset)
-    first.add_argument("--method", default=TrainOptions.method)
-    chosen = first.parse_known_args(argv)[0]
+    chosen = first_look(TrainOptions, argv, "preset", "method")
     defaults = TrainOptions(**asdict(preset_for(chosen.preset, chosen.method)), preset=chosen.preset)
     defaults.pairs = {"pocket": 20_000, "vit-b16-cc3m": 3_000_000}.get(chosen.preset, defaults.pairs)
     options = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
