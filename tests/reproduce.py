@@ -360,8 +360,10 @@ def markdown(table: Table, seeds, cells: dict) -> str:
 
 
 def draw(shown: list[Table], seeds, cells: dict, width: int = 420, height: int = 250) -> PIL.Image.Image:
-    """Panels, a line a table, one a column: gray dots are seeds, colored ones means, joined where rows are a scale."""
-    shown = [(table, *measured(table, seeds, cells)) for table in shown]
+    """Panels, one a column, four a line: gray dots are seeds, colored ones means, joined where rows are a scale."""
+    measures = [(table, *measured(table, seeds, cells)) for table in shown]
+    shown = [(table, rows, list(columns.items())[i:i + 4]) for table, rows, columns in measures
+             for i in range(0, len(columns), 4)]
     across = max(len(columns) for _, _, columns in shown)
     sheet = PIL.Image.new("RGB", (across * width, len(shown) * (height + 30)), "white")
     pen, font, colors = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(12), ("#1f5fbf", "#c8501e")
@@ -369,7 +371,7 @@ def draw(shown: list[Table], seeds, cells: dict, width: int = 420, height: int =
         top = r * (height + 30)
         pen.text((10, top + 8), table.title.split(" (")[0], "black", PIL.ImageFont.load_default(15))
         names, groups = list(dict.fromkeys(row.name for row in rows)), list(dict.fromkeys(row.group for row in rows))
-        for c, (heading, column) in enumerate(columns.items()):
+        for c, (heading, column) in enumerate(columns):
             points = [(row, values_of(row, column, seeds, cells)) for row in rows]
             every = [v for _, own in points for v in own]
             margin = 0.1 * (max(every) - min(every)) + 0.5
