@@ -12,6 +12,7 @@ be stopped anywhere and go on, on another number of processes too.
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -162,19 +164,30 @@ def check_options(o: TrainOptions):
 
 
 def run(main):
-    """main(), with a user's mistake told in one line and exit status 2, and no traceback."""
+    """main(), with a user's mistake told in one line and exit status 2, and no traceback.
+
+    What main() made must be gone before the process group goes: a DistributedDataParallel that is freed later waits for
+    gloo's threads, and they for it.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")       # names from files may hold what a terminal cannot show
+    status = 0
     try:
         main()
     except UserError as error:
         say(f"error: {data_module.printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except BrokenPipeError:                                 # train.py --plan | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status = 141
+    except SystemExit as stop:
+        status = stop.code
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

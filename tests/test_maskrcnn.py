@@ -393,6 +393,7 @@ def joined_batch(rank: int, world: int, folder: str):
     sum(model(images[rows], [(64, 64)] * (4 // world), targets[rows]).values()).backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in net.named_parameters()}, f"{folder}/{world}.pt")
+    del model                                                   # before the group: see train.run
     if world > 1:
         torch.distributed.destroy_process_group()
 

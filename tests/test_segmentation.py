@@ -497,6 +497,7 @@ def joined_batches(rank: int, world: int, folder: str):
     results["net"] = [p.grad for p in net.parameters()] + [b for b in net.buffers() if b.is_floating_point()]
     if rank == 0:
         torch.save(results, f"{folder}/{world}.pt")
+    del model                                                   # before the group: see train.run
     if world > 1:
         torch.distributed.destroy_process_group()
 
