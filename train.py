@@ -181,6 +181,9 @@ def run(main):
         status = 141
     except SystemExit as stop:
         status = stop.code
+    except KeyboardInterrupt:
+        say("interrupted", file=sys.stderr)
+        status = 130
     except Exception:
         traceback.print_exc()
         status = 1

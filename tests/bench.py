@@ -12,6 +12,7 @@ This is no test and pytest does not collect it: times belong to the machine they
 """
 import argparse
 import contextlib
+import gc
 import io
 import json
 import os
@@ -541,7 +542,11 @@ def scaling_child(o) -> dict:
         start = time.perf_counter()
         net.step(images, captions, number)
         seconds.append(time.perf_counter() - start)
-    return dict(seconds=statistics.median(seconds[1:])) if dist.get_rank() == 0 else {}
+    result = dict(seconds=statistics.median(seconds[1:])) if dist.get_rank() == 0 else {}
+    del net
+    gc.collect()                                                # before the group: see train.run
+    dist.destroy_process_group()
+    return result
 
 
 ROWS = dict(step=step, memory=memory, contrast=contrast, loader=loader, tokenizer=tokens, pocket=pocket,

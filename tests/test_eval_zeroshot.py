@@ -420,7 +420,7 @@ sys.path.insert(0, sys.argv.pop(1))
 script, status = sys.argv.pop(1), int(sys.argv.pop(1))
 import train
 def stopped(*_):
-    sys.exit(143)
+    raise KeyboardInterrupt if status == 130 else SystemExit(status)
 train.finish = stopped                          # as a signal stops it: with the frames of train() on the way out
 try:
     train.run(importlib.import_module(script).main)
@@ -436,6 +436,7 @@ assert not [name for name in names if "gloo" in name], names
 @pytest.mark.parametrize("script, status, arguments", [
     ("eval_zeroshot", 0, ["CHECKPOINT", "--data", "shapes:val=20"]),
     ("train", 143, ["--steps", 2, "--batch-size", 8, "--data", "shapes:train=64", "--out", "OUT"]),
+    ("train", 130, ["--steps", 2, "--batch-size", 8, "--data", "shapes:train=64", "--out", "OUT"]),
 ])
 def test_no_thread_outlives_the_process_group(checkpoint, tmp_path, script, status, arguments):
     """A gloo thread that frees a tensor while Python ends aborts the process, rarely: so none may be left by then."""

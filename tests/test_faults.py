@@ -305,18 +305,20 @@ sys.path.insert(0, sys.argv[1])
 import train
 
 train.finish, hide = lambda *arguments: None, train.hide
-for arguments, stop_at in json.loads(open(sys.argv[2]).read()):
-    def stopping(batch, model, sot, step, *rest):
-        if step == stop_at and rest[-2] == 0:           # one process is told, all stop
-            os.kill(os.getpid(), signal.SIGTERM)
-        return hide(batch, model, sot, step, *rest)
-    train.hide = stopping
-    try:
-        train.train(train.parse_train_options(arguments))
-    except SystemExit as end:
-        assert end.code == 143
-    except train.UserError as error:
-        print(f"refused: {error}", file=sys.stderr, flush=True)
+
+def main():
+    for arguments, stop_at in json.loads(open(sys.argv[2]).read()):
+        def stopping(batch, model, sot, step, *rest):
+            if step == stop_at and rest[-2] == 0:       # one process is told, all stop
+                os.kill(os.getpid(), signal.SIGTERM)
+            return hide(batch, model, sot, step, *rest)
+        train.hide = stopping
+        try:
+            train.train(train.parse_train_options(arguments))
+        except SystemExit as end:
+            assert end.code == 143
+
+train.run(main)
 """
 
 
@@ -339,8 +341,7 @@ def test_any_number_of_processes_trains_as_one(every_format, tmp_path):
             shutil.copytree(tmp_path / "2" / f"{name} stopped", home / f"{name} stopped")
             todo.append(([*FAST, *jobs[name], "--out", str(home / f"{name} stopped")], None))
         (tmp_path / "jobs.json").write_text(json.dumps(todo))
-        done = run_script(tmp_path / "several.py", ROOT, tmp_path / "jobs.json", processes=processes, timeout=900)
-        assert "refused" not in done.stderr
+        run_script(tmp_path / "several.py", ROOT, tmp_path / "jobs.json", processes=processes, timeout=900)
         for name in going_on if processes == 2 else ():
             assert load_state(home / f"{name} stopped" / "last.pt")["step"] == 2
     for processes in (2, 3, 4):
