@@ -173,7 +173,9 @@ def tables(cells: dict) -> dict[str, Table]:
         "figure": Table("Supplement Figures 2 and 3: where words are found", WORDS,
                         [Row(LADDER[m], setting(m)) for m in LADDER]),
         "unsaid": Table("Captions that leave out half of what they could say", {**ZEROSHOT, **LINEAR, **RETRIEVAL},
-                        [Row(LADDER[m], setting(m, world="unsaid=0.5")) for m in ("clip", "clip+ema", "maskclip")]),
+                        [Row(LADDER[m], setting(m, world=world), (), group)
+                         for group, world in (("all said", ""), ("half unsaid", "unsaid=0.5"))
+                         for m in ("clip", "clip+ema", "maskclip")]),
         "pairs": Table("How many pairs there are, each seen 25 times", {**ZEROSHOT, **LINEAR, **RETRIEVAL},
                        [Row(f"{n}", setting(m, pairs=n), (), m) for m in ("clip", "maskclip")
                         for n in (500, 1000, 2000, 4000)]),
