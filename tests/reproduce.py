@@ -1,7 +1,7 @@
 """The supplement's tables at pocket scale, on the embedded world: every number and picture of docs/reproduction.md.
 
     python tests/reproduce.py                   which tables there are, what of each is done, and what the rest costs
-    python tests/reproduce.py ladder            fills a table, three seeds; stop it anywhere, the same command goes on
+    python tests/reproduce.py ladder mask       fills tables, three seeds; stop it anywhere, the same command goes on
     python tests/reproduce.py ladder --quick    one seed, eight steps a run, into runs/reproduce-quick: does it run?
     python tests/reproduce.py report            writes docs/reproduction.md and .png anew from the numbers there are
 
@@ -217,7 +217,7 @@ class Lab:
 
     def __init__(self, folder: Path, cells: Path, quick: bool, jobs: int, only: tuple[str, ...]):
         self.folder, self.path, self.quick, self.jobs, self.only = folder, cells, quick, jobs, only
-        self.lock, self.started = threading.Lock(), time.monotonic()
+        self.lock = threading.Lock()
         self.commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
                                      text=True).stdout.strip() or "unknown"
 
@@ -263,28 +263,29 @@ class Lab:
         self.record(run=run, seed=seed, evaluation=name, values=values, seconds=round(seconds, 1))
         return values
 
-    def fill(self, name: str, seeds: tuple[int, ...]):
-        """All cells of a table, in two rounds where the second, of equal seconds, follows from the first."""
-        done = 0
+    def fill(self, names: list[str], seeds: tuple[int, ...]):
+        """All cells of these tables, in two rounds where the second, of equal seconds, follows from the first."""
         while True:
-            cells = read_cells(self.path)
-            missing = wanted(tables(cells)[name], seeds, cells, self.only)
+            cells, missing = read_cells(self.path), {}
+            for name in names:
+                for key, evaluations in wanted(tables(cells)[name], seeds, cells, self.only).items():
+                    missing[key] = list(dict.fromkeys([*missing.get(key, ()), *evaluations]))
             if not missing:
                 return
             if any("folder:" in run for run, _ in missing) and not (ROOT / labelled()).exists():
                 write_labelled(ROOT / labelled())               # before two runs could want it at once
+            started = time.monotonic()
             with ThreadPoolExecutor(self.jobs) as pool:
                 def job(key):
-                    (run, seed), names = key, missing[key]
+                    run, seed = key
                     folder = self.train(run, seed, (run, seed, "train") in cells)
-                    for evaluation in names:
+                    for evaluation in missing[key]:
                         values = self.evaluate(evaluation, run, seed, folder)
                         say(f"{run}, seed {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in values.items()))
                 for i, _ in enumerate(pool.map(job, missing)):
-                    spent = time.monotonic() - self.started
-                    done += 1
-                    left = spent / done * (len(missing) - i - 1)
-                    say(f"{name}: {i + 1} of {len(missing)} networks, {duration(spent)} spent, {duration(left)} left")
+                    spent = time.monotonic() - started
+                    left = spent / (i + 1) * (len(missing) - i - 1)
+                    say(f"{i + 1} of {len(missing)} networks, {duration(spent)} spent, {duration(left)} left")
 
     def figure(self):
         """The same words in the same pictures by MaskCLIP and by CLIP, seed 0."""
@@ -455,13 +456,12 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     lab = Lab(folder, path, o.quick, o.jobs, o.only)
     names = list(tables({})) if "all" in o.tables else [name for name in o.tables if name != "report"]
-    for name in names:
-        try:
-            lab.fill(name, seeds)
-            if name == "figure":
-                lab.figure()
-        except KeyboardInterrupt:                               # of the scripts too, and the pool has waited for them
-            sys.exit(f"stopped; what is done stands in {path}, the same command goes on")
+    try:
+        lab.fill(names, seeds)
+        if "figure" in names:
+            lab.figure()
+    except KeyboardInterrupt:                                   # of the scripts too, and the pool has waited for them
+        sys.exit(f"stopped; what is done stands in {path}, the same command goes on")
     if o.quick:
         for name in names:
             print(markdown(tables(read_cells(path))[name], seeds, read_cells(path)))
