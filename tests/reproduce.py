@@ -266,10 +266,11 @@ class Lab:
     def fill(self, names: list[str], seeds: tuple[int, ...]):
         """All cells of these tables, in two rounds where the second, of equal seconds, follows from the first."""
         while True:
-            cells, missing = read_cells(self.path), {}
+            cells, missing = read_cells(self.path), {}          # a network -> its evaluations, each once
+            every = tables(cells)
             for name in names:
-                for key, evaluations in wanted(tables(cells)[name], seeds, cells, self.only).items():
-                    missing[key] = list(dict.fromkeys([*missing.get(key, ()), *evaluations]))
+                for key, evaluations in wanted(every[name], seeds, cells, self.only).items():
+                    missing.setdefault(key, {}).update(dict.fromkeys(evaluations))
             if not missing:
                 return
             if any("folder:" in run for run, _ in missing) and not (ROOT / labelled()).exists():
