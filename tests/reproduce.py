@@ -45,6 +45,7 @@ from train import duration, ticks
 CELLS, PAGE, PICTURE = (ROOT / "docs" / f"reproduction.{kind}" for kind in ("jsonl", "md", "png"))
 FIGURE = ROOT / "docs" / "reproduction-words.png"
 PAIRS, EPOCHS, BATCH = 2000, 25, 64
+QUICK_STEPS = 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,9 +134,9 @@ def tables(cells: dict) -> dict[str, Table]:
                 rows.append(Row(names[m], f"{system(m)} --steps {paid}", (), "equal seconds", only))
         return rows
 
-    def sweep(field: str, values: list, default, paper: dict) -> list[Row]:
-        return [Row(f"{value}", setting("maskclip", **({} if value == default else {field: value})),
-                    paper.get(value, ())) for value in values]
+    def sweep(field: str, values: list, default, paper: dict, methods=("maskclip",)) -> list[Row]:
+        return [Row(f"{value}", setting(m, **({} if value == default else {field: value})), paper.get(value, ()), m)
+                for m in methods for value in values]
     return {
         "systems": Table("Supplement Table 1: MaskCLIP and the systems it is compared with (the paper's numbers: "
                          "ViT-B/32 on YFCC15M / ViT-B/16 on CC3M)", {**ZEROSHOT, **LINEAR, **FINE},
@@ -166,10 +167,16 @@ def tables(cells: dict) -> dict[str, Table]:
                       sweep("mask_ratio", [0.5, 0.75, 0.9], 0.75, {0.75: (44.5, 73.7)})),
         "causal": Table("Causal or bidirectional text tower", {**ZEROSHOT, **RETRIEVAL},
                         [Row("causal", setting("maskclip")), Row("bidirectional", setting("maskclip", causal=False))]),
-        "views": Table("How much of a scene the augmented views keep at least: half, as the preset has it, or all",
-                       {**ZEROSHOT, **LINEAR},
-                       [Row(name, setting(m, **changes), (), SYSTEMS[m]) for m in ("slip", "declip")
-                        for name, changes in (("50%", {}), ("100%", dict(view_crop_min=1.0)))]),
+        "codes": Table("Codes that the teacher chooses from (the paper is silent; iBOT's 8192 at full scale)",
+                       {**ZEROSHOT, **LINEAR}, sweep("n_codes", [64, 512, 4096], 512, {})),
+        "temperature": Table("Temperature of the teacher (the paper is silent; the student's is 0.1)",
+                             {**ZEROSHOT, **LINEAR}, sweep("temp_t", [0.04, 0.07, 0.1], 0.04, {})),
+        "crop": Table("Smallest share of a picture that a random crop keeps (SLIP's 0.5; the preset's 1: all)",
+                      {**ZEROSHOT, **LINEAR}, sweep("crop_min", [0.5, 1.0], 1.0, {}, ("clip", "maskclip"))),
+        "width": Table("Width of the image tower",
+                       {**ZEROSHOT, **LINEAR}, sweep("width", [64, 128, 256], 128, {}, ("clip", "maskclip"))),
+        "views": Table("How much of a scene the augmented views of SLIP and DeCLIP keep at least",
+                       {**ZEROSHOT, **LINEAR}, sweep("view_crop_min", [0.5, 1.0], 0.5, {}, ("slip", "declip"))),
         "figure": Table("Supplement Figures 2 and 3: where words are found", WORDS,
                         [Row(LADDER[m], setting(m)) for m in LADDER]),
         "unsaid": Table("Captions that leave out half of what they could say", {**ZEROSHOT, **LINEAR, **RETRIEVAL},
@@ -245,7 +252,7 @@ class Lab:
         if known and (folder / "last.pt").exists():
             return folder
         shutil.rmtree(folder, ignore_errors=True)
-        seconds = self.call("train.py", *shlex.split(run), *(["--steps", 8] if self.quick else []),
+        seconds = self.call("train.py", *shlex.split(run), *(["--steps", QUICK_STEPS] if self.quick else []),
                             "--seed", seed, "--device", "cpu", "--out", folder)
         if not known:
             self.record(run=run, seed=seed, evaluation="train", values={}, seconds=round(seconds, 1))
@@ -338,8 +345,10 @@ def measured(table: Table, seeds, cells: dict) -> tuple[list[Row], dict]:
              if sum(name == heading for _, name in there) > 1})
 
 
-def markdown(table: Table, seeds, cells: dict) -> str:
-    """mean +- standard deviation over the seeds, and beside it what the paper reports at its scale"""
+def markdown(table: Table, seeds, cells: dict, steps: int = 0) -> str:
+    """mean +- standard deviation over the seeds, and beside it what the paper reports at its scale
+
+    steps: how many every run took, 0: as many as its options say."""
     rows, columns = measured(table, seeds, cells)
     groups = len({row.group for row in rows}) > 1
     head = ["", *([""] if groups else []), *columns, "steps", "seconds"]
@@ -356,8 +365,8 @@ def markdown(table: Table, seeds, cells: dict) -> str:
                 f" ({len(own)} of {len(seeds)})" if len(own) < len(seeds) else "")
             texts.append(text + (f" *{paper[heading]}*" if paper.get(heading) is not None else ""))
         trained = [cells[key]["seconds"] for seed in seeds if (key := (row.run, seed, "train")) in cells]
-        lines.append("| " + " | ".join([row.name, *([row.group] if groups else []), *texts, f"{steps_of(row.run)}",
-                                        f"{statistics.mean(trained):.0f}" if trained else ""]) + " |")
+        texts += [f"{steps or steps_of(row.run)}", f"{statistics.mean(trained):.0f}" if trained else ""]
+        lines.append("| " + " | ".join([row.name, *([row.group] if groups else []), *texts]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -464,8 +473,9 @@ def main():
     except KeyboardInterrupt:                                   # of the scripts too, and the pool has waited for them
         sys.exit(f"stopped; what is done stands in {path}, the same command goes on")
     if o.quick:
+        cells = read_cells(path)
         for name in names:
-            print(markdown(tables(read_cells(path))[name], seeds, read_cells(path)))
+            print(markdown(tables(cells)[name], seeds, cells, QUICK_STEPS))
     else:
         report(seeds, read_cells(path))
 
