@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"            # real pairs and photographs: tests that use them skip without
@@ -40,3 +41,17 @@ def finish_script(process: subprocess.Popen, check: int = 0, timeout: int = 300)
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == check, f"exit {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def on_processes(function, world: int, folder: Path) -> list:
+    """[function(rank, world), ...] of `world` gloo processes in one group; folder is where they meet."""
+    torch.multiprocessing.spawn(in_group, (function, world, folder), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def in_group(rank: int, function, world: int, folder: Path):
+    """The group goes when the networks that `function` made are gone: see train.run."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    torch.save(function(rank, world), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()

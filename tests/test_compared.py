@@ -21,7 +21,7 @@ import eval_zeroshot
 import losses
 import model
 import train
-from conftest import finish_script, run_script, start_script
+from conftest import finish_script, on_processes, run_script, start_script
 from model import COMPARED, PRESETS, preset_for
 from test_model import EOT, SOT, TINY, captions, tiny
 from test_train import SMALL, metrics
@@ -130,10 +130,8 @@ def test_loss_is_its_formula_with_its_gradient(name, monkeypatch):
         torch.testing.assert_close(torch.zeros_like(x) if x.grad is None else x.grad, g)
 
 
-def on_this_process(rank, world, folder):
+def losses_of_half(rank, world):
     """Loss and gradients of this process's half of the tensors of every loss."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     rows, results = slice(3 * rank, 3 * rank + 3), {}
     for name, (tensors, ours, _) in LOSSES.items():
         mine = [x[rows].clone() if x.ndim else x.clone() for x in tensors]
@@ -143,13 +141,11 @@ def on_this_process(rank, world, folder):
         loss = ours(mine, LABELS[rows])
         loss.backward()
         results[name] = loss.detach(), [torch.zeros_like(x) if x.grad is None else x.grad for x in mine]
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
 def test_two_processes_make_the_same_loss_and_gradient(tmp_path):
-    torch.multiprocessing.spawn(on_this_process, (2, str(tmp_path)), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    parts = on_processes(losses_of_half, 2, tmp_path)
     for name in LOSSES:
         want, grads = slow_result(name)
         torch.testing.assert_close((parts[0][name][0] + parts[1][name][0]) / 2, want)

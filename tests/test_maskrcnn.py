@@ -18,7 +18,7 @@ from torch import nn
 
 import data
 import dense
-from conftest import ROOT, SHARED, needs_shared
+from conftest import ROOT, SHARED, needs_shared, on_processes
 from data import BadRecord, UserError, open_data
 from dense import NEGATIVE, UNUSED, assign, decode_boxes, encode_boxes, make_anchors, sample
 from model import PRESETS, MaskCLIP, VisionTransformer
@@ -379,30 +379,20 @@ def test_overfits_two_images():
             assert (pasted & mask).sum() > 0.7 * (pasted | mask).sum()
 
 
-def joined_batch(rank: int, world: int, folder: str):
-    """The gradient of a batch of four on `world` processes, one of which has no objects; rank 0 saves it."""
-    torch.set_num_threads(1)
-    if world > 1:
-        meeting = f"file://{folder}/meeting"
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+def joined_batch(rank: int, world: int):
+    """The gradient of a batch of four on `world` processes, one of which has no objects."""
     net = small_net(drop_path=0.0, rpn_samples=10 ** 6, roi_samples=10 ** 6).train()    # all are drawn, whoever draws
     targets = targets_of([(6, 8, 30, 34, 0), (34, 20, 60, 60, 1)], [(10, 30, 50, 56, 2)], [], [])
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     rows = slice(4 // world * rank, 4 // world * (rank + 1))
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     sum(model(images[rows], [(64, 64)] * (4 // world), targets[rows]).values()).backward()
-    if rank == 0:
-        torch.save({name: p.grad for name, p in net.named_parameters()}, f"{folder}/{world}.pt")
-    del model                                                   # before the group: see train.run
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    return {name: p.grad for name, p in net.named_parameters()}
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_joined_batch(tmp_path):
-    joined_batch(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(joined_batch, (2, str(tmp_path)), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    one, two = joined_batch(0, 1), on_processes(joined_batch, 2, tmp_path)[0]
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
 

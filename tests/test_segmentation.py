@@ -21,7 +21,7 @@ from torch import nn
 
 import data
 import dense
-from conftest import ROOT, SHARED, needs_shared, run_script
+from conftest import ROOT, SHARED, needs_shared, on_processes, run_script
 from data import ADE20K, COCO_STUFF, COCO_STUFF_LABEL, PASCAL_CONTEXT, BadRecord, UserError, open_data
 from model import PRESETS, MaskCLIP, SyncBatchNorm, VisionTransformer
 from train import load_state, save_checkpoint
@@ -470,12 +470,8 @@ def test_sync_batch_norm_on_one_process_is_batch_norm(shape, affine):
         ours(torch.randn(2, 4, 5))
 
 
-def joined_batches(rank: int, world: int, folder: str):
-    """On each of `world` processes: batch norm of its own rows, and UperNet's gradient; rank 0 saves the results."""
-    torch.set_num_threads(1)
-    if world > 1:
-        meeting = f"file://{folder}/meeting"
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+def joined_batches(rank: int, world: int) -> dict:
+    """On each of `world` processes: batch norm of its own rows, and UperNet's gradient."""
     torch.manual_seed(0)
     results = {}
     for name, x in (("flat", torch.randn(12, 4)), ("maps", torch.randn(12, 4, 3, 5))):
@@ -495,18 +491,12 @@ def joined_batches(rank: int, world: int, folder: str):
     loss = sum(dense.pixel_cross_entropy(scores, labels[rows], "labeled") for scores in model(images[rows]))
     loss.backward()
     results["net"] = [p.grad for p in net.parameters()] + [b for b in net.buffers() if b.is_floating_point()]
-    if rank == 0:
-        torch.save(results, f"{folder}/{world}.pt")
-    del model                                                   # before the group: see train.run
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    return results
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_joined_batch(tmp_path):
-    joined_batches(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(joined_batches, (2, str(tmp_path)), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    one, two = joined_batches(0, 1), on_processes(joined_batches, 2, tmp_path)[0]
     for name in one:
         for a, b in zip(one[name], two[name], strict=True):
             torch.testing.assert_close(b, a, atol=2e-6, rtol=2e-4, msg=lambda m: f"{name}: {m}")
