@@ -12,10 +12,12 @@
     python data.py bpe --data SPEC --vocab-size N TEXT      learns merges, shows how TEXT is cut
 """
 import argparse
+import ast
 import bisect
 import contextlib
 import csv
 import functools
+import glob
 import gzip
 import hashlib
 import heapq
@@ -32,6 +34,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 import zlib
 from array import array
 from collections import Counter, defaultdict
@@ -1165,6 +1168,9 @@ class Shards:
     classes = None
 
     def __init__(self, pattern: str, cache: str | Path | None = None):
+        if "*" in pattern or os.path.isdir(pattern):
+            raise UserError(f"cannot read shards:{pattern}: wanted the names of the tars with a range in braces, "
+                            f"shards:PATH-{{00000..00999}}.tar, so that a missing one is noticed")
         self.paths = expand_braces(pattern)
         missing = [path for path in self.paths if not os.path.isfile(path)]
         if missing:
@@ -1295,7 +1301,7 @@ class ImageFiles:
 
     source     where the list comes from, for messages
     root       folder that the files are named from
-    files      path of each of the n images
+    files      path of each of the n images, or ARCHIVE.zip@MEMBER
     captions   of all images, in order; image i has those from first[i] to first[i + 1]
     labels     (n,) index into `classes`
     """
@@ -1306,7 +1312,7 @@ class ImageFiles:
         if not len(files):
             raise UserError(f"{source} holds no images")
         probe = [self.path(i) for i in range(min(len(files), 100))]
-        if not any(os.path.isfile(path) for path in probe):
+        if not any(os.path.isfile(archive_and_member(path)[0]) for path in probe):
             raise UserError(f"none of the first {len(probe)} images of {source} exists: looked for {probe[0]}")
 
     def __len__(self) -> int:
@@ -1332,7 +1338,35 @@ class ImageFiles:
         return Sample(image, tuple(captions), -1 if self.labels is None else int(self.labels[i]))
 
 
+def archive_and_member(path: str) -> tuple[str, str]:
+    """a/val.zip@3/17.png -> a/val.zip, 3/17.png;  a/17.png -> a/17.png, "" """
+    archive, at, member = path.partition(".zip@")
+    return (archive + ".zip", member) if at else (path, "")
+
+
+@functools.lru_cache(maxsize=4)
+def open_zip(path: str, process: int) -> zipfile.ZipFile:
+    """process: os.getpid(), because an open file that a fork inherits has one position for both."""
+    return zipfile.ZipFile(path)
+
+
+def read_zipped(path: str, member: str) -> bytes:
+    try:
+        archive = open_zip(path, os.getpid())
+        size = archive.getinfo(member).file_size
+        if size > MAX_FILE:
+            raise BadRecord(f"file too large: {size:,} bytes")
+        return archive.read(member)                      # no more than that size, whatever it unpacks to
+    except KeyError:
+        raise BadRecord(f"unreadable file: no {member!r} in {path}") from None
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        raise BadRecord(f"unreadable file: {member!r} in {path}: {one_line(error)}") from None
+
+
 def read_file(path: str) -> bytes:
+    archive, member = archive_and_member(path)
+    if member:
+        return read_zipped(archive, member)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -1391,16 +1425,33 @@ def folder(root: str, split: str) -> ImageFiles:
     except OSError as error:
         raise UserError(f"cannot read {root}: {error.strerror}") from None
     folders = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
+    if len(folders) < 2:
+        found = f"one folder of a class, {folders[0]}" if folders else "no folder of a class"
+        raise UserError(f"{root} holds {found}: wanted one for each class, DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg")
     files, labels = Packed(), array("q")
     for label, name in enumerate(folders):
         for where, below, names in os.walk(os.path.join(root, split if splits else "", name)):
             below.sort()                                 # os.walk goes on in this order
             where = os.path.relpath(where, root)
+            if re.fullmatch(r"\d{5}", name) and any(file.endswith(".txt") for file in names):
+                raise UserError(f"{os.path.join(root, where)} holds pairs as img2dataset leaves them, no class: let it "
+                                f"write --output_format webdataset, and give that as shards:")
             for file in sorted(names):
                 if os.path.splitext(file)[1][1:].lower() in EXTENSIONS:
                     files.append(os.fsencode(os.path.join(where, file)))
                     labels.append(label)
+    home = os.path.join(root, split if splits else "")
+    if not files and any(os.path.splitext(file)[1][1:].lower() in EXTENSIONS for file in os.listdir(home)):
+        raise UserError(f"{home} holds images that lie in no folder of their class: sort them, as docs/DATA.md says of "
+                        f"ImageNet's validation images")
     return ImageFiles(root, root, files, labels=labels, classes=class_names(root, folders))
+
+
+def want_names(data, spec: str):
+    """UserError if the classes have WordNet's numbers for names, which no text tower has read."""
+    if re.fullmatch(r"n\d{8}", data.classes[0]):
+        raise UserError(f"the classes of {spec} are numbers of WordNet, such as {data.classes[0]}: put their names "
+                        f"into {data.root}/classnames.txt, lines CLASS<TAB>name (docs/DATA.md says where they come from)")
 
 
 def class_names(root: str, folders: list[str]) -> list[str]:
@@ -1550,6 +1601,9 @@ def name_classes(parts: list) -> list:
         if getattr(data, "labels", None) is not None and tuple(data.classes) not in first:
             first[tuple(data.classes)] = total
             total += len(data.classes)
+    for data in parts:
+        if getattr(data, "labels", None) is not None:
+            want_names(data, f"folder:{data.root}")
     return [NamedClasses(data, first[tuple(data.classes)], TEMPLATES_80)
             if getattr(data, "labels", None) is not None else data for data in parts]
 
@@ -1605,10 +1659,11 @@ def open_data(spec: str, split: str | None = None, task: str = "captions", size:
         return csv_file(path, **dict(column.split("=", 1) for column in columns))
     if kind == "folder":
         return folder(root, split)
-    if kind == "coco" and task == "captions":
-        return coco(root, split)
-    if kind == "coco" and task == "retrieval":
-        return karpathy(os.path.join(root, "dataset_coco.json"), root, split)
+    if kind == "coco":
+        split_file = os.path.join(root, "dataset_coco.json")
+        if task == "captions" and (split != "test" or not os.path.isfile(split_file)):
+            return coco(root, split)
+        return karpathy(split_file, root, split)
     if kind == "flickr30k":
         return karpathy(os.path.join(root, "dataset_flickr30k.json"), os.path.join(root, "flickr30k-images"), split)
     raise AssertionError(f"OPENS has {kind} for {task}, but nothing opens it")
@@ -1671,45 +1726,56 @@ def find_templates(text: str) -> tuple[str, ...]:
     known = {"7": TEMPLATES_7, "80": TEMPLATES_80, "85": TEMPLATES_85}
     if text in known:
         return known[text]
-    templates = (text,) if "{" in text else tuple(read_lines(text, "templates"))
+    return checked_templates((text,) if "{" in text else read_lines(text, "templates"))
+
+
+def checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
     for template in templates:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
             raise UserError(f"template {template!r} must have one {{}}, where the class name goes, and no other brace")
-    return templates
+    return tuple(templates)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The suite of "Image Classification in the Wild": 20 data sets below one folder
 #
-#   icinw:DIR      DIR/NAME/test/CLASS/**/*.jpg     NAME from the table below; classes in the order of folders' names
+#   icinw:DIR      DIR/classification/FOLDER, or DIR/FOLDER, as the ELEVATER toolkit has them; FOLDER and LIST from the
+#                  table below
+#                      LIST               test.txt: lines "val.zip@3/17.png 3", the class counted from 0, or "3,7";
+#                                         test.json: COCO's images, annotations and categories
+#                      labels.txt         or labelmap.txt, beside a test.txt: the name of a class a line
+#                      val.zip            or unpacked beside it
+#                  DIR/prompts.py         the toolkit's names of classes and templates; read, never run
+#
+#   or your own    DIR/NAME/test/CLASS/**/*.jpg     NAME from the table; classes in the order of folders' names
 #                  DIR/NAME/classnames.txt          optional, as for folder:DIR; further names after further tabs
 #                  DIR/NAME/templates.txt           a prompt a line, with {} for the class name
-#
-#   voc-2007-classification, where an image can be of several classes, has instead of folders
-#                  DIR/NAME/test/labels.txt         lines "FILE<TAB>CLASS CLASS ...", FILE below DIR/NAME/test
+#                  DIR/NAME/test/labels.txt         in place of folders where an image can be of several classes:
+#                                                   lines "FILE<TAB>CLASS CLASS ...", FILE below DIR/NAME/test
 # ---------------------------------------------------------------------------------------------------------------------
 
-ICINW = {  # folder, named as in the ELEVATER toolkit: classes, test images, metric
-    "caltech-101": (102, 6084, "mean per class"),
-    "cifar-10": (10, 10000, "accuracy"),
-    "cifar-100": (100, 10000, "accuracy"),
-    "country211": (211, 21100, "accuracy"),
-    "dtd": (47, 1880, "accuracy"),
-    "eurosat_clip": (10, 5000, "accuracy"),
-    "fer-2013": (7, 3589, "accuracy"),
-    "fgvc-aircraft-2013b-variants102": (100, 3333, "mean per class"),
-    "food-101": (101, 25250, "accuracy"),
-    "gtsrb": (43, 12630, "accuracy"),
-    "hateful-memes": (2, 500, "ROC AUC"),                       # of the second class
-    "kitti-distance": (4, 711, "accuracy"),
-    "mnist": (10, 10000, "accuracy"),
-    "oxford-flower-102": (102, 6149, "mean per class"),
-    "oxford-iiit-pets": (37, 3669, "mean per class"),
-    "patch-camelyon": (2, 32768, "accuracy"),
-    "rendered-sst2": (2, 1821, "accuracy"),
-    "resisc45_clip": (45, 25200, "accuracy"),
-    "stanford-cars": (196, 8041, "accuracy"),
-    "voc-2007-classification": (20, 4952, "11-point mAP"),
+ICINW = {  # name in the ELEVATER toolkit: folder, list, classes, test images, metric
+    "caltech-101": ("caltech_101_20211007", "test.txt", 102, 6084, "mean per class"),
+    "cifar-10": ("cifar_10_20211007", "test.txt", 10, 10000, "accuracy"),
+    "cifar-100": ("cifar100_20200721", "test_images.txt", 100, 10000, "accuracy"),
+    "country211": ("country211_20210924", "test.txt", 211, 21100, "accuracy"),
+    "dtd": ("dtd_20211007", "test.txt", 47, 1880, "accuracy"),
+    "eurosat_clip": ("eurosat_clip_20210930", "test.txt", 10, 5000, "accuracy"),
+    "fer-2013": ("fer_2013_20211008", "test.txt", 7, 3589, "accuracy"),
+    "fgvc-aircraft-2013b-variants102": ("fgvc_aircraft_2013b_variants102_20211007", "test.txt", 100, 3333,
+                                        "mean per class"),
+    "food-101": ("food_101_20211007", "test.txt", 101, 25250, "accuracy"),
+    "gtsrb": ("gtsrb_20210923", "test.txt", 43, 12630, "accuracy"),
+    "hateful-memes": ("hateful_memes_20211014", "test_meta.json", 2, 500, "ROC AUC"),       # of the second class
+    "kitti-distance": ("kitti_distance_20210923", "test_meta.json", 4, 711, "accuracy"),
+    "mnist": ("mnist_20211008", "test.txt", 10, 10000, "accuracy"),
+    "oxford-flower-102": ("oxford_flower_102_20211007", "test.txt", 102, 6149, "mean per class"),
+    "oxford-iiit-pets": ("oxford_iiit_pets_20211007", "test.txt", 37, 3669, "mean per class"),
+    "patch-camelyon": ("patch_camelyon_20211007", "test.txt", 2, 32768, "accuracy"),
+    "rendered-sst2": ("rendered_sst2_20210924", "test.txt", 2, 1821, "accuracy"),
+    "resisc45_clip": ("resisc45_clip_20210924", "test.json", 45, 25200, "accuracy"),
+    "stanford-cars": ("stanford_cars_20211007", "test.txt", 196, 8041, "accuracy"),
+    "voc-2007-classification": ("voc2007_20211007", "test_ic.txt", 20, 4952, "11-point mAP"),
 }
 
 
@@ -1736,25 +1802,111 @@ class IcinwTask:
 def icinw(root: str) -> tuple[list[IcinwTask], list[str]]:
     """The suite's data sets that are there, and the names of the others."""
     root = os.path.expanduser(root)
-    found = [name for name in ICINW if os.path.isdir(os.path.join(root, name))]
+    found = {}
+    for name, (published, *_) in ICINW.items():
+        homes = [os.path.join(root, below) for below in (name, f"classification/{published}", published)]
+        if home := next(filter(os.path.isdir, homes), None):
+            found[name] = home
     if not found:
-        raise UserError(f"{root} has no folder of the ICinW suite; wanted one or more of {', '.join(ICINW)}")
-    return [icinw_task(root, name) for name in found], [name for name in ICINW if name not in found]
+        raise UserError(f"{root} has no folder of the ICinW suite; wanted one or more of classification/"
+                        f"{ICINW['caltech-101'][0]} ..., or of {', '.join(ICINW)}")
+    names, templates = toolkit_prompts(os.path.join(root, "prompts.py"))
+    return ([icinw_task(name, home, names.get(name), templates.get(name)) for name, home in found.items()],
+            [name for name in ICINW if name not in found])
 
 
-def icinw_task(root: str, name: str) -> IcinwTask:
-    home, is_class = os.path.join(root, name), None
-    classes, images, metric = ICINW[name]
-    if metric == "11-point mAP":
+def icinw_task(name: str, home: str, names: list[str] | None, templates: tuple[str, ...] | None) -> IcinwTask:
+    """names, templates: the toolkit's, where there are any"""
+    published, listing, classes, images, metric = ICINW[name]
+    is_published, is_multi_label, is_class, notes = home.endswith(published), metric == "11-point mAP", None, []
+    if is_published:
+        data, is_class = listed_files(home, listing, is_multi_label)
+    elif is_multi_label:
         data, is_class = multi_label_files(home)
     else:
         data = folder(home, "test")
-    templates = find_templates(os.path.join(home, "templates.txt"))
-    notes = [f"{count:,} {what}, the published test set has {wanted:,}"
-             for what, count, wanted in (("images", len(data), images), ("classes", len(data.classes), classes))
-             if count != wanted]
+    if not is_published:
+        templates = find_templates(os.path.join(home, "templates.txt"))
+    elif names and templates:
+        if len(names) != len(data.classes):
+            raise UserError(f"prompts.py names {len(names)} classes of {name}, {home} has {len(data.classes)}")
+        data.classes = names
+    else:
+        templates = TEMPLATES_80
+        notes += ["without the toolkit's prompts.py: names as in the data, OpenAI's 80 templates"]
+    notes += [f"{count:,} {what}, the published test set has {wanted:,}"
+              for what, count, wanted in (("images", len(data), images), ("classes", len(data.classes), classes))
+              if count != wanted]
     # the nearest car may stand at the margin: the toolkit, too, does not cut out the centre of these images
-    return IcinwTask(name, data, templates, metric, is_class, squash=name == "kitti-distance", notes=notes)
+    return IcinwTask(name, data, templates, metric, is_class, squash=name == "kitti-distance",
+                     notes=data.notes + notes)
+
+
+def toolkit_prompts(path: str) -> tuple[dict, dict]:
+    """class_map and template_map of the toolkit's prompts.py, {data set: list}; both empty if there is no such file."""
+    if not os.path.exists(path):
+        return {}, {}
+    values = {}
+
+    def literal(node):
+        if isinstance(node, ast.Name):
+            return values[node.id]
+        if isinstance(node, ast.List):
+            return [literal(item) for item in node.elts]
+        if isinstance(node, ast.Dict):
+            return {literal(key): literal(value) for key, value in zip(node.keys, node.values)}
+        return ast.literal_eval(node)
+    try:
+        for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):      # of what is no plain list
+                values[node.targets[0].id] = literal(node.value)
+        names = {name: ["\t".join([one] if isinstance(one, str) else one) for one in classes]
+                 for name, classes in values["class_map"].items() if name in ICINW}
+        templates = {name: checked_templates(some) for name, some in values["template_map"].items() if name in ICINW}
+        return names, templates
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as why:
+        raise UserError(f"{path} is not the toolkit's vision_benchmark/datasets/prompts.py: {one_line(why)}") from None
+
+
+def listed_files(home: str, listing: str, is_multi_label: bool) -> tuple[ImageFiles, np.ndarray | None]:
+    """A data set of the toolkit: images, and with several classes an image is_class as in multi_label_files."""
+    path, rows = os.path.join(home, listing), []                # rows: (file, its classes)
+    if listing.endswith(".json"):
+        content = read_json(path)
+        categories = sorted((want(one, "id", int, path), want(one, "name", str, path))
+                            for one in want(content, "categories", list, path))
+        classes, place = [name for _, name in categories], {number: c for c, (number, _) in enumerate(categories)}
+        of_image = defaultdict(list)
+        for one in want(content, "annotations", list, path):
+            of_image[want(one, "image_id", int, path)].append(place.get(want(one, "category_id", int, path), -1))
+        for image in want(content, "images", list, path):
+            file = want(image, "file_name", str, path)
+            rows.append((f"{image['zip_file']}@{file}" if "zip_file" in image else file, of_image[image.get("id")]))
+    else:
+        names = [os.path.join(home, name) for name in ("labels.txt", "labelmap.txt")]
+        classes = read_lines(next(filter(os.path.isfile, names), names[0]), "names of classes")
+        for number, line in enumerate(read_lines(path, "lines FILE CLASS"), 1):
+            file, _, numbers = line.rpartition(" ")
+            if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", numbers):
+                raise UserError(f"{path}, line {number}: wanted FILE CLASS or FILE CLASS,CLASS..., got {line[:60]!r}")
+            rows.append((file, [int(one) for one in numbers.split(",")]))
+    for file, own in rows:
+        if not all(0 <= c < len(classes) for c in own):
+            raise UserError(f"{path}: {file} is of class {max(own)}, with {len(classes)} classes")
+    kept = rows if is_multi_label else [(file, own) for file, own in rows if len(own) == 1]
+    data = ImageFiles(path, home, Packed(as_bytes(unpacked(home, file)) for file, _ in kept), classes=classes,
+                      labels=array("q", [-1 if is_multi_label else own[0] for _, own in kept]),
+                      notes=[f"{len(rows) - len(kept):,} images without one class"] if len(kept) < len(rows) else [])
+    return data, np.array([np.isin(np.arange(len(classes)), own) for _, own in kept]) if is_multi_label else None
+
+
+def unpacked(home: str, file: str) -> str:
+    """val.zip@3/17.png, or where that lies if there is no val.zip any more: val/3/17.png or 3/17.png"""
+    archive, member = archive_and_member(file)
+    if not member or os.path.isfile(os.path.join(home, archive)):
+        return file
+    below = os.path.join(archive.removesuffix(".zip"), member)
+    return below if os.path.isfile(os.path.join(home, below)) else member
 
 
 def multi_label_files(root: str) -> tuple[ImageFiles, np.ndarray]:
@@ -2147,7 +2299,8 @@ def preview(data, out: str, rows: int = 4, columns: int = 6, seed: int = 0):
             scale = CELL / max(picture.size)
             picture = picture.resize([max(1, round(side * scale)) for side in picture.size], BICUBIC)
             sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
-            text = pick_caption(sample, rng) if sample.captions else data.classes[sample.label]
+            text = (pick_caption(sample, rng) if sample.captions else
+                    data.classes[sample.label] if sample.label >= 0 else data.name(int(i)))
         except BadRecord as error:
             draw.rectangle((x, y, x + CELL, y + CELL), fill="lightgray")
             text = f"BAD {data.name(int(i))}: {error}"
@@ -2224,6 +2377,19 @@ def check_folder_of(option: str, path: str):
         raise UserError(f"{option} {path} cannot be written: wanted the name of a file in a folder that exists")
 
 
+def open_for_reading(spec: str, split: str) -> list:
+    """What `spec` names, for whatever it is used: a list because icinw: is many data sets."""
+    kind, _, rest = spec.partition(":")
+    if kind == "icinw":
+        return [task.data for task in icinw(rest)[0]]
+    if kind in LAYOUTS:
+        return [open_data(spec, split, "segmentation")]
+    has_captions = glob.glob(os.path.join(os.path.expanduser(rest), "annotations", "captions_*.json"))
+    if kind == "coco" and split != "test" and not has_captions:
+        return [open_data(spec, split, "detection")]
+    return [open_data(spec, split)]
+
+
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = cli.add_subparsers(dest="command", required=True)
@@ -2232,7 +2398,8 @@ def main(argv=None):
                        ("bpe", "learn byte-pair merges from the captions and show how a text is cut")):
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         command.add_argument("--data", action="append", metavar="SPEC",
-                             help=f"{OPENS['captions']}; may be repeated (default: shapes)")
+                             help=f"{OPENS['captions']}, or one of those for evaluation, ade20k:DIR, icinw:DIR ...; "
+                                  f"may be repeated (default: shapes)")
         command.add_argument("--split", default="train", help="train, val or test, where the data has splits")
         command.add_argument("--bpe", default="", help="CLIP's merges file (default: learn merges from the captions)")
         command.add_argument("--vocab-size", type=int, default=1024,
@@ -2252,11 +2419,11 @@ def main(argv=None):
     o = cli.parse_args(argv)
     check_folder_of("--out", getattr(o, "out", ""))
     check_folder_of("--json", getattr(o, "json", ""))
-    parts = [open_data(spec, o.split) for spec in o.data or ["shapes"]]
+    parts = [part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)]
     data = parts[0] if len(parts) == 1 else Mixed(parts)
     if o.command == "preview":
         preview(data, o.out, o.rows, o.columns, o.seed)
-        print(f"wrote {o.out}: {o.rows * o.columns} of {len(data)} records")
+        print(f"wrote {o.out}: {min(o.rows * o.columns, len(data))} of {len(data)} records")
         return
     tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else learn_tokenizer(data, o.vocab_size)
     if o.command == "check":

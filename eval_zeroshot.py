@@ -278,6 +278,8 @@ def classify(job: Job, spec: str) -> dict:
     confused                     [{"class", "taken_for", "images"}, ...], ten at most, the most frequent first
     """
     o, data = job.options, job.open(spec, "classes")
+    if not o.classes:
+        data_module.want_names(data, spec)
     classes = data_module.read_lines(o.classes, "class names") if o.classes else data.classes
     if len(classes) != len(data.classes):
         raise UserError(f"{o.classes} has {len(classes)} lines, {spec} {len(data.classes)} classes: want as many")

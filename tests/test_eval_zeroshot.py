@@ -2,7 +2,10 @@
 
     python -m pytest tests/test_eval_zeroshot.py
 """
+import io
 import json
+import re
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -370,6 +373,139 @@ def test_suite(checkpoint, tmp_path, capsys):
     assert scores["voc-2007-classification"]["score"] == pytest.approx(np.mean(by_class))
 
 
+def make_published(root, pack=True):
+    """Four data sets as the ELEVATER toolkit has them: lists of files in archives, COCO's JSON, several classes."""
+    home, rng = root / "classification", np.random.default_rng(3)
+
+    def archive(path, members):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w") as out:
+            for member in members:
+                buffer = io.BytesIO()
+                PIL.Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(buffer, "PNG")
+                out.writestr(member, buffer.getvalue())
+        if not pack:
+            with zipfile.ZipFile(path) as packed:
+                packed.extractall(path.with_suffix("") if path.stem == "val" else path.parent)
+            path.unlink()
+    pets = home / "oxford_iiit_pets_20211007"
+    archive(pets / "val.zip", [f"{k % 3}/p{k}.png" for k in range(7)])
+    (pets / "test.txt").write_text("".join(f"val.zip@{k % 3}/p{k}.png {k % 3}\n" for k in range(7)))
+    (pets / "labels.txt").write_text("Abyssinian\nBengal\nPug\n")
+    voc = home / "voc2007_20211007"
+    archive(voc / "test.zip", [f"test/{k}.png" for k in range(4)])
+    (voc / "test_ic.txt").write_text("test.zip@test/0.png 0\ntest.zip@test/1.png 0,1\n"
+                                     "test.zip@test/2.png 1\ntest.zip@test/3.png 0\n")
+    (voc / "labels.txt").write_text("bus\ncar\n")
+    signs = home / "gtsrb_20210923"
+    archive(signs / "final_test.zip", [f"{k}.png" for k in range(4)])
+    (signs / "test.txt").write_text("".join(f"final_test.zip@{k}.png {k // 2}\n" for k in range(4)))
+    (signs / "labelmap.txt").write_text("stop\nyield\n")
+    memes = home / "hateful_memes_20211014"
+    archive(memes / "img.zip", [f"img/{k}.png" for k in range(5)])
+    files = [dict(zip_file="img.zip", file_name="img/0.png")]
+    files += [dict(file_name=f"img.zip@img/{k}.png") for k in range(1, 5)]
+    (memes / "test_meta.json").write_text(json.dumps(dict(
+        categories=[dict(id=2, name="hateful"), dict(id=1, name="not")],
+        images=[dict(id=10 + k, **file) for k, file in enumerate(files)],
+        annotations=[dict(id=k, image_id=10 + k, category_id=1 + (k > 1)) for k in range(4)])))         # one has none
+    (root / "prompts.py").write_text('''"""Prompts"""
+import os
+os.remove(__file__)
+own = os.remove(__file__)
+pets_classes = ["Abyssinian", "Bengal", ["pug", "pug dog"]]
+pets_templates = ["a photo of a {}, a type of pet.", 'the {}.']
+class_map = {"oxford-iiit-pets": pets_classes, "voc-2007-classification": ["bus", "car"], "stl10": []}
+template_map = {"oxford-iiit-pets": pets_templates, "voc-2007-classification": ["a {}."], "stl10": ["{} {}"]}
+''')
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_suite_as_published(checkpoint, tmp_path, pack):
+    path, model, tokenizer = checkpoint
+    make_published(tmp_path, pack)
+    result, = evaluated(path, "--data", f"icinw:{tmp_path}", tmp_path=tmp_path)
+    assert (tmp_path / "prompts.py").exists(), "read, never run"
+    scores = result["scores"]
+    assert {name: (entry["images"], entry["classes"], entry["bad"]) for name, entry in scores.items()} == {
+        "gtsrb": (4, 2, 0), "hateful-memes": (4, 2, 0), "oxford-iiit-pets": (7, 3, 0),
+        "voc-2007-classification": (4, 2, 0)}
+    assert "1 images without one class" in scores["hateful-memes"]["notes"]
+    assert any("prompts.py" in note for note in scores["gtsrb"]["notes"])
+    assert not any("prompts.py" in note for note in scores["oxford-iiit-pets"]["notes"])
+    tasks = {task.name: task for task in data.icinw(str(tmp_path))[0]}
+    pets, voc = tasks["oxford-iiit-pets"], tasks["voc-2007-classification"]
+    assert pets.data.classes == ["Abyssinian", "Bengal", "pug\tpug dog"]
+    assert pets.templates == ("a photo of a {}, a type of pet.", "the {}.") and voc.templates == ("a {}.",)
+    assert [pets.data.read(i).label for i in range(7)] == [k % 3 for k in range(7)]
+    assert voc.is_class.tolist() == [[True, False], [True, True], [False, True], [True, False]]
+    assert tasks["hateful-memes"].data.classes == ["not", "hateful"]
+    assert [tasks["hateful-memes"].data.read(i).label for i in range(4)] == [0, 0, 1, 1]
+    images = torch.stack([data.EvalTransform(32)(pets.data.read(i).image) for i in range(7)])
+    embedded = embed_classes(model, tokenizer, pets.data.classes, pets.templates, ALONE, 8)
+    with torch.no_grad():
+        guess = (model.encode_image(data.normalize(images)) @ embedded.T).argmax(dim=1)
+    right = guess == torch.arange(7) % 3
+    assert scores["oxford-iiit-pets"]["score"] == pytest.approx(np.mean([right[c::3].double().mean() for c in range(3)]))
+
+
+@pytest.mark.parametrize("file, content, told", [
+    ("classification/gtsrb_20210923/test.txt", "final_test.zip@0.png stop\n", "line 1: wanted FILE CLASS"),
+    ("classification/gtsrb_20210923/test.txt", "final_test.zip@0.png 2\n", "of class 2, with 2 classes"),
+    ("classification/gtsrb_20210923/test.txt", "other.zip@0.png 1\n", "none of the first 1 images"),
+    ("classification/hateful_memes_20211014/test_meta.json", "[]", "'categories'"),
+    ("prompts.py", "class_map = {'gtsrb': ['stop']}\ntemplate_map = {'gtsrb': ['a {}']}\n", "names 1 classes of gtsrb"),
+    ("prompts.py", "class_map = {'gtsrb': unknown}\ntemplate_map = {}\n", "is not the toolkit's"),
+    ("prompts.py", "class_map = {'gtsrb': [1, 2]}\ntemplate_map = {}\n", "is not the toolkit's"),
+    ("prompts.py", "class_map = {}\ntemplate_map = {'gtsrb': ['no braces']}\n", "'no braces' must have one {}"),
+    ("prompts.py", "class_map = (\n", "is not the toolkit's"),
+])
+def test_a_wrong_file_of_the_published_suite_is_named(tmp_path, file, content, told):
+    make_published(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        data.icinw(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_archive_is_a_bad_record(tmp_path):
+    make_published(tmp_path)
+    archive = tmp_path / "classification" / "gtsrb_20210923" / "final_test.zip"
+    files = next(task.data for task in data.icinw(str(tmp_path))[0] if task.name == "gtsrb")
+    assert files.read(0).label == 0
+    data.open_zip.cache_clear()
+    archive.write_bytes(archive.read_bytes()[:-40])
+    with pytest.raises(data.BadRecord, match="final_test.zip"):
+        files.read(0)
+    make_published(tmp_path)
+    with zipfile.ZipFile(archive, "w") as out:
+        out.writestr("1.png", b"not an image")
+    data.open_zip.cache_clear()
+    for i, told in ((0, "no '0.png'"), (1, "not an image")):
+        with pytest.raises(data.BadRecord, match=told):
+            files.read(i)
+
+
+def test_wordnet_numbers_are_no_names(checkpoint, tmp_path):
+    path, *_ = checkpoint
+    for one in ("n01440764", "n01443537"):
+        write_images(tmp_path / "in1k" / "val" / one, 2)
+    spec = f"folder:{tmp_path / 'in1k'}"
+    with pytest.raises(UserError, match="numbers of WordNet, such as n01440764"):
+        main([str(path), "--data", spec])
+    with pytest.raises(UserError, match="numbers of WordNet"):
+        data.name_classes([data.open_data(spec, "val")])
+    (tmp_path / "names.txt").write_text("tench\ngoldfish\n")
+    result, = evaluated(path, "--data", spec, "--classes", tmp_path / "names.txt", tmp_path=tmp_path)
+    assert [entry["class"] for entry in result["per_class"]] == ["tench", "goldfish"]
+    lemmas = "n01440764\ttench\tTinca tinca\nn01443537\tgoldfish\nn09999999\tnowhere\n"       # more than there are
+    (tmp_path / "in1k" / "classnames.txt").write_text(lemmas)
+    result, = evaluated(path, "--data", spec, tmp_path=tmp_path)
+    assert [entry["class"] for entry in result["per_class"]] == ["tench", "goldfish"]
+    named, = data.name_classes([data.open_data(spec, "val")])
+    assert {"a photo of a tench.", "a photo of a Tinca tinca."} < set(named.read(0).captions)
+
+
 def test_suite_metrics():
     """One case for each metric, worked out by hand."""
     cosines = torch.tensor([[0.3, 0.1], [0.2, 0.4], [0.32, 0.1]], dtype=torch.float64)     # guesses 0, 1, 0
@@ -383,7 +519,7 @@ def test_suite_metrics():
     assert suite_score("11-point mAP", cosines, label, is_class) == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
     assert len(ICINW) == 20 and {metric for *_, metric in ICINW.values()} == {
         "accuracy", "mean per class", "ROC AUC", "11-point mAP"}
-    assert sum(images for _, images, _ in ICINW.values()) == 192677
+    assert sum(images for _, _, _, images, _ in ICINW.values()) == 192677
 
 
 @pytest.mark.parametrize("arguments, words", [
