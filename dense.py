@@ -719,6 +719,8 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
         if (step + 1) % options.log_every == 0 or step + 1 == options.steps:
             epoch = (step + 1) / (len(data) // options.batch_size)
             log.line(step, dict(epoch=epoch, loss=sum(values), lr=lr, **terms, grad_norm=norm.item()))
+        else:
+            log.pulse(step)
         if stopping:
             if not skipped and save(step + 1) and runtime.is_main:
                 print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)

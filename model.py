@@ -1158,6 +1158,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def write_safetensors(state: dict[str, Tensor], path: Path):
+    """The same the other way; all numbers as float32."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in state.items():
+        header[name] = dict(dtype="F32", shape=list(tensor.shape), data_offsets=[at, at + 4 * tensor.numel()])
+        at += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in state.values():
+            file.write(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """float32 tensors by name, from a .safetensors or from what torch.save wrote, where they may lie a dict deeper."""
     if not path.is_file():
@@ -1249,11 +1263,12 @@ def export(model: MaskCLIP, tokenizer: BytePairTokenizer, kind: str, path: Path)
     c = model.config
     if kind == "timm":
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(to_timm(model), path)
+        is_safetensors = path.suffix == ".safetensors"
+        write_safetensors(to_timm(model), path) if is_safetensors else torch.save(to_timm(model), path)
         print(f"timm: VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.width}, "
               f"depth={c.depth}, num_heads={c.heads}, num_classes=0"
               f"{'' if c.dialect == 'timm' else ', pre_norm=True, CLIP norms of eps 1e-5'}).load_state_dict("
-              f"torch.load('{path}')); pixels normalized with mean {MEAN}, std {STD}")
+              f"{'safetensors.torch.load_file' if is_safetensors else 'torch.load'}('{path}')); pixels normalized with mean {MEAN}, std {STD}")
         return
     if c.pool not in POOLS:
         raise UserError(f"open_clip has no image tower like this one: --pool {c.pool}; it has cls and mean")
@@ -1444,8 +1459,8 @@ def main(argv=None):
     out = cli.add_argument_group("our weights for others")
     out.add_argument("checkpoint", nargs="?", help="what train.py wrote, as runs/pocket/last.pt")
     out.add_argument("--export", nargs=2, metavar=("timm|open_clip", "PATH"),
-                     help="timm: the image tower's state dict, to the file PATH; open_clip: config, weights and "
-                          "merges, to the folder PATH")
+                     help="timm: the image tower's state dict, to the file PATH, a .pth or a .safetensors; open_clip: "
+                          "config, weights and merges, to the folder PATH")
     into = cli.add_argument_group("public weights for us")
     into.add_argument("--import", dest="source", metavar="SPEC", help="timm:FILE, an image tower; open_clip:DIR, a "
                       "folder with open_clip_config.json, weights and merges.txt, as each repository on the hub has")
@@ -1459,7 +1474,10 @@ def main(argv=None):
         if not o.checkpoint or o.export[0] not in ("timm", "open_clip"):
             raise UserError("to export: python model.py CHECKPOINT --export timm FILE, or --export open_clip DIR")
         model, tokenizer, _ = train.load_checkpoint(o.checkpoint)
-        return export(model, tokenizer, o.export[0], Path(o.export[1]))
+        try:
+            return export(model, tokenizer, o.export[0], Path(o.export[1]))
+        except (OSError, RuntimeError) as error:                # torch.save's are RuntimeErrors
+            raise UserError(f"cannot write {o.export[0]}'s weights to {o.export[1]}: {one_line(error)}") from None
     kind, _, path = o.source.partition(":")
     if not o.out or kind not in ("timm", "open_clip"):
         raise UserError("to import: python model.py --import timm:FILE --out CHECKPOINT, or --import open_clip:DIR")

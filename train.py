@@ -92,6 +92,30 @@ FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
+# Numbers are finite and not negative; the least and most of those that want more, by the option's name in any script.
+# What stands as a default is fine too: there 0 may mean "as the paper".
+LIMITS = dict(
+    dict.fromkeys(("batch_size", "accumulate", "log_every", "gpus", "image_size", "patch_size", "width", "depth",
+                   "heads", "text_width", "text_depth", "text_heads", "context_length", "vocab_size", "embed_dim",
+                   "n_codes", "quantizer_hidden", "quantizer_bottleneck", "slip_hidden", "simsiam_hidden", "token_dim",
+                   "queue_size", "channels", "aux_channels", "head_width", "crop", "short_side", "long_side", "samples",
+                   "rpn_samples", "roi_samples", "rpn_before_train", "rpn_before_test", "rpn_keep_train",
+                   "rpn_keep_test"), (1, math.inf)),
+    **dict.fromkeys(("word_ratio", "center_momentum", "momentum", "momentum_end", "max_bad", "erasing", "smoothing",
+                     "temp_t_warmup", "layer_decay", "score_threshold"), (0, 1)),
+    **dict.fromkeys(("mask_ratio", "drop_path"), (0, 0.99)),
+    **dict.fromkeys(("crop_min", "view_crop_min"), (0.01, 1)),
+    workers=(-1, math.inf), seed=(0, 2 ** 31 - 1), beta2=(0, 0.99999), randaugment=(0, 10), crop_share=(0.1, 1),
+    utilization=(0, 1))
+ABOVE_0 = {"epochs", "temp_s", "temp_t", "temp_t_start", "utilization", "eps"}
+
+
+def check_number(name: str, value: float):
+    least, most = LIMITS.get(name, (0, math.inf))
+    if not (math.isfinite(value) and least <= value <= most) or name in ABOVE_0 and not value:
+        raise UserError(f"--{name.replace('_', '-')} must be a number {'above' if name in ABOVE_0 else 'from'} {least}"
+                        + (f" to {most}" if most < math.inf else " up" * (name not in ABOVE_0)) + f", not {value}")
+
 
 def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None, own: str = ""):
     """The command line as an instance of dataclass cls: one --flag a field, --help with the field's group and text.
@@ -122,6 +146,9 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
     values = {f.name: getattr(defaults, f.name) if defaults else f.default for f in fields(cls)}
     values.update({name: tuple(value) if isinstance(value, list) else value
                    for name, value in given.items() if value is not None})
+    for f in fields(cls):
+        if f.type in (int, float) and values[f.name] != f.default:
+            check_number(f.name, values[f.name])
     return cls(**values)
 
 
@@ -156,11 +183,6 @@ def check_options(o: TrainOptions):
     for width, heads in ((o.width, o.heads), (o.text_width, o.text_heads)):
         if width % heads:
             raise UserError(f"width {width} cannot be cut into {heads} attention heads: choose a divisor of {width}")
-    if not 0 <= o.mask_ratio < 1 or not 0 <= o.word_ratio <= 1:
-        raise UserError(f"--mask-ratio {o.mask_ratio} and --word-ratio {o.word_ratio} must lie between 0 and 1")
-    for name in ("batch_size", "accumulate", "log_every", "n_codes", "context_length", "queue_size", "token_dim"):
-        if getattr(o, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(o, name)}")
 
 
 def run(main):
@@ -501,6 +523,7 @@ class Log:
     def __init__(self, out: Path, is_main: bool, total: int, samples_per_step: int, first_step: int = 0):
         self.path, self.is_main, self.total, self.samples = out / "metrics.jsonl", is_main, total, samples_per_step
         self.started, self.at = time.monotonic(), first_step
+        self.begun = self.spoken = self.started
         if is_main:
             # lines beyond the checkpoint we go on from will be written again
             lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -514,9 +537,8 @@ class Log:
 
     def line(self, step: int, values: dict[str, float]):
         """After `step` (counted from 0) is done."""
-        now = time.monotonic()
-        rate = (step + 1 - self.at) * self.samples / max(now - self.started, 1e-9)
-        self.started, self.at = now, step + 1
+        rate, rest = self.rate(step)
+        self.started, self.at = time.monotonic(), step + 1
         if not self.is_main:
             return
         values = dict(step=step, **values, samples_per_second=rate)
@@ -527,9 +549,22 @@ class Log:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()
-        left = (self.total - step - 1) * self.samples / rate
         terms = "  ".join(f"{k} {values[k]:.3f}" for k in ("loss", *TERMS, "code_entropy") if k in values)
-        say(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rate:.0f}/s  {duration(left)} left")
+        say(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rest}")
+        self.spoken = time.monotonic()
+
+    def pulse(self, step: int):
+        """After a step without a line: a short one, if nothing was said for five seconds, later on for up to a minute."""
+        now = time.monotonic()
+        if self.is_main and now - self.spoken > min(60, max(5, (now - self.begun) / 20)):
+            say(f"step {step + 1}/{self.total}  {self.rate(step)[1]}")
+            self.spoken = now
+
+    def rate(self, step: int) -> tuple[float, str]:
+        """Samples a second since the last line, and in words with the time left."""
+        rate = (step + 1 - self.at) * self.samples / max(time.monotonic() - self.started, 1e-9)
+        left = (self.total - step - 1) * self.samples / rate
+        return rate, f"{rate:.{int(rate < 10)}f}/s  {duration(left)} left"
 
 
 def draw_curves(log: Path, path: Path, columns: int = 4, width: int = 400, height: int = 240):
@@ -848,6 +883,8 @@ def train(options: TrainOptions):
     identity = data_module.hash_names(data)
     steps_per_epoch = len(data) // options.batch_size
     total = options.steps or int(options.epochs * steps_per_epoch)
+    if not total:
+        raise UserError(f"--epochs {options.epochs:g} of {steps_per_epoch} steps are not one: give more, or --steps")
     warmup = min(int(options.warmup_epochs * steps_per_epoch), total // 5)
 
     labels = getattr(data, "names_classes", False)
@@ -947,6 +984,8 @@ def train(options: TrainOptions):
             log.line(step, dict(epoch=(step + 1) / steps_per_epoch, loss=loss, lr=lr, **terms,
                                 momentum=momentum, logit_scale=core.logit_scale.exp().item(), grad_norm=norm.item(),
                                 **collapse))
+        else:
+            log.pulse(step)
         if stopping:
             if not skipped and save(step + 1) and runtime.is_main:
                 say(f"stopped after step {step + 1}; the same command goes on from there")
@@ -1039,11 +1078,9 @@ GPUS = {
 def plan(o: TrainOptions):
     """FLOPs, memory, communication and time of the run, each with the formula it comes from."""
     (tflops, memory, gbytes), bf16 = GPUS[o.gpu], o.gpu != "v100"
-    if o.gpus < 1 or o.batch_size % (o.gpus * o.accumulate):
+    if o.batch_size % (o.gpus * o.accumulate):
         raise UserError(f"--batch-size {o.batch_size} cannot be shared by --gpus {o.gpus} times --accumulate "
-                        f"{o.accumulate}: choose a multiple of {max(o.gpus, 1) * o.accumulate}")
-    if not 0 < o.utilization <= 1:
-        raise UserError(f"--utilization {o.utilization} must lie above 0 and at most at 1")
+                        f"{o.accumulate}: choose a multiple of {o.gpus * o.accumulate}")
     own = o.batch_size // (o.gpus * o.accumulate)
     steps = o.steps or int(o.epochs * (o.pairs // o.batch_size))
     flops = o.batch_size * step_flops(o)

@@ -59,19 +59,38 @@ def close(ours, theirs):
 
 # ------------------------------------------------------------------------------------------------------------- timm
 
-@pytest.mark.parametrize("changes", [dict(), dict(dialect="clip"), dict(patch_size=16, depth=3, method="clip")])
-def test_to_timm(timm, tmp_path, changes):
+@pytest.mark.parametrize("changes, file", [
+    (dict(), "vit.pth"), (dict(), "vit.safetensors"), (dict(dialect="clip"), "vit.pth"),
+    (dict(patch_size=16, depth=3, method="clip"), "vit.pth")])
+def test_to_timm(timm, tmp_path, changes, file):
     config = replace(TINY, **changes)
     ours = saved(tmp_path / "last.pt", config, toy_vocabulary())
-    said = run_script("model.py", tmp_path / "last.pt", "--export", "timm", tmp_path / "to" / "vit.pth").stdout
+    said = run_script("model.py", tmp_path / "last.pt", "--export", "timm", tmp_path / "to" / file).stdout
     assert "img_size=32" in said and "num_heads=4" in said
     extra = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5)) if config.dialect == "clip" else {}
     theirs = timm.models.VisionTransformer(img_size=32, patch_size=config.patch_size, embed_dim=64, depth=config.depth,
                                            num_heads=4, num_classes=0, **extra).eval()
-    theirs.load_state_dict(torch.load(tmp_path / "to" / "vit.pth", weights_only=True))
+    timm.models.load_checkpoint(theirs, str(tmp_path / "to" / file), strict=True)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         close(ours.visual(images), theirs.forward_features(images))
+
+
+@pytest.mark.parametrize("kind, path", [("timm", "folder"), ("open_clip", "file"), ("timm", "file/vit.pth")])
+def test_weights_that_cannot_be_written(tmp_path, kind, path):
+    saved(tmp_path / "last.pt", replace(TINY, pool="cls"), toy_vocabulary())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(data.UserError, match=f"cannot write {kind}'s weights to") as told:
+        model.main([str(tmp_path / "last.pt"), "--export", kind, str(tmp_path / path)])
+    assert "\n" not in str(told.value) and (tmp_path / "file").read_text() == "mine"
+
+
+def test_safetensors_there_and_back(tmp_path):
+    state = {"a": torch.randn(3, 4), "b.c": torch.randn(()), "d": torch.randn(2, 6).T}
+    model.write_safetensors(state, tmp_path / "x.safetensors")
+    read = model.read_safetensors(tmp_path / "x.safetensors")
+    assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
 
 
 @pytest.mark.slow

@@ -499,7 +499,7 @@ def test_evaluation_is_the_accuracy(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("more, words", [
     (["--batch-size", "15"], "mixed in pairs"),                        # an odd row would have no partner
     (["--batch-size", "128"], "do not fill one batch"),
-    (["--drop-path", "1.5"], "--drop-path 1.5 is not from 0 to 0.9"),
+    (["--drop-path", "1.5"], "--drop-path must be a number from 0 to 0.99, not 1.5"),
     (["--data", "shapes:wrong=1"], "no option 'wrong'"),
     (["--eval"], "no fine-tuned model at"),
 ])

@@ -273,12 +273,42 @@ def test_a_run_leaves_what_it_promises(finished):
     (["--data", "shards:/nowhere/{0..3}.tar"], "/nowhere/0.tar"),
     (["--data", "photos:x"], "shapes"),                                             # the kinds that there are
     (["--bpe", "/nowhere/merges.gz"], "/nowhere/merges.gz"),
+    (["--steps", 0, "--epochs", 0.01], "--epochs 0.01 of 25 steps are not one"),
 ])
 def test_a_mistake_is_a_user_error(more, says, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "run")        # this process keeps the lock of the folder it runs in
     with pytest.raises(train.UserError) as error:
         train.train(train.parse_train_options([str(word) for word in (*SMALL[1:], "--out", out, *more)]))
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option, value, says", [
+    ("--depth", "0", "from 1 up"), ("--patch-size", "0", "from 1 up"), ("--heads", "0", "from 1 up"),
+    ("--image-size", "-8", "from 1 up"), ("--batch-size", "0", "from 1 up"), ("--seed", "-1", "from 0 to"),
+    ("--lr", "nan", "from 0 up"), ("--lr", "inf", "from 0 up"), ("--lr", "-1e-3", "from 0 up"), ("--steps", "-5", "from 0 up"),
+    ("--epochs", "0", "above 0"), ("--temp-s", "0", "above 0"), ("--mask-ratio", "1", "from 0 to 0.99"),
+    ("--beta2", "1", "from 0 to"), ("--utilization", "1.5", "above 0 to 1"), ("--workers", "-2", "from -1 up"),
+])
+def test_a_number_that_cannot_be_is_refused(option, value, says):
+    with pytest.raises(train.UserError, match=f"{option} must be a number {says}") as told:
+        train.parse_train_options([f"{option}={value}"])
+    assert "\n" not in str(told.value)
+
+
+def test_a_long_step_is_not_silent(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    log, said = train.Log(tmp_path, True, 1000, 4), []
+    for step in range(1000):
+        now[0] += 3.0
+        log.pulse(step) if (step + 1) % 100 else log.line(step, dict(lr=0.5))
+        if capsys.readouterr().out:
+            said.append(now[0])
+    gaps = [b - a for a, b in zip([0.0, *said], said)]
+    assert max(gaps[:5]) <= 9 and max(gaps) <= 63, "soon at first, later once a minute"
+    assert len(said) < 100 and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 10
+    log.pulse(999)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.slow
