@@ -1616,6 +1616,11 @@ def hash_names(data) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(words: Iterable[str]) -> str:
+    """Eight digits that tell one list of class names or templates from another."""
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+
+
 OPENS = {       # what can be opened for each task
     "captions": "shapes, shards:PATH-{00000..00999}.tar, csv:FILE, folder:DIR, coco:DIR, flickr30k:DIR",
     "retrieval": "shapes, shards:PATH-{00000..00999}.tar, csv:FILE, coco:DIR, flickr30k:DIR",

@@ -12,7 +12,6 @@ of four blocks as they are and trains everything.  With no options each command 
 Letters: B images, C classes (or words), D width, E embedding, H x W pixels of an image, w pixels along a window.
 Labels are 0 ... C-1, and 255 for pixels that do not count.      Check:  python -m pytest tests/test_segmentation.py
 """
-import hashlib
 import itertools
 import json
 import math
@@ -204,7 +203,7 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
     results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=counts[0].item(), bad=counts[1].item(),
                    iou={name: None if math.isnan(value) else value for name, value in zip(names, iou.tolist())},
                    protocol=dict(data=options.data, resized_to=f"{options.fit} {options.test_size}", **protocol,
-                                 classes=f"{len(names)} ({hashlib.sha256(','.join(names).encode()).hexdigest()[:8]})"))
+                                 classes=f"{len(names)} ({data_module.fingerprint(names)})"))
     if runtime.is_main:
         known = sorted(((value, name) for name, value in results["iou"].items() if value is not None), reverse=True)
         for what, some in (("best", known[:5]), ("worst", known[-5:])):

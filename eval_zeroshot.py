@@ -19,6 +19,7 @@ Letters: I images, T texts, E embedding, C classes, Q queries, M candidates.
 """
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -273,6 +274,7 @@ def classify(job: Job, spec: str) -> dict:
     """Zero-shot classification: prints and returns
 
     images, classes, templates   how many of them            bad, unlabelled   records left out
+    classes_hash, templates_hash   the same for the same names and templates, see data.fingerprint
     top1, top5, mean_per_class   shares of images; color, shape besides on the Shapes world
     per_class                    [{"class", "images", "accuracy" (None without images)}, ...]
     confused                     [{"class", "taken_for", "images"}, ...], ten at most, the most frequent first
@@ -296,6 +298,7 @@ def classify(job: Job, spec: str) -> dict:
     wrong, pair = (counts - counts.diag().diag()).flatten().sort(descending=True, stable=True)
     result = dict(
         data=spec, task="classes", images=len(label), classes=len(classes), templates=len(templates),
+        classes_hash=data_module.fingerprint(classes), templates_hash=data_module.fingerprint(templates),
         bad=len(found["bad"]), unlabelled=(~known).sum().item(),
         top1=top_k(cosines, label, 1), top5=top_k(cosines, label, 5), mean_per_class=accuracy.nanmean().item(),
         per_class=[{"class": name, "images": n, "accuracy": share if n else None}
@@ -307,8 +310,9 @@ def classify(job: Job, spec: str) -> dict:
         result["color"] = (guess // n == label // n).double().mean().item()
         result["shape"] = (guess % n == label % n).double().mean().item()
 
-    job.say(f"\n{spec}: zero-shot classification of {len(label):,} images, {len(classes)} classes, "
-            f"{len(templates)} template{'s' * (len(templates) > 1)}{left_out(result)}")
+    job.say(f"\n{spec}: zero-shot classification of {len(label):,} images, {len(classes)} classes "
+            f"({result['classes_hash']}), {len(templates)} template{'s' * (len(templates) > 1)} "
+            f"({result['templates_hash']}){left_out(result)}")
     job.say("  " + "   ".join(f"{key.replace('_', ' ')} {result[key]:.1%}" for key in (
         "top1", "top5", "mean_per_class", "color", "shape") if key in result) + f"   chance {1 / len(classes):.1%}")
     worst = sorted((c for c in result["per_class"] if c["images"]), key=lambda c: c["accuracy"])[:12]
@@ -350,11 +354,15 @@ def evaluate_suite(job: Job, spec: str) -> dict:
         cosines, found = job.class_scores(task.data, task.data.classes, templates, o.squash or task.squash)
         is_class = None if task.is_class is None else torch.from_numpy(task.is_class)[found["index"]]
         score = suite_score(task.metric, cosines, found["label"], is_class)
-        entry = scores[task.name] = dict(metric=task.metric, score=score, images=len(cosines), classes=cosines.shape[1],
-                                         bad=len(found["bad"]), notes=task.notes)
-        job.say(f"  {task.name:32} {task.metric:15} {score:6.1%}   {'; '.join(task.notes)}{left_out(entry)}")
-    mean = sum(entry["score"] for entry in scores.values()) / len(scores)
-    job.say(f"  {f'mean of {len(scores)}':48} {mean:6.1%}")
+        there_is = math.isfinite(score)                         # nan: of some class there is no image
+        entry = scores[task.name] = dict(
+            metric=task.metric, score=score if there_is else None, images=len(cosines), classes=cosines.shape[1],
+            bad=len(found["bad"]), notes=task.notes + ["a class without images"] * (not there_is))
+        job.say(f"  {task.name:32} {task.metric:15} {f'{score:6.1%}' if there_is else '     -'}   "
+                f"{'; '.join(entry['notes'])}{left_out(entry)}")
+    known = [entry["score"] for entry in scores.values() if entry["score"] is not None]
+    mean = sum(known) / len(known) if known else None
+    job.say(f"  {f'mean of {len(known)}':48} {f'{mean:6.1%}' if known else '     -'}")
     if missing:
         job.say(f"  missing, and not in the mean: {', '.join(missing)}")
     return dict(data=spec, task="icinw", scores=scores, mean=mean, missing=missing)

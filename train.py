@@ -431,6 +431,8 @@ def save_checkpoint(path: str | Path, model: MaskCLIP, tokenizer: BytePairTokeni
 
 
 def config_of(state: dict, path: str | Path) -> Config:
+    if state.get("kind", "pretraining") != "pretraining":
+        raise UserError(f"{path} holds a {state['kind']} run: wanted what train.py wrote, as runs/pocket/last.pt")
     try:
         known = {f.name for f in fields(Config)}
         config = Config(**{name: value for name, value in state["config"].items() if name in known})
@@ -1040,6 +1042,8 @@ def announce(o: TrainOptions, data, model: MaskCLIP, tokenizer, total: int, firs
         say(f"note: {data_module.printable(note)}")
     if len(data) % o.batch_size:
         say(f"note: {len(data) % o.batch_size} records fill no batch and are left out of an epoch, others in each")
+    if not o.bpe and tokenizer.vocab_size < 49408 <= o.vocab_size:
+        say("note: the vocabulary was learned from the captions: for CLIP's, give its merges file with --bpe")
     if first:
         say(f"going on from step {first} of {o.out}/last.pt")
 
@@ -1059,8 +1063,12 @@ def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtim
         accuracy = zeroshot_accuracy(core, tokenizer, runtime, count)
         say(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
             f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)")
-    spec = "" if o.data[0].startswith("shapes") else f" --data {shlex.quote(o.data[0])}"
-    say(f"next:  python eval_zeroshot.py {o.out}/last.pt{spec}   |   python dense.py words {o.out}/last.pt{spec}")
+    def named(kinds) -> str:
+        spec = next((spec for spec in o.data if spec.partition(":")[0] in kinds), "shapes")
+        return "" if spec.startswith("shapes") else f" --data {shlex.quote(spec)}"
+    pairs = ("shapes", "shards", "csv", "coco", "flickr30k")
+    say(f"next:  python eval_zeroshot.py {o.out}/last.pt{named(('folder', *pairs))}   |   "
+        f"python dense.py words {o.out}/last.pt{named(pairs)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -277,6 +277,9 @@ def test_long_captions_are_read(tmp_path):
 def test_missing_shards_are_named(tmp_path):
     for k in (0, 1, 3):
         make_tar(tmp_path / f"{k:05d}.tar", pairs(1))
+    for pattern in (tmp_path / "*.tar", tmp_path):
+        with pytest.raises(UserError, match="a range in braces"):
+            Shards(str(pattern))
     with pytest.raises(UserError) as error:
         Shards(str(tmp_path / "{00000..00004}.tar"))
     assert str(error.value) == f"2 of 5 shards are missing, the first is {tmp_path}/00002.tar"
@@ -472,6 +475,26 @@ def test_folder(tmp_path, files, split, classes, labels):
     assert all((tmp_path / name).is_file() for name in names) and len(set(names)) == len(names)
 
 
+def test_imagenet_as_it_comes(tmp_path):
+    """Names of files and folders, gray and CMYK JPEGs; its ImageNet-21K without splits and with empty classes."""
+    files = [f"{part}/{one}/{file}.JPEG" for one in ("n01443537", "n01440764") for part, file in (
+        ("train", f"{one}_18"), ("train", f"{one}_3"), ("val", f"ILSVRC2012_val_0000{one[-4:]}"))]
+    spec = make_folder(tmp_path / "in1k", files)
+    PIL.Image.new("CMYK", (8, 8)).save(tmp_path / "in1k" / files[0], "JPEG")
+    for part, labels in (("train", [0, 0, 1, 1]), ("val", [0, 1])):
+        found = open_data(spec, part, "classes")
+        assert found.classes == ["n01440764", "n01443537"] and [found.read(i).label for i in range(len(found))] == labels
+        assert all(data.decode(found.read(i).image).mode == "RGB" for i in range(len(found)))
+    spec = make_folder(tmp_path / "in21k", ["n00004475/n00004475_6590.JPEG", "n00006024/n00006024_1.JPEG"])
+    (tmp_path / "in21k" / "n00005787").mkdir()
+    (tmp_path / "in21k" / "n00004475.tar").write_bytes(b"")
+    (tmp_path / "in21k" / "classnames.txt").write_text("n00004475\torganism\tbeing\nn00005787\tbenthos\n"
+                                                       "n00006024\theterotroph\n\n")
+    named, = data.name_classes([open_data(spec, "train", "classes")])
+    assert named.classes == ["organism\tbeing", "benthos", "heterotroph"] and len(named) == 2
+    assert named.read(1).captions[0] == "a bad photo of a heterotroph." and named.read(1).text_label == 2
+
+
 def test_folder_with_class_names(tmp_path):
     spec = make_folder(tmp_path, ["train/n02/1.jpg", "train/n01/1.jpg"])
     (tmp_path / "classnames.txt").write_text("n01\tgreat white shark\n\nn02\thammerhead, or so\nn03\tnot here\n")
@@ -480,9 +503,15 @@ def test_folder_with_class_names(tmp_path):
 
 @pytest.mark.parametrize("files, names, message", [
     ([], None, "cannot read"),
-    (["a/notes.txt"], None, "holds no images"),
+    (["a/notes.txt", "b/notes.txt"], None, "holds no images"),
+    (["ILSVRC/Data/CLS-LOC/train/n01440764/1.JPEG"], None, "holds one folder of a class, ILSVRC"),      # Kaggle's root
+    (["1.jpg", "2.jpg"], None, "holds no folder of a class"),
+    (["train/n01440764/1.JPEG", "train/n01443537/1.JPEG", "val/ILSVRC2012_val_00000001.JPEG"], None,
+     "val holds images that lie in no folder of their class: sort them"),
+    (["00000/000000000.jpg", "00000/000000000.txt", "00001/000010000.jpg", "00001/000010000.txt"], None,
+     "00000 holds pairs as img2dataset leaves them"),
     (["val/a/1.jpg"], None, "has no folder 'train', only val"),
-    (["a/1.jpg"], "a great white shark\n", "line 1: wanted CLASS<TAB>name"),
+    (["a/1.jpg", "b/1.jpg"], "a great white shark\n", "line 1: wanted CLASS<TAB>name"),
     (["a/1.jpg", "b/1.jpg"], "a\tcat\n", "has no line for the folder 'b'"),
 ])
 def test_folder_that_cannot_be_used(tmp_path, files, names, message):
@@ -490,7 +519,7 @@ def test_folder_that_cannot_be_used(tmp_path, files, names, message):
     if names:
         (tmp_path / "root" / "classnames.txt").write_text(names)
     with pytest.raises(UserError) as error:
-        open_data(spec, task="classes")
+        open_data(spec, "val" if message.startswith("val") else "train", "classes")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -683,10 +712,11 @@ def test_check_counts_and_names_what_is_bad(tmp_path, workers, capsys):
 
 
 def test_check_without_a_good_record_or_a_tokenizer(tmp_path):
-    (tmp_path / "root" / "a").mkdir(parents=True)
+    for one in "ab":
+        (tmp_path / "root" / one).mkdir(parents=True)
     (tmp_path / "root" / "a" / "1.jpg").write_bytes(b"404")
     report = data.check(open_data(f"folder:{tmp_path}/root"))
-    assert [report[key] for key in ("bad", "classes", "width", "words", "truncated")] == [1, 1, [], [], 0]
+    assert [report[key] for key in ("bad", "classes", "width", "words", "truncated")] == [1, 2, [], [], 0]
 
 
 def test_preview_draws_pictures_captions_classes_and_bad_records(tmp_path):
@@ -696,9 +726,32 @@ def test_preview_draws_pictures_captions_classes_and_bad_records(tmp_path):
     sheet = PIL.Image.open(tmp_path / "a.png")
     assert sheet.size == (4 * 232 + 8, 2 * (224 + 72 + 8) + 8)
     assert np.asarray(sheet)[304:].min() < 128, "five records go on in the second row"
-    folder = make_folder(tmp_path / "root", ["ice_cream/1.jpg"])
+    folder = make_folder(tmp_path / "root", ["ice_cream/1.jpg", "tea/1.jpg"])
     data.preview(open_data(folder, task="classes"), tmp_path / "b.png", rows=1, columns=1)
     assert (np.asarray(PIL.Image.open(tmp_path / "b.png"))[240:] < 128).any(), "the class is written below"
+
+
+def test_check_and_preview_read_what_only_evaluation_reads(tmp_path, capsys):
+    home = tmp_path / "ADEChallengeData2016"
+    make_folder(home / "images", ["training/1.jpg", "validation/1.jpg"])
+    for part in ("training", "validation"):
+        (home / "annotations" / part).mkdir(parents=True)
+        PIL.Image.new("L", (8, 8), 3).save(home / "annotations" / part / "1.png")
+    (tmp_path / "coco" / "train2017").mkdir(parents=True)
+    (tmp_path / "coco" / "train2017" / "1.jpg").write_bytes(jpeg(size=(50, 40)))
+    (tmp_path / "coco" / "annotations").mkdir()
+    make_folder(tmp_path / "wild" / "mnist" / "test", ["0/1.jpg", "1/1.jpg"])
+    (tmp_path / "wild" / "mnist" / "templates.txt").write_text("the number {}\n")
+    (tmp_path / "coco" / "annotations" / "instances_train2017.json").write_text(json.dumps(dict(
+        images=[dict(id=1, file_name="1.jpg", width=50, height=40)], categories=[dict(id=1, name="cat")],
+        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 4, 4], area=16, iscrowd=0,
+                          segmentation=[[1, 1, 5, 1, 5, 5, 1, 5]])])))
+    for spec, classes in ((f"ade20k:{tmp_path}", 150), (f"coco:{tmp_path}/coco", 1), (f"icinw:{tmp_path}/wild", 2)):
+        data.main(["check", "--data", spec, "--json", str(tmp_path / "report.json")])
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert (report["bad"], report["classes"]) == (0, classes), spec
+        data.main(["preview", "--data", spec, "--out", str(tmp_path / "grid.png")])
+        assert f"wrote {tmp_path}/grid.png: {report['records']} of {report['records']} records" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, want", [
