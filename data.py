@@ -1425,9 +1425,9 @@ def folder(root: str, split: str) -> ImageFiles:
     except OSError as error:
         raise UserError(f"cannot read {root}: {error.strerror}") from None
     folders = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
-    if len(folders) < 2:
-        found = f"one folder of a class, {folders[0]}" if folders else "no folder of a class"
-        raise UserError(f"{root} holds {found}: wanted one for each class, DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg")
+    if not folders:
+        raise UserError(f"{root} holds no images in folders: wanted one for each class, DIR/CLASS/*.jpg, or "
+                        f"DIR/train/CLASS/*.jpg")
     files, labels = Packed(), array("q")
     for label, name in enumerate(folders):
         for where, below, names in os.walk(os.path.join(root, split if splits else "", name)):

@@ -283,6 +283,9 @@ def classify(job: Job, spec: str) -> dict:
     if not o.classes:
         data_module.want_names(data, spec)
     classes = data_module.read_lines(o.classes, "class names") if o.classes else data.classes
+    if len(data.classes) == 1:
+        raise UserError(f"{spec} has one class, {data.classes[0]}, and nothing to tell it from: wanted a folder for "
+                        f"each, DIR/CLASS/*.jpg, or DIR/val/CLASS/*.jpg")
     if len(classes) != len(data.classes):
         raise UserError(f"{o.classes} has {len(classes)} lines, {spec} {len(data.classes)} classes: want as many")
     auto = "a {}" if spec.startswith("shapes") else "7"

@@ -495,6 +495,9 @@ def test_wordnet_numbers_are_no_names(checkpoint, tmp_path):
         main([str(path), "--data", spec])
     with pytest.raises(UserError, match="numbers of WordNet"):
         data.name_classes([data.open_data(spec, "val")])
+    write_images(tmp_path / "kaggle" / "ILSVRC", 2)                                                 # its root
+    with pytest.raises(UserError, match="has one class, ILSVRC, and nothing to tell it from"):
+        main([str(path), "--data", f"folder:{tmp_path / 'kaggle'}"])
     (tmp_path / "names.txt").write_text("tench\ngoldfish\n")
     result, = evaluated(path, "--data", spec, "--classes", tmp_path / "names.txt", tmp_path=tmp_path)
     assert [entry["class"] for entry in result["per_class"]] == ["tench", "goldfish"]

@@ -273,7 +273,7 @@ def test_a_run_leaves_what_it_promises(finished):
     (["--data", "shards:/nowhere/{0..3}.tar"], "/nowhere/0.tar"),
     (["--data", "photos:x"], "shapes"),                                             # the kinds that there are
     (["--bpe", "/nowhere/merges.gz"], "/nowhere/merges.gz"),
-    (["--steps", 0, "--epochs", 0.01], "--epochs 0.01 of 25 steps are not one"),
+    (["--steps", 0, "--epochs", 0.01], "--epochs 0.01 of 8 steps are not one"),
 ])
 def test_a_mistake_is_a_user_error(more, says, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "run")        # this process keeps the lock of the folder it runs in
