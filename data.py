@@ -1410,6 +1410,10 @@ def csv_file(path: str, image: str = "filepath", caption: str = "title") -> Imag
     return ImageFiles(path, os.path.dirname(path), files, captions, range(len(files) + 1), notes=notes)
 
 
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1][1:].lower() in EXTENSIONS
+
+
 def folder(root: str, split: str) -> ImageFiles:
     """One folder per class; labels follow the sorted names of the folders, over all splits.
 
@@ -1428,20 +1432,18 @@ def folder(root: str, split: str) -> ImageFiles:
     if not folders:
         raise UserError(f"{root} holds no images in folders: wanted one for each class, DIR/CLASS/*.jpg, or "
                         f"DIR/train/CLASS/*.jpg")
-    files, labels = Packed(), array("q")
+    files, labels, home = Packed(), array("q"), os.path.join(root, split if splits else "")
     for label, name in enumerate(folders):
-        for where, below, names in os.walk(os.path.join(root, split if splits else "", name)):
+        for where, below, names in os.walk(os.path.join(home, name)):
             below.sort()                                 # os.walk goes on in this order
             where = os.path.relpath(where, root)
             if re.fullmatch(r"\d{5}", name) and any(file.endswith(".txt") for file in names):
                 raise UserError(f"{os.path.join(root, where)} holds pairs as img2dataset leaves them, no class: let it "
                                 f"write --output_format webdataset, and give that as shards:")
-            for file in sorted(names):
-                if os.path.splitext(file)[1][1:].lower() in EXTENSIONS:
-                    files.append(os.fsencode(os.path.join(where, file)))
-                    labels.append(label)
-    home = os.path.join(root, split if splits else "")
-    if not files and any(os.path.splitext(file)[1][1:].lower() in EXTENSIONS for file in os.listdir(home)):
+            for file in sorted(filter(is_image, names)):
+                files.append(os.fsencode(os.path.join(where, file)))
+                labels.append(label)
+    if not files and any(map(is_image, os.listdir(home))):
         raise UserError(f"{home} holds images that lie in no folder of their class: sort them, as docs/DATA.md says of "
                         f"ImageNet's validation images")
     return ImageFiles(root, root, files, labels=labels, classes=class_names(root, folders))
@@ -1597,15 +1599,13 @@ class NamedClasses:
 def name_classes(parts: list) -> list:
     """Folders of classes among the data sets become NamedClasses; those with one list of classes share its labels."""
     first, total = {}, 0
-    for data in parts:
-        if getattr(data, "labels", None) is not None and tuple(data.classes) not in first:
+    labeled = [data for data in parts if getattr(data, "labels", None) is not None]
+    for data in labeled:
+        want_names(data, f"folder:{data.root}")
+        if tuple(data.classes) not in first:
             first[tuple(data.classes)] = total
             total += len(data.classes)
-    for data in parts:
-        if getattr(data, "labels", None) is not None:
-            want_names(data, f"folder:{data.root}")
-    return [NamedClasses(data, first[tuple(data.classes)], TEMPLATES_80)
-            if getattr(data, "labels", None) is not None else data for data in parts]
+    return [NamedClasses(data, first[tuple(data.classes)], TEMPLATES_80) if data in labeled else data for data in parts]
 
 
 def hash_names(data) -> str:
