@@ -159,10 +159,9 @@ def tables(cells: dict) -> dict[str, Table]:
                             {1: (36.5, 51.7, 32.1), 0.1: (44.3, 69.2, 45.9), 0.05: (44.5, 70.1, 45.6),
                              0.01: (43.2, 70.6, 45.6)})),
         "terms": Table("Terms of Eq. 8 left out, from the same initial weights", {**ZEROSHOT, **LINEAR, **FINE},
-                       [Row(name, setting("maskclip", **without))
-                        for name, without in {"all": {}, "no words": dict(mlm_weight=0),
-                                              "no distillation": dict(distillation_weight=0),
-                                              "neither": dict(mlm_weight=0, distillation_weight=0)}.items()]),
+                       [Row("all", setting("maskclip")), Row("no words", setting("maskclip", mlm_weight=0)),
+                        Row("no distillation", setting("maskclip", distillation_weight=0)),
+                        Row("neither", setting("maskclip", mlm_weight=0, distillation_weight=0))]),
         "decoder": Table("Blocks of the image decoder", {**ZEROSHOT, **LINEAR},
                          sweep("decoder_depth", [1, 2, 4], 1, {})),
         "words-decoder": Table("Blocks of the text decoder (the paper: 0 and 4)", {**ZEROSHOT, **RETRIEVAL},
