@@ -155,7 +155,8 @@ def tables(cells: dict) -> dict[str, Table]:
                        [Row(name, setting(m, **changes), (), m, only) for m in ("clip", "maskclip")
                         for name, changes, only in (("2,000 pairs", {}, ()),
                                                     ("500 pairs", dict(pairs=500), ("zeroshot", "linear")),
-                                                    ("half unsaid", dict(world="unsaid=0.5"), ("zeroshot", "linear")))],
+                                                    ("half unsaid", dict(world="unsaid=0.5"), ("zeroshot", "linear")),
+                                                    ("with crops", dict(crop_min=0.5), ("zeroshot", "linear")))],
                        seeds=9),
         "lambda": Table("Weight of the distillation, lambda of Eq. 8", {**ZEROSHOT, **LINEAR, **FINE},
                         sweep("distillation_weight", [1, 0.1, 0.05, 0.01], 0.05,
