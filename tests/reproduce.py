@@ -109,7 +109,11 @@ class Table:
     title: str
     columns: dict                               # heading -> (evaluation, value)
     rows: list[Row]
-    seeds: int = 3                              # where the command gives none: below, `seeds` is empty then
+    seeds: int = 3                              # how many, where the command does not say
+
+    def seeds_or(self, given: tuple[int, ...]):
+        """The seeds the command gives, or, where it gives none, the table's own"""
+        return given or range(self.seeds)
 
 
 ZEROSHOT, LINEAR = {"0-shot": ("zeroshot", "top1")}, {"linear": ("linear", "top1")}
@@ -152,11 +156,11 @@ def tables(cells: dict) -> dict[str, Table]:
                                       "clip+ema": (42.8, 83.6, 50.4, 45.5, 40.9, 65.0, 41.6),
                                       "maskclip": (44.5, 83.6, 50.5, 45.4, 40.9, 70.1, 45.6)}, ("zeroshot",))),
         "seeds": Table("CLIP and MaskCLIP over nine seeds", {**ZEROSHOT, **LINEAR, **FINE},
-                       [Row(name, setting(m, **changes), (), m, only) for m in ("clip", "maskclip")
-                        for name, changes, only in (("2,000 pairs", {}, ()),
-                                                    ("500 pairs", dict(pairs=500), ("zeroshot", "linear")),
-                                                    ("half unsaid", dict(world="unsaid=0.5"), ("zeroshot", "linear")),
-                                                    ("with crops", dict(crop_min=0.5), ("zeroshot", "linear")))],
+                       [Row(name, setting(m, **changes), (), m, ("zeroshot", "linear") if changes else ())
+                        for m in ("clip", "maskclip")
+                        for name, changes in (("2,000 pairs", {}), ("500 pairs", dict(pairs=500)),
+                                              ("half unsaid", dict(world="unsaid=0.5")),
+                                              ("with crops", dict(crop_min=0.5)))],
                        seeds=9),
         "lambda": Table("Weight of the distillation, lambda of Eq. 8", {**ZEROSHOT, **LINEAR, **FINE},
                         sweep("distillation_weight", [1, 0.1, 0.05, 0.01], 0.05,
@@ -324,7 +328,7 @@ def read_cells(path: Path) -> dict:
 
 def wanted(table: Table, seeds: tuple[int, ...], cells: dict, only: tuple[str, ...] = ()) -> dict[tuple, list[str]]:
     """(run, seed) -> evaluations of it that are missing, of those in `only` if it names any."""
-    missing, seeds = {}, seeds or range(table.seeds)
+    missing, seeds = {}, table.seeds_or(seeds)
     for seed, row in sorted(itertools.product(seeds, table.rows), key=lambda pair: bool(pair[1].only)):
         names = dict.fromkeys(evaluation for evaluation, _ in table.columns.values())
         names = [name for name in names if (row.run, seed, name) not in cells
@@ -351,7 +355,7 @@ def values_of(row: Row, column: tuple[str, str], seeds, cells: dict) -> list[flo
 def measured(table: Table, seeds, cells: dict) -> tuple[list[Row], dict]:
     """The rows of which there is some number, and the columns in which rows can be compared"""
     there = {(row.run, heading) for row in table.rows for heading, column in table.columns.items()
-             if values_of(row, column, seeds or range(table.seeds), cells)}
+             if values_of(row, column, table.seeds_or(seeds), cells)}
     return ([row for row in table.rows if any(run == row.run for run, _ in there)],
             {heading: column for heading, column in table.columns.items()
              if sum(name == heading for _, name in there) > 1})
@@ -361,7 +365,7 @@ def markdown(table: Table, seeds, cells: dict, steps: int = 0) -> str:
     """mean +- standard deviation over the seeds, and beside it what the paper reports at its scale
 
     steps: how many every run took, 0: as many as its options say."""
-    seeds = seeds or range(table.seeds)
+    seeds = table.seeds_or(seeds)
     rows, columns = measured(table, seeds, cells)
     groups = len({row.group for row in rows}) > 1
     head = ["", *([""] if groups else []), *columns, "steps", "seconds"]
@@ -396,7 +400,7 @@ def draw(shown: list[Table], seeds, cells: dict, width: int = 420, height: int =
         pen.text((10, top + 8), table.title.split(" (")[0], "black", PIL.ImageFont.load_default(15))
         names, groups = list(dict.fromkeys(row.name for row in rows)), list(dict.fromkeys(row.group for row in rows))
         for c, (heading, column) in enumerate(columns):
-            points = [(row, values_of(row, column, seeds or range(table.seeds), cells)) for row in rows]
+            points = [(row, values_of(row, column, table.seeds_or(seeds), cells)) for row in rows]
             every = [v for _, own in points for v in own]
             margin = 0.1 * (max(every) - min(every)) + 0.5
             low, high = min(every) - margin, max(every) + margin
