@@ -38,7 +38,7 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -1025,14 +1025,23 @@ def pick_caption(sample: Sample, rng: np.random.Generator) -> str:
     return sample.captions[rng.integers(len(sample.captions))]
 
 
-def progress(items: Iterable, total: int, what: str) -> Iterator:
-    """The items as they come, with a line on standard error every five seconds."""
-    last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        if time.monotonic() - last > 5:
-            last = time.monotonic()
-            say(f"{what}: {done:,} of {total:,}", file=sys.stderr)
+def progress(items: Iterable, total: int, what: str, speaks: bool = True) -> Iterator:
+    """The items as they come, with a line on standard error every five seconds, however long one of them takes."""
+    items = iter(items)                         # before the thread: a loader's processes are forked here
+    done, started, finished = 0, time.monotonic(), threading.Event()
+
+    def speak():
+        while not finished.wait(5):
+            left = (time.monotonic() - started) / max(done, 1) * (total - done)
+            say(f"{what}: {done:,} of {total:,}" + f", {left:,.0f} s left" * bool(done), file=sys.stderr)
+    if speaks:
+        threading.Thread(target=speak, daemon=True).start()
+    try:
+        for item in items:
+            yield item
+            done += 1
+    finally:
+        finished.set()
 
 
 # ---- shards: tar files of images and captions -----------------------------------------------------------------------
@@ -1383,7 +1392,7 @@ def csv_file(path: str, image: str = "filepath", caption: str = "title") -> Imag
         csv:FILE                              filepath,title                  paths are relative to FILE's folder
         csv:FILE,image=COLUMN,caption=COLUMN  a/0001.jpg,"A cat, asleep"      quotes around separators and line ends
     """
-    files, captions, folded = Packed(), Packed(), 0
+    files, captions, folded, long = Packed(), Packed(), 0, 0
     csv.field_size_limit(LONGEST_FIELD)
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -1399,6 +1408,7 @@ def csv_file(path: str, image: str = "filepath", caption: str = "title") -> Imag
             rows = csv.reader(file, delimiter=separator)
             for row in filter(None, rows):
                 row += [""] * (len(header) - len(row))   # a short row will read as a bad record
+                long += any(row[len(header):])
                 files.append(as_bytes(row[at_image]))
                 captions.append(as_bytes(row[at_caption]))
                 folded += "\n" in row[at_caption]
@@ -1407,6 +1417,8 @@ def csv_file(path: str, image: str = "filepath", caption: str = "title") -> Imag
     except csv.Error as error:
         raise UserError(f"{path}, record {len(files) + 1}: {error}; is there a quote that is never closed?") from None
     notes = [f"{folded:,} captions go over several lines: if they should not, look for stray quotes"] if folded else []
+    if long:
+        notes.append(f"{long:,} rows have more fields than the header: captions with a {separator!r} need quotes")
     return ImageFiles(path, os.path.dirname(path), files, captions, range(len(files) + 1), notes=notes)
 
 
@@ -2071,7 +2083,8 @@ class CocoInstances:
         self.category_ids, objects, unknown, no_area = sorted(names), {i: [] for i in files}, 0, 0
         self.classes = [names[i] for i in self.category_ids]
         index = {category_id: k for k, category_id in enumerate(self.category_ids)}
-        for k, annotation in enumerate(want(content, "annotations", list, path)):
+        annotations = want(content, "annotations", list, path)
+        for k, annotation in enumerate(progress(annotations, len(annotations), f"objects of {path} read")):
             where = f"{path}, annotations[{k}]"
             i = want(annotation, "image_id", int, where)
             if i not in objects:
@@ -2376,6 +2389,15 @@ def check(data, tokenizer=None, context_length: int = 77, workers: int = 0) -> d
     return report
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: whole numbers from `least`."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"wanted a whole number from {least}, not {text!r}")
+        return int(text)
+    return parse
+
+
 def check_folder_of(option: str, path: str):
     """For a file that will be written when the work is done: UserError now if there is no folder for it."""
     if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path)))):
@@ -2411,19 +2433,23 @@ def main(argv=None):
                              help="entries that are learned where no --bpe is given (default: 1024)")
         if name == "preview":
             command.add_argument("--out", default="grid.png", help="the picture to write (default: grid.png)")
-            command.add_argument("--rows", type=int, default=4, help="rows of the sheet (default: 4)")
-            command.add_argument("--columns", type=int, default=6, help="default: 6")
-            command.add_argument("--seed", type=int, default=0, help="another seed shows other records (default: 0)")
+            command.add_argument("--rows", type=at_least(1), default=4, help="rows of the sheet (default: 4)")
+            command.add_argument("--columns", type=at_least(1), default=6, help="default: 6")
+            command.add_argument("--seed", type=at_least(0), default=0,
+                                 help="another seed shows other records (default: 0)")
         if name == "check":
-            command.add_argument("--context-length", type=int, default=77,
+            command.add_argument("--context-length", type=at_least(3), default=77,
                                  help="tokens; longer captions count as truncated (default: 77)")
-            command.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+            command.add_argument("--workers", type=at_least(0), default=0, help="loader processes (default: 0)")
             command.add_argument("--json", default="", help="file for the report as one JSON object")
         if name == "bpe":
             command.add_argument("text", nargs="*", help="texts to cut (default: a few captions)")
     o = cli.parse_args(argv)
     check_folder_of("--out", getattr(o, "out", ""))
     check_folder_of("--json", getattr(o, "json", ""))
+    formats = PIL.Image.registered_extensions()
+    if o.command == "preview" and formats.get(Path(o.out).suffix.lower()) not in PIL.Image.SAVE:
+        raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
     parts = [part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)]
     data = parts[0] if len(parts) == 1 else Mixed(parts)
     if o.command == "preview":

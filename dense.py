@@ -40,7 +40,7 @@ from losses import mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, StopSignal, check_bad, check_full, check_same_data, find_resumable, first_look,
                    layer_decay_groups, load_checkpoint, load_resumed, load_state, parse, refuse_update, report_bad,
-                   run, save_atomically, seeded, setup)
+                   run, save_atomically, seeded, setup, show_curves)
 
 IGNORED = 255
 BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
@@ -179,7 +179,7 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
                                      runtime.world, runtime.workers)
     confusion = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
     counts, rows, started = torch.zeros(2, dtype=torch.long, device=runtime.device), [], time.monotonic()
-    for batch in data_module.progress(loader, len(loader), "images tested") if runtime.is_main else loader:
+    for batch in data_module.progress(loader, len(loader), "images tested", runtime.is_main):
         bad = report_bad(batch["bad"])
         counts += torch.tensor([1 - bad, bad], device=runtime.device)
         if not bad:
@@ -198,12 +198,15 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
     if not counts[0]:
         raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
     confusion = confusion.cpu()
+    if not confusion.any():
+        raise UserError(f"no pixel of the {counts[0]} test images of {options.data} has a label")
     miou, iou, accuracy = mean_iou(confusion)
     by_class = (confusion.diag() / confusion.sum(dim=1)).nanmean().item()
     results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=counts[0].item(), bad=counts[1].item(),
                    iou={name: None if math.isnan(value) else value for name, value in zip(names, iou.tolist())},
                    protocol=dict(data=options.data, resized_to=f"{options.fit} {options.test_size}", **protocol,
-                                 classes=f"{len(names)} ({data_module.fingerprint(names)})"))
+                                 classes=f"{len(names)} ({data_module.fingerprint(names)})",
+                                 label_0="left out" if reduce else names[0]))
     if runtime.is_main:
         known = sorted(((value, name) for name, value in results["iou"].items() if value is not None), reverse=True)
         for what, some in (("best", known[:5]), ("worst", known[-5:])):
@@ -277,7 +280,9 @@ def zeroshot(argv=None):
     paper = 480 if spec.startswith("pascal-context") else 512
     options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else paper * window // 224)
     templates = templates_for(options.templates, spec)
-    texts = model.encode_classes(open_segmentation(options, "val")[1], templates, tokenizer)         # (C, E)
+    names = open_segmentation(options, "val")[1]
+    texts = model.encode_classes(data_module.progress(names, len(names), "classes embedded", runtime.is_main),
+                                 templates, tokenizer)                                              # (C, E)
     predict = patch_scores(model, texts, options.value_path)
     evaluate(partial(slide, predict=predict, window=window, stride=window // 2), options, runtime,
              Path(options.out or "runs/zeroshot-segmentation"),
@@ -413,7 +418,7 @@ def words(argv=None):
     templates, rows, arrays = templates_for(options.templates, spec), [], {}
     unit = options.unit if options.unit != "auto" else "phrase" if spec.startswith("shapes") else "word"
     for k, (image, caption) in enumerate(captioned_images(options, loaded[0][2].image_size)):
-        phrases = [phrase.strip() for phrase in options.words.split(",")] if options.words else words_of(caption, unit)
+        phrases = [*filter(None, map(str.strip, options.words.split(",")))] or words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
         maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer),
@@ -729,6 +734,8 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
             saved = time.monotonic()
     if first < options.steps and not save(options.steps):
         raise UserError(f"the model could not be saved to {out}/last.pt: free some space and run the command again")
+    if runtime.is_main:
+        show_curves(out)
     net.eval()
 
 
@@ -1697,7 +1704,7 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
         runtime.workers, partial(collate_padded, multiple=net.strides[3]))
     images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
     folder, n_drawn = (None, int(options.draw)) if options.draw.isdigit() else (Path(options.draw), 0)
-    for batch in data_module.progress(loader, len(loader), "images tested") if runtime.is_main else loader:
+    for batch in data_module.progress(loader, len(loader), "images tested", runtime.is_main):
         bad.append(report_bad(batch["bad"]))
         if "images" in batch:
             with runtime.autocast():

@@ -184,8 +184,7 @@ def probe(model: MaskCLIP, options: Options, train_data, test_data, transform: E
         batches = stored_batches(features, label, batch_size, options.epochs, options.seed)
     steps = options.epochs * per_epoch
     head = make_head(model.config.width, len(train_data.classes), options.seed).to(runtime.device)
-    if runtime.is_main:
-        batches = data_module.progress(batches, steps, "steps of the linear head")
+    batches = data_module.progress(batches, steps, "steps of the linear head", runtime.is_main)
     train_head(head, batches, steps, int(options.warmup_epochs * per_epoch), peak)
     features, label = labelled(test_data)
     with torch.no_grad():

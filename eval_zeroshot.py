@@ -63,7 +63,8 @@ def encode_texts(model: MaskCLIP, tokenizer: BytePairTokenizer, texts: Sequence[
     """(T, E), or of FILIP (T, L, E).  A text that comes several times is encoded once, so its copies tie."""
     distinct = sorted(set(texts), key=lambda text: (len(text), text))           # those of one length share a batch
     mine, rows = distinct[runtime.rank::runtime.world], []
-    for first in range(0, len(mine), batch_size):
+    firsts = range(0, len(mine), batch_size)
+    for first in data_module.progress(firsts, len(firsts), "batches of texts", runtime.is_main):
         tokens = tokenizer(mine[first:first + batch_size], model.config.context_length)
         with runtime.autocast():
             rows.append(model.encode_text(tokens.to(runtime.device)).cpu())
@@ -154,7 +155,7 @@ def recall_in_chunks(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: S
                                                   ("text_to_image", len(texts), len(images), text_ranks)):
         chunks = torch.arange(queries, device=images.device).split(max(1, SCORES // candidates))[rank::world]
         counts = torch.zeros(1 + len(ks), dtype=torch.long, device=images.device)
-        for some in data_module.progress(chunks, len(chunks), f"chunks, {way}") if rank == 0 else chunks:
+        for some in data_module.progress(chunks, len(chunks), f"chunks, {way}", rank == 0):
             counts += hits(chunk_ranks(some), ks)
         if world > 1:
             counts = counts.to(runtime.device)

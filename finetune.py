@@ -37,12 +37,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (BICUBIC, MEAN, STD, BadRecord, EvalTransform, TrainTransform, UserError, eval_loader, hash_names,
-                  normalize, one_line, to_tensor, train_loader)
+                  normalize, one_line, progress, to_tensor, train_loader)
 from losses import mean_over_processes
 from model import Config, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, Runtime, StopSignal, check_bad, check_full, check_same_data, cosine_schedule,
                    find_resumable, first_look, layer_decay_groups, load_checkpoint, load_resumed, load_state,
-                   open_mixed, parse, refuse_update, report_bad, run, save_atomically, setup)
+                   open_mixed, parse, refuse_update, report_bad, run, save_atomically, setup, show_curves)
 
 
 @dataclass
@@ -308,7 +308,7 @@ def evaluate(model: Classifier, data, options: Options, runtime: Runtime) -> dic
                          runtime.world, runtime.workers)
     counts = torch.zeros(4, dtype=torch.long, device=runtime.device)
     model.eval()
-    for batch in loader:
+    for batch in progress(loader, len(loader), "batches of images tested", runtime.is_main):
         counts[3] += report_bad(batch["bad"])
         if "labels" in batch:
             images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
@@ -429,6 +429,8 @@ def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
 
     if first < total and not save(total):
         raise UserError(f"the finished model could not be saved in {out}: free some space and run the command again")
+    if runtime.is_main:
+        show_curves(out)
     return core, test
 
 

@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import losses
-from data import MEAN, STD, BytePairTokenizer, UserError, one_line, read_json, say
+from data import MEAN, STD, BytePairTokenizer, UserError, at_least, one_line, read_json, say
 from losses import fp32, patchify
 
 
@@ -1137,6 +1138,7 @@ def load_public(model: MaskCLIP, state: dict[str, Tensor], towers: tuple[str, ..
 
 
 CLIP_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"      # of tokenizer.state()
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")            # in OpenAI's files
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OPENAI_PIXELS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
@@ -1180,15 +1182,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = (read_safetensors(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
         state = next((state[key] for key in ("state_dict", "model") if key in state), state)
-        return {name.removeprefix("module."): value.float() for name, value in state.items()}
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}    # DDP, compile
+        return {name: value.float() for name, value in state.items() if name not in NOT_WEIGHTS}
     except Exception as error:                  # of a damaged or foreign file, whatever stumbles over it
         raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None
 
 
-def read_timm(path: str) -> dict[str, Tensor]:
-    """A timm image tower without its head, under our names and for our pixels.
+def read_timm(path: str) -> tuple[str, dict[str, Tensor]]:
+    """(dialect, weights under our names and for our pixels) of a timm image tower, without its head.
 
-    The mean and deviation of its pixels are those of the config.json beside it, as timm's hub has it, else ours.
+    How its pixels are normalized, and whether a tower of CLIP's kind has QuickGELU, says the config.json beside it, as
+    timm's hub has it; else ImageNet's mean and deviation, and GELU, are assumed.
     """
     file = Path(path).expanduser()
     state = {f"visual.{name}": value for name, value in read_weights(file).items() if not name.startswith("head.")}
@@ -1200,7 +1204,11 @@ def read_timm(path: str) -> dict[str, Tensor]:
         if "mean" not in pixels:
             say(f"note: no config.json beside {path} says how its pixels are normalized: ImageNet's mean and deviation "
                 f"are assumed, as most of timm's towers have them (augreg's and CLIP's have not)")
-        return renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD), "visual.")
+        dialect = ("timm" if "visual.norm_pre.weight" not in state else
+                   "openai" if "quickgelu" in about.get("architecture", "") else "clip")
+        if dialect == "clip" and "architecture" not in about:
+            say(f"note: no config.json beside {path} names its architecture: GELU is assumed, not OpenAI's QuickGELU")
+        return dialect, renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD), "visual.")
     except Exception as error:                  # of a damaged or foreign file, whatever stumbles over it
         raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None
 
@@ -1214,6 +1222,9 @@ def read_open_clip(path: str) -> tuple[Config, dict[str, Tensor], dict]:
     file = file if path.is_dir() else path
     if file is None:
         raise UserError(f"no weights in {path}: wanted {' or '.join(OPEN_CLIP_FILES)}")
+    if not (folder / "open_clip_config.json").is_file():
+        raise UserError(f"no open_clip_config.json beside {file}: write what open_clip.get_model_config(NAME) returns "
+                        f"there, as JSON")
     about = read_json(folder / "open_clip_config.json")
     if not isinstance(about, dict):
         raise UserError(f"{folder}/open_clip_config.json should hold an object, not a {type(about).__name__}")
@@ -1249,7 +1260,10 @@ def initialize(model: MaskCLIP, spec: str):
     """The start of a run from public weights: timm:FILE, its image tower; open_clip:DIR, all but masked branches."""
     kind, _, path = spec.partition(":")
     if kind == "timm":
-        return load_public(model, read_timm(path), ("visual.",), path)
+        dialect, state = read_timm(path)
+        if dialect != model.config.dialect:
+            raise UserError(f"{path} has dialect {dialect}, this run {model.config.dialect}: give --dialect {dialect}")
+        return load_public(model, state, ("visual.",), path)
     theirs, state, _ = read_open_clip(path)
     for f in fields(Config):
         said, ours = getattr(theirs, f.name), getattr(model.config, f.name)
@@ -1436,6 +1450,7 @@ def step_traffic(config: Config, world: int) -> dict[str, float]:
 
 
 def describe(config: Config, words: int | None = None):
+    """Prints what a pair costs, branch by branch."""
     print(f"{config.method}: {config.image_size} px, patches of {config.patch_size} px, "
           f"captions of {words or config.context_length} tokens; a pair costs")
     print(f"{'branch':28}{'parameters':>14}{'forward GFLOPs':>17}{'step GFLOPs':>14}{'kept, MB in fp32':>19}")
@@ -1451,11 +1466,11 @@ def describe(config: Config, words: int | None = None):
 
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cost = cli.add_argument_group("cost of a preset: what is printed with no other option")
+    cost = cli.add_argument_group("cost of a preset, or of CHECKPOINT's model: what is printed with no other option")
     cost.add_argument("--preset", default="vit-b16-yfcc15m", choices=PRESETS, help="default: %(default)s; with "
                       "--import timm:FILE the size of the tower, and the text tower that stays untrained")
     cost.add_argument("--method", default="maskclip", choices=METHODS, help="default: %(default)s")
-    cost.add_argument("--words", type=int, help="tokens a caption (default: the context length)")
+    cost.add_argument("--words", type=at_least(3), help="tokens a caption (default: the context length)")
     out = cli.add_argument_group("our weights for others")
     out.add_argument("checkpoint", nargs="?", help="what train.py wrote, as runs/pocket/last.pt")
     out.add_argument("--export", nargs=2, metavar=("timm|open_clip", "PATH"),
@@ -1467,9 +1482,12 @@ def main(argv=None):
     into.add_argument("--out", metavar="FILE", help="the checkpoint to write, which all evaluation scripts read")
     into.add_argument("--bpe", help="CLIP's merges file, where there is no merges.txt beside the weights")
     o = cli.parse_args(argv)
-    if not o.export and not o.source:
-        return describe(preset_for(o.preset, o.method), o.words)
+    if not o.source and (o.out or o.bpe) or o.source and (o.export or o.checkpoint):
+        raise UserError("--out and --bpe belong to --import, which takes neither a CHECKPOINT nor --export beside it")
     import train                                            # which builds on this file, and knows checkpoints
+    if not o.export and not o.source:
+        config = train.load_checkpoint(o.checkpoint)[2] if o.checkpoint else preset_for(o.preset, o.method)
+        return describe(config, o.words)
     if o.export:
         if not o.checkpoint or o.export[0] not in ("timm", "open_clip"):
             raise UserError("to export: python model.py CHECKPOINT --export timm FILE, or --export open_clip DIR")
@@ -1482,8 +1500,7 @@ def main(argv=None):
     if not o.out or kind not in ("timm", "open_clip"):
         raise UserError("to import: python model.py --import timm:FILE --out CHECKPOINT, or --import open_clip:DIR")
     if kind == "timm":
-        state, towers = read_timm(path), ("visual.",)
-        dialect = "clip" if "visual.norm_pre.weight" in state else "timm"
+        (dialect, state), towers = read_timm(path), ("visual.",)
         config, tokenizer = replace(PRESETS[o.preset], method="clip", dialect=dialect), BytePairTokenizer([])
         note = f"an image tower of preset {o.preset}, dialect {dialect}; its text tower is untrained"
     else:
@@ -1494,7 +1511,10 @@ def main(argv=None):
             note += f"; it was trained with images resized by {pixels['resize_mode']}: evaluate with --squash"
     model = MaskCLIP(config, tokenizer.eot)
     load_public(model, state, towers, path)
-    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(o.out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{o.out} cannot be written: {one_line(error)}") from None
     if not train.save_checkpoint(o.out, model, tokenizer, config):
         raise UserError(f"{o.out} could not be written")
     print(f"{o.out}: {note}.  Next: python eval_{'linear' if kind == 'timm' else 'zeroshot'}.py {o.out}")

@@ -608,6 +608,15 @@ def draw_curves(log: Path, path: Path, columns: int = 4, width: int = 400, heigh
     sheet.save(path)
 
 
+def show_curves(out: Path):
+    """OUT/curves.png of what a finished run logged."""
+    try:
+        draw_curves(out / "metrics.jsonl", out / "curves.png")
+        say(f"curves: {out}/curves.png")
+    except Exception as error:                          # a picture is not worth a finished run
+        say(f"warning: no curves.png: {data_module.one_line(error)}", file=sys.stderr)
+
+
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers from low to high: 1, 2 or 5 times a power of ten apart, three to six of them."""
     power = 10.0 ** math.floor(math.log10((high - low) / 3))
@@ -678,7 +687,7 @@ def extract(data, transform, encode, runtime: Runtime, batch_size: int) -> dict:
     loader = data_module.eval_loader(data, ReadRecord(transform), max(1, batch_size // runtime.world),
                                      runtime.rank, runtime.world, runtime.workers)
     features, index, label, captions, bad = [], [], [], [], []
-    for batch in data_module.progress(loader, len(loader), "batches of images") if runtime.is_main else loader:
+    for batch in data_module.progress(loader, len(loader), "batches of images", runtime.is_main):
         bad += batch["bad"]
         if "index" in batch:
             with runtime.autocast():
@@ -1052,11 +1061,7 @@ def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtim
     if not runtime.is_main:
         return
     say(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""))
-    try:
-        draw_curves(Path(o.out) / "metrics.jsonl", Path(o.out) / "curves.png")
-        say(f"curves: {o.out}/curves.png")
-    except Exception as error:                          # a picture is not worth a finished run
-        say(f"warning: no curves.png: {data_module.one_line(error)}", file=sys.stderr)
+    show_curves(Path(o.out))
     if all(spec.startswith("shapes") for spec in o.data):
         core.eval()
         count = 1024 if o.image_size < 100 else 128         # a large tower needs a second an image on a CPU

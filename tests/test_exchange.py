@@ -104,19 +104,22 @@ def test_vit_b16_to_timm(timm, tmp_path):
         close(ours.visual(images), theirs.forward_features(images))
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_from_timm(timm, tmp_path, pre_norm):
+@pytest.mark.parametrize("dialect", ["timm", "clip", "openai"])
+def test_from_timm(timm, tmp_path, dialect):
     """With a classifier's head, in safetensors, and with pixels normalized another way, which config.json tells."""
     save_file = pytest.importorskip("safetensors.torch", reason="writing safetensors needs safetensors").save_file
-    extra = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5)) if pre_norm else {}
+    extra = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5)) if dialect != "timm" else {}
+    extra |= dict(act_layer="quick_gelu") if dialect == "openai" else {}
+    about = dict(architecture="vit_base_patch16_clip_quickgelu_224") if dialect == "openai" else {}
     theirs = stirred(timm.models.VisionTransformer(img_size=48, patch_size=8, embed_dim=128, depth=4, num_heads=4,
                                                    num_classes=7, **extra))
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(dict(pretrained_cfg=dict(mean=[0.5] * 3, std=[0.4, 0.5, 0.6]))))
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        about, pretrained_cfg=dict(mean=[0.5] * 3, std=[0.4, 0.5, 0.6]))))
     out = tmp_path / "x.pt"
-    run_script("model.py", "--import", f"timm:{tmp_path}/model.safetensors", "--preset", "pocket", "--out", out)
+    said = run_script("model.py", "--import", f"timm:{tmp_path}/model.safetensors", "--preset", "pocket", "--out", out)
     ours, _, config = load_checkpoint(out)
-    assert config.dialect == ("clip" if pre_norm else "timm")
+    assert config.dialect == dialect and ("GELU is assumed" in said.stdout) == (dialect == "clip")
     pixels = torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8)
     their_pixels = (pixels / 255 - 0.5) / torch.tensor([0.4, 0.5, 0.6])[:, None, None]
     with torch.no_grad():
@@ -307,6 +310,49 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         model.load_public(net, visual | {"visual.norm_pre.weight": torch.zeros(64)}, ("visual.",), "F")
     with pytest.raises(UserError, match="another size.*visual.norm.bias"):
         model.load_public(net, visual | {"visual.norm.bias": torch.zeros(65)}, ("visual.",), "F")
+
+
+def test_another_dialect_is_named_with_its_cure(tmp_path):
+    saved(tmp_path / "clip.pt", replace(TINY, dialect="clip"), toy_vocabulary())
+    model.main([f"{tmp_path}/clip.pt", "--export", "timm", f"{tmp_path}/vit.pth"])
+    with pytest.raises(UserError, match="has dialect clip, this run timm: give --dialect clip"):
+        model.initialize(MaskCLIP(TINY, 5), f"timm:{tmp_path}/vit.pth")
+
+
+def test_what_openai_torch_compile_and_ddp_add_to_weights(tmp_path):
+    """Numbers that are no weights; prefixes of names."""
+    tokenizer = toy_vocabulary()
+    ours = saved(tmp_path / "x.pt", replace(TINY, dialect="openai", pool="cls", method="clip"), tokenizer)
+    model.export(ours, tokenizer, "open_clip", tmp_path / "to")
+    plain, file = model.read_open_clip(str(tmp_path / "to"))[1], tmp_path / "to" / "open_clip_pytorch_model.bin"
+    state = {f"module._orig_mod.{name}": value for name, value in torch.load(file, weights_only=True).items()}
+    torch.save(state | {name: torch.tensor(32) for name in ("input_resolution", "context_length", "vocab_size")}, file)
+    read = model.read_open_clip(str(tmp_path / "to"))[1]
+    assert read.keys() == plain.keys() and all(torch.equal(read[name], plain[name]) for name in plain)
+    (tmp_path / "to" / "open_clip_config.json").unlink()
+    with pytest.raises(UserError, match="no open_clip_config.json beside .*open_clip.get_model_config"):
+        model.read_open_clip(str(file))
+
+
+def test_the_cost_of_a_checkpoint_is_that_of_its_own_model(tmp_path, capsys):
+    saved(tmp_path / "last.pt", TINY, toy_vocabulary())
+    model.main([str(tmp_path / "last.pt")])
+    said = capsys.readouterr().out
+    model.describe(TINY)
+    assert said == capsys.readouterr().out and said.startswith("maskclip: 32 px")
+
+
+@pytest.mark.parametrize("line, says", [
+    ("none.pt", "no checkpoint at none.pt"), ("--out x.pt", "belong to --import"), ("--bpe x", "belong to --import"),
+    ("x.pt --export timm a --import timm:b", "neither a CHECKPOINT"), ("x.pt --import timm:b", "neither a CHECKPOINT"),
+    ("--import timm:vit.pth --preset pocket --out file/x.pt", "file/x.pt cannot be written")])
+def test_command_lines_that_make_no_sense(line, says, tmp_path, monkeypatch):
+    saved(tmp_path / "last.pt", PRESETS["pocket"], toy_vocabulary())
+    monkeypatch.chdir(tmp_path)
+    model.main(["last.pt", "--export", "timm", "vit.pth"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=says):
+        model.main(line.split())
 
 
 def test_safetensors_are_read_as_their_library_reads_them(tmp_path):

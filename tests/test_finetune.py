@@ -415,6 +415,7 @@ def test_a_stopped_run_goes_on_to_the_bit(checkpoint, tmp_path, monkeypatch):
     for name in whole["model"]:
         assert torch.equal(whole["model"][name], parts["model"][name]), name
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert (tmp_path / "parts" / "curves.png").is_file()
     with pytest.raises(UserError, match="is of a run with checkpoint = .*choose another --out"):
         finetune.main(checkpoint_gone)
 

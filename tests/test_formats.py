@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import pathlib
 import tarfile
+import threading
+import time
 
 import numpy as np
 import PIL.Image
@@ -449,6 +451,12 @@ def test_captions_over_several_lines_are_noted(tmp_path):
     assert "1 captions go over several lines" in open_data(make_csv(tmp_path, stray)).notes[0]
 
 
+def test_captions_cut_by_a_separator_are_noted(tmp_path):
+    unquoted = "filepath;title\n0.jpg;a cat; asleep\n1.jpg;a dog;\n2.jpg;a bird\n"
+    assert open_data(make_csv(tmp_path, unquoted)).notes == [
+        "1 rows have more fields than the header: captions with a ';' need quotes"]
+
+
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 def make_folder(root, files: list[str]):
@@ -751,6 +759,32 @@ def test_check_and_preview_read_what_only_evaluation_reads(tmp_path, capsys):
         assert (report["bad"], report["classes"]) == (0, classes), spec
         data.main(["preview", "--data", spec, "--out", str(tmp_path / "grid.png")])
         assert f"wrote {tmp_path}/grid.png: {report['records']} of {report['records']} records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["preview --rows 0", "preview --columns -1", "preview --seed -1", "preview --rows two",
+                                   "preview --out x.xyz", "preview --out sheet", "check --workers -2",
+                                   "check --context-length -3"])
+def test_options_that_cannot_be_are_refused_before_any_work(wrong, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "open_for_reading", None)
+    with pytest.raises((SystemExit, UserError)) as refused:
+        data.main(wrong.split())
+    assert "wanted a whole number from" in capsys.readouterr().err or "no picture's name" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_speaks_within_an_item_too(monkeypatch, capsys):
+    class Hurried(threading.Event):
+        def wait(self, seconds=None):
+            return super().wait(seconds and seconds / 100)
+    monkeypatch.setattr(data.threading, "Event", Hurried)
+    for item in data.progress("ab", 2, "letters"):
+        time.sleep(0.2)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "letters: 0 of 2" and said[-1].startswith("letters: 1 of 2, 0 s left"), said
+    assert list(data.progress(iter("ab"), 2, "letters", speaks=False)) == ["a", "b"]
+    time.sleep(0.2)
+    assert not capsys.readouterr().err, "and is silent when it is done, or told to be"
 
 
 @pytest.mark.parametrize("text, want", [

@@ -737,6 +737,7 @@ def test_resumed_run_is_the_same_to_the_bit(checkpoint, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, parts)]
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]] and len(logs[0]) == 5
+    assert (parts / "curves.png").is_file()
     assert {"rpn_score", "rpn_box", "label", "box", "mask", "lr", "grad_norm"} <= logs[0][0].keys()
     result = json.loads((tmp_path / "whole.json").read_text())
     assert result["images"] == 3 and result["classes"] == 8 and result["protocol"]["steps"] == 5

@@ -434,6 +434,15 @@ def test_protocol_of_each_data_set(checkpoint, tmp_path, kind, more, size, n_cla
     assert len(result["iou"]) == n_classes and result["images"] == 2
 
 
+def test_labels_that_say_nothing_have_no_mean(checkpoint, tmp_path):
+    build("ade20k", tmp_path, count=2)
+    for path in (tmp_path / "annotations/validation").iterdir():
+        PIL.Image.new("L", PIL.Image.open(path).size, 0).save(path)                     # 0: none of the classes
+    with pytest.raises(UserError, match="no pixel of the 2 test images of ade20k:.* has a label"):
+        dense.main(["zeroshot", str(checkpoint), "--data", f"ade20k:{tmp_path}", "--json", str(tmp_path / "r.json")])
+    assert not (tmp_path / "r.json").exists()
+
+
 @pytest.mark.parametrize("arguments, complaint", [
     (["paint"], "choose one of zeroshot, words, upernet"),
     (["zeroshot", "nowhere.pt"], "no checkpoint at nowhere.pt"),
@@ -716,7 +725,8 @@ def test_resumed_upernet_is_the_same_to_the_bit(checkpoint, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     dense.main(["upernet", str(checkpoint), *SMALL, "--steps", "8", "--out", str(whole), "--json", f"{whole}.json"])
     result = json.loads((tmp_path / "whole.json").read_text())
-    assert result["images"] == 4 and (whole / "maps.png").is_file()
+    assert result["images"] == 4 and (whole / "maps.png").is_file() and (whole / "curves.png").is_file()
+    assert result["protocol"]["label_0"] == "left out"
     parts.mkdir()
     state = stopped_after(3, checkpoint, parts)
     assert state["step"] == 3 and state["kind"] == "upernet"
