@@ -160,8 +160,7 @@ def tables(cells: dict) -> dict[str, Table]:
                         for m in ("clip", "maskclip")
                         for name, changes in (("2,000 pairs", {}), ("500 pairs", dict(pairs=500)),
                                               ("half unsaid", dict(world="unsaid=0.5")),
-                                              ("with crops", dict(crop_min=0.5)),
-                                              ("crops, unsaid", dict(world="unsaid=0.5", crop_min=0.5)))],
+                                              ("with crops", dict(crop_min=0.5)))],
                        seeds=9),
         "lambda": Table("Weight of the distillation, lambda of Eq. 8", {**ZEROSHOT, **LINEAR, **FINE},
                         sweep("distillation_weight", [1, 0.1, 0.05, 0.01], 0.05,
