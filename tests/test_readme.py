@@ -15,7 +15,8 @@ PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((R
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # of other programs that the pages call
 THEIR_OPTIONS = {"image_size", "resize_mode", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id",
-                 "durations", "output_format", "incremental_mode", "retries", "nodes", "ntasks-per-node",
+                 "durations", "url_list", "input_format", "url_col", "caption_col", "output_format", "output_folder",
+                 "thread_count", "incremental_mode", "retries", "nodes", "ntasks-per-node",
                  "gpus-per-node", "cpus-per-task", "time", "signal", "requeue", "max-restarts", "no-deps"}
 
 
