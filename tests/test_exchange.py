@@ -18,7 +18,7 @@ from train import load_checkpoint, load_state, save_checkpoint
 
 CAPTIONS = ["a photo of a cat", "two dogs, a red ball & a café!", "", "word " * 200]
 TINY = replace(PRESETS["pocket"], image_size=32, width=64, depth=2, heads=4, text_width=48, text_heads=4,
-               vocab_size=600, context_length=16, embed_dim=24, n_codes=16, init="mae")
+               vocab_size=600, context_length=16, embed_dim=24, n_codes=16, init="mae", pool="mean")
 
 
 @pytest.fixture
