@@ -2,7 +2,8 @@
 
     python tests/reproduce.py                   which tables there are, what of each is done, and what the rest costs
     python tests/reproduce.py ladder mask       fills tables; stop it anywhere, the same command goes on
-    python tests/reproduce.py ladder --quick    one seed, eight steps a run, into runs/reproduce-quick: does it run?
+    python tests/reproduce.py all --quick       one seed, eight steps a run, into runs/reproduce-quick: does it run?
+                                                (a quarter of an hour on two cores)
     python tests/reproduce.py report            writes docs/reproduction.md and .png anew from the numbers there are
 
 Every number is made by the commands a user has: train.py with a row's options, then an evaluation script.  Each is a
