@@ -2471,7 +2471,8 @@ def main(argv=None):
 def first_captions(data, records: int) -> list[str]:
     """All captions of the first so many records; bad ones are passed over."""
     captions = []
-    for i in range(min(len(data), records)):
+    count = min(len(data), records)
+    for i in progress(range(count), count, "captions read"):
         try:
             captions.extend(data.read(i).captions)
         except BadRecord:

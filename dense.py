@@ -351,7 +351,7 @@ def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tupl
     """How often the highest point of a class's map lies on an object of that class (Zhang et al. 2018), over the
     classes in the first `count` scenes; and the share of the picture that such objects cover, which is chance."""
     texts, hits, shares = model.encode_classes(world.classes, templates, tokenizer), [], []
-    for sample in map(world.read, range(count)):
+    for sample in map(world.read, data_module.progress(range(count), count, "scenes")):
         maps = text_maps(model, sample.image, texts, path, size)                                     # (C, H, W)
         for label in np.unique(sample.label_map[sample.label_map > 0]):
             there = sample.label_map == label                                                        # (H, W)
@@ -417,7 +417,8 @@ def words(argv=None):
     spec = "" if options.image else options.data
     templates, rows, arrays = templates_for(options.templates, spec), [], {}
     unit = options.unit if options.unit != "auto" else "phrase" if spec.startswith("shapes") else "word"
-    for k, (image, caption) in enumerate(captioned_images(options, loaded[0][2].image_size)):
+    pictures = captioned_images(options, loaded[0][2].image_size)
+    for k, (image, caption) in enumerate(data_module.progress(pictures, len(pictures), "pictures")):
         phrases = [*filter(None, map(str.strip, options.words.split(",")))] or words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
