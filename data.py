@@ -1416,9 +1416,9 @@ def csv_file(path: str, image: str = "filepath", caption: str = "title") -> Imag
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except csv.Error as error:
         raise UserError(f"{path}, record {len(files) + 1}: {error}; is there a quote that is never closed?") from None
-    notes = [f"{folded:,} captions go over several lines: if they should not, look for stray quotes"] if folded else []
-    if long:
-        notes.append(f"{long:,} rows have more fields than the header: captions with a {separator!r} need quotes")
+    notes = [f"{count:,} {what}" for count, what in (
+        (folded, "captions go over several lines: if they should not, look for stray quotes"),
+        (long, f"rows have more fields than the header: captions with a {separator!r} need quotes")) if count]
     return ImageFiles(path, os.path.dirname(path), files, captions, range(len(files) + 1), notes=notes)
 
 
@@ -2447,9 +2447,10 @@ def main(argv=None):
     o = cli.parse_args(argv)
     check_folder_of("--out", getattr(o, "out", ""))
     check_folder_of("--json", getattr(o, "json", ""))
-    formats = PIL.Image.registered_extensions()
-    if o.command == "preview" and formats.get(Path(o.out).suffix.lower()) not in PIL.Image.SAVE:
-        raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
+    if o.command == "preview":
+        kind = PIL.Image.registered_extensions().get(Path(o.out).suffix.lower())
+        if kind not in PIL.Image.SAVE:
+            raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
     parts = [part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)]
     data = parts[0] if len(parts) == 1 else Mixed(parts)
     if o.command == "preview":

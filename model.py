@@ -1260,16 +1260,15 @@ def initialize(model: MaskCLIP, spec: str):
     """The start of a run from public weights: timm:FILE, its image tower; open_clip:DIR, all but masked branches."""
     kind, _, path = spec.partition(":")
     if kind == "timm":
-        dialect, state = read_timm(path)
-        if dialect != model.config.dialect:
-            raise UserError(f"{path} has dialect {dialect}, this run {model.config.dialect}: give --dialect {dialect}")
-        return load_public(model, state, ("visual.",), path)
-    theirs, state, _ = read_open_clip(path)
+        (dialect, state), towers = read_timm(path), ("visual.",)
+        theirs = replace(model.config, dialect=dialect)
+    else:
+        (theirs, state, _), towers = read_open_clip(path), BOTH_HAVE
     for f in fields(Config):
         said, ours = getattr(theirs, f.name), getattr(model.config, f.name)
         if f.metadata["group"].endswith("tower") and f.name not in FREE_AT_START and said != ours:
             raise UserError(f"{path} has {f.name} {said}, this run {ours}: give --{f.name.replace('_', '-')} {said}")
-    load_public(model, state, BOTH_HAVE, path)
+    load_public(model, state, towers, path)
 
 
 def export(model: MaskCLIP, tokenizer: BytePairTokenizer, kind: str, path: Path):
