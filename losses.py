@@ -3,16 +3,16 @@
     L_I, L_T   contrastive_loss        image to text, text to image, over the pairs of all processes
     L_Dist     distillation_loss       the student's codes of hidden patches against the teacher's
     L_MLM      masked_language_loss    masked words of the caption, from the text tower alone
-    L          total_loss              L_I + L_T + lambda * L_Dist + beta * L_MLM                          (Eq. 8)
+    L          L_I + L_T + lambda * L_Dist + beta * L_MLM     (Eq. 8, in model.MaskCLIP.total_loss)
 
     pixel_loss, feature_loss           what takes the place of L_Dist in the first rows of supplement Table 2
-    simclr_loss                               the compared systems, at the end:  SLIP
+    simclr_loss                                               the compared systems, at the end:  SLIP
     filip_similarity, token_contrastive_loss                                     FILIP, DeFILIP
     simsiam_loss                                                                 DeCLIP, DeFILIP
     unicl_loss                                                                   UniCL, for labeled data
 
-Letters: B pairs on this process, W processes, N patches, M hidden patches, L tokens, V vocabulary, C codes,
-E embedding.
+Letters: B pairs on this process, W processes, N patches, M hidden patches, L tokens, V vocabulary, C codes, D width,
+E embedding, n rows of whatever a loss is a mean over.
 With several processes each loss is this process's share: the mean of the shares over the processes (which is what
 DistributedDataParallel makes of their gradients) is the loss of the joined batch, and so is its gradient.
 
@@ -24,6 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, half precision, wide logits: what the losses stand on
+# ---------------------------------------------------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """(B, ...) on each of W processes -> (W*B, ...) on all, in rank order; backward sums what every process asks for.
@@ -42,11 +46,6 @@ class Gather(torch.autograd.Function):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]               # (B, ...), the rows that are ours
-
-
-def fp32(x: Tensor) -> Tensor:
-    """At least float32: softmax and sums lose too much in half precision."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def world_size() -> int:
@@ -72,99 +71,9 @@ def own_columns(B: int, device) -> Tensor:
     return rank * B + torch.arange(B, device=device)
 
 
-CONTRAST_LOGITS = 1 << 25       # 128 MiB; with fewer, adding up the columns' gradients takes time
-
-
-def contrastive_loss(image_features: Tensor, text_features: Tensor,
-                     logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    """L_I and L_T: cross-entropy of this process's B rows against the W*B columns of all processes.
-
-        L_I = -1/B sum_i log( exp(s I_i.T_i) / sum_j exp(s I_i.T_j) ),    L_T the same with I and T exchanged
-
-    image_features, text_features  (B, E), unit length.    logit_scale  s, the factor itself and not its logarithm.
-    Of the B x W*B logits CONTRAST_LOGITS exist at once.
-    """
-    B = len(image_features)
-    scale = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)
-
-    def one_way(rows, target, columns, scale):
-        return F.cross_entropy(fp32((scale * rows) @ columns.T), target, reduction="sum")      # logits (rows, W*B)
-
-    def mean(rows, columns):
-        at_once = max(1, CONTRAST_LOGITS // len(columns))
-        return sum_in_chunks(one_way, at_once, rows, own_columns(B, rows.device), columns, scale) / B
-    return mean(image_features, gather(text_features)), mean(text_features, gather(image_features))
-
-
-def soft_codes(teacher: Tensor, temp_t: float, center: Tensor | float = 0.0) -> Tensor:
-    """The teacher's logits (..., C), centered and sharpened, as a distribution over codes (..., C); no gradient."""
-    return ((fp32(teacher.detach()) - center) / temp_t).softmax(dim=-1)
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, hidden: Tensor | None = None, temp_s: float = 0.1,
-                      temp_t: float = 0.04, center: Tensor | float = 0.0) -> Tensor:
-    """L_Dist: cross-entropy between code distributions, averaged over hidden patches.
-
-        L_Dist = -1/M sum_(hidden n) sum_c  softmax((t_n - center) / temp_t)_c  log softmax(s_n / temp_s)_c
-
-    student, teacher  (B, N, C) logits over the C codes; no gradient reaches the teacher
-    hidden            (B, N) bool, True where the student saw nothing; None when all rows given are hidden ones
-    center            (C,) running mean of the teacher's logits: keeps one code from winning everywhere
-    """
-    target = soft_codes(teacher, temp_t, center)                                               # (B, N, C)
-    per_patch = -(target * (fp32(student) / temp_s).log_softmax(dim=-1)).sum(dim=-1)         # (B, N)
-    return per_patch.mean() if hidden is None else per_patch[hidden].mean()
-
-
-def patchify(images: Tensor, p: int) -> Tensor:
-    """(B, 3, height, width) -> (B, N, 3*p*p): N = (height/p) * (width/p) patches, row by row."""
-    B, _, height, width = images.shape
-    x = images.reshape(B, 3, height // p, p, width // p, p)     # (B, 3, rows, p, cols, p)
-    x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, rows, cols, 3, p, p)
-    return x.reshape(B, -1, 3 * p * p)                          # (B, N, 3*p*p)
-
-
-def pixel_loss(prediction: Tensor, patches: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """MAE's loss: squared error to the pixels of hidden patches, each patch normalized to mean 0 and variance 1.
-
-    prediction, patches  (B, N, 3*p*p), patches as from `patchify`.    hidden  (B, N) bool, or None: all are hidden
-    """
-    mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
-    target = (patches - mean) / (var + 1e-6).sqrt()                                            # (B, N, 3*p*p)
-    per_patch = (fp32(prediction) - target).square().mean(dim=-1)                            # (B, N)
-    return per_patch.mean() if hidden is None else per_patch[hidden].mean()
-
-
-def feature_loss(prediction: Tensor, teacher: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """Squared error to the teacher's patch features, both sides layer-normalized without affine (as BootMAE).
-
-    prediction, teacher  (B, N, D); no gradient reaches the teacher.    hidden  (B, N) bool, or None: all are hidden
-    """
-    D = prediction.shape[-1:]
-    error = F.layer_norm(fp32(prediction), D) - F.layer_norm(fp32(teacher.detach()), D)
-    per_patch = error.square().mean(dim=-1)                                                    # (B, N)
-    return per_patch.mean() if hidden is None else per_patch[hidden].mean()
-
-
-def masked_language_loss(logits: Tensor, tokens: Tensor, chosen: Tensor | None = None,
-                         normalizer: Tensor | None = None) -> Tensor:
-    """L_MLM: cross-entropy of the original words at the chosen places, from the caption with those places corrupted.
-
-        L_MLM = -1/n sum_(chosen l) log softmax(logits_l)[tokens_l]
-
-    logits      (B, L, V), with tokens (B, L) the clean ids and chosen (B, L) bool; or the chosen rows, (n, V) and (n,)
-    normalizer  n; default our own number of chosen words.  That number differs from process to process, so for the
-                joined batch's mean every process divides by the mean of n over the processes
-    """
-    if chosen is not None:
-        logits, tokens = logits[chosen], tokens[chosen]                                        # (n, V), (n,)
-    n = max(len(tokens), 1) if normalizer is None else normalizer.clamp(min=1)
-    return F.cross_entropy(fp32(logits), tokens, reduction="sum") / n
-
-
-def total_loss(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """Eq. 8: the weighted sum of the named terms; a term without a weight of its own counts once."""
-    return sum(weights.get(name, 1.0) * term for name, term in terms.items())
+def fp32(x: Tensor) -> Tensor:
+    """At least float32: softmax and sums lose too much in half precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class SumInChunks(torch.autograd.Function):
@@ -202,6 +111,108 @@ def sum_in_chunks(fn, rows: int, x: Tensor, other: Tensor, *shared: Tensor) -> T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# MaskCLIP's terms
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONTRAST_LOGITS = 1 << 25       # logits that exist at once, 128 MiB; with fewer, adding up gradients takes time
+LOGIT_ROWS = 4096               # rows of code or word logits that exist at once
+
+
+def contrastive_loss(image_features: Tensor, text_features: Tensor,
+                     logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """L_I and L_T: cross-entropy of this process's B rows against the W*B columns of all processes.
+
+        L_I = -1/B sum_i log( exp(s I_i.T_i) / sum_j exp(s I_i.T_j) ),    L_T the same with I and T exchanged
+
+    image_features, text_features  (B, E), unit length.    logit_scale  s, the factor itself and not its logarithm.
+    """
+    B = len(image_features)
+    scale = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device)
+
+    def one_way(rows, partner, columns, scale):
+        return F.cross_entropy(fp32((scale * rows) @ columns.T), partner, reduction="sum")     # logits (rows, W*B)
+
+    def mean(rows, columns):
+        at_once = max(1, CONTRAST_LOGITS // len(columns))
+        return sum_in_chunks(one_way, at_once, rows, own_columns(B, rows.device), columns, scale) / B
+    return mean(image_features, gather(text_features)), mean(text_features, gather(image_features))
+
+
+def soft_codes(teacher: Tensor, temp_t: float, center: Tensor | float = 0.0) -> Tensor:
+    """The teacher's logits (..., C), centered and sharpened, as a distribution over codes (..., C); no gradient."""
+    return ((fp32(teacher.detach()) - center) / temp_t).softmax(dim=-1)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temp_s: float = 0.1, temp_t: float = 0.04,
+                      center: Tensor | float = 0.0) -> Tensor:
+    """L_Dist: cross-entropy between the code distributions of hidden patches, averaged over them.
+
+        L_Dist = -1/n sum_(hidden n) sum_c  softmax((t_n - center) / temp_t)_c  log softmax(s_n / temp_s)_c
+
+    student, teacher  (..., C) logits over the C codes at hidden patches; no gradient reaches the teacher
+    center            (C,) running mean of the teacher's logits: keeps one code from winning everywhere
+    """
+    q = soft_codes(teacher, temp_t, center)                                                     # (..., C)
+    return -(q * (fp32(student) / temp_s).log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def distillation_in_chunks(student: Tensor, codes: Tensor, teacher: Tensor, teacher_codes: Tensor, temp_s: float,
+                           temp_t: float, center: Tensor) -> Tensor:
+    """L_Dist as training computes it: logits are cosines of features with codes, of LOGIT_ROWS patches at a time.
+
+        L_Dist = distillation_loss(student @ codes.T, teacher @ teacher_codes.T, temp_s, temp_t, center)
+
+    student, teacher  (n, bottleneck) features of hidden patches, codes, teacher_codes (C, bottleneck); unit length
+    """
+    def sum_of(student, teacher, codes):
+        with torch.autocast(student.device.type, enabled=False):    # divided by 0.04, rounding to bf16 would show
+            q = soft_codes(teacher @ teacher_codes.T, temp_t, center)                           # (rows, C)
+            return -(q * (student @ codes.T / temp_s).log_softmax(dim=-1)).sum()
+    return sum_in_chunks(sum_of, LOGIT_ROWS, student, teacher, codes) / len(student)
+
+
+def patchify(images: Tensor, p: int) -> Tensor:
+    """(B, 3, height, width) -> (B, N, 3*p*p): N = (height/p) * (width/p) patches, row by row."""
+    B, _, height, width = images.shape
+    x = images.reshape(B, 3, height // p, p, width // p, p)     # (B, 3, rows, p, cols, p)
+    x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, rows, cols, 3, p, p)
+    return x.reshape(B, -1, 3 * p * p)                          # (B, N, 3*p*p)
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """(..., 3*p*p) -> the same, each patch with mean 0 and variance 1, as MAE predicts pixels."""
+    mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+def pixel_loss(prediction: Tensor, patches: Tensor) -> Tensor:
+    """MAE's loss: squared error to the normalized pixels of hidden patches, both (B, M, 3*p*p)."""
+    return (fp32(prediction) - normalize_patches(patches)).square().mean()
+
+
+def feature_loss(prediction: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error to the teacher's features of hidden patches, both sides layer-normalized without affine (BootMAE).
+
+    prediction, teacher  (B, M, D); no gradient reaches the teacher
+    """
+    D = prediction.shape[-1:]
+    return (F.layer_norm(fp32(prediction), D) - F.layer_norm(fp32(teacher.detach()), D)).square().mean()
+
+
+def masked_language_loss(logits: Tensor, words: Tensor, normalizer: Tensor | None = None) -> Tensor:
+    """L_MLM: cross-entropy of the original words at the chosen places, from the caption with those places corrupted.
+
+        L_MLM = -1/n sum_(chosen l) log softmax(logits_l)[words_l]
+
+    logits      (n, V) at the chosen places; words (n,) what stood there
+    normalizer  n; default our own number of chosen words.  That number differs from process to process, so for the
+                joined batch's mean every process divides by the mean of n over the processes
+    """
+    n = max(len(words), 1) if normalizer is None else normalizer.clamp(min=1)
+    return F.cross_entropy(fp32(logits), words, reduction="sum") / n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The compared systems
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -212,12 +223,12 @@ def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
 
     a, b  (B, E) two views of the same images, unit length
     """
-    own = own_columns(len(a), a.device)                                                        # (B,)
+    partner = own_columns(len(a), a.device)                                                    # (B,)
     all_a, all_b = gather(a), gather(b)                                                        # (W*B, E)
 
-    def one_way(x, partners, rivals):
-        rivals = (x @ rivals.T).scatter(1, own[:, None], -torch.inf)                           # (B, W*B), not itself
-        return F.cross_entropy(fp32(torch.cat([x @ partners.T, rivals], dim=1) / temperature), own)
+    def one_way(x, others, rivals):
+        rivals = (x @ rivals.T).scatter(1, partner[:, None], -torch.inf)                       # (B, W*B), not itself
+        return F.cross_entropy(fp32(torch.cat([x @ others.T, rivals], dim=1) / temperature), partner)
     return (one_way(a, all_b, all_a) + one_way(b, all_a, all_b)) / 2
 
 
@@ -240,24 +251,22 @@ def filip_similarity(image_tokens: Tensor, text_tokens: Tensor, is_word: Tensor 
         text to image    1/n sum_(word l) max_n p_n.w_l            each of n words looks for its patch
 
     image_tokens (I, N, E), text_tokens (T, L, E), unit length; is_word (T, L) bool, default: rows that are not zero.
-    The I x T x N x L cosines exist in chunks only, and are computed again for the gradient.
+    The I x T x N x L cosines exist for a few images at a time, and are computed again for the gradient.
     """
     is_word = text_tokens.detach().any(dim=-1) if is_word is None else is_word
+    words = text_tokens.flatten(0, 1)                                                          # (T*L, E)
 
-    def scores(p, w, is_word):
-        cosine = (p.flatten(0, 1) @ w.flatten(0, 1).T).unflatten(0, p.shape[:2]).unflatten(2, w.shape[:2])
-        to_text = cosine.masked_fill(~is_word, -2.0).amax(dim=3).mean(dim=1)    # (i, N, t, L) -> (i, N, t) -> (i, t)
-        to_image = (cosine.amax(dim=1) * is_word).sum(dim=2)                    # (i, N, t, L) -> (i, t, L) -> (i, t)
+    def scores(patches):                                                                       # (i, N, E)
+        cosine = patches.flatten(0, 1) @ words.T                                               # (i*N, T*L)
+        cosine = cosine.unflatten(0, patches.shape[:2]).unflatten(2, is_word.shape)            # (i, N, T, L)
+        to_text = cosine.masked_fill(~is_word, -2.0).amax(dim=3).mean(dim=1)                   # (i, T)
+        to_image = (cosine.amax(dim=1) * is_word).sum(dim=2)                                   # (i, T)
         return to_text, to_image / is_word.sum(dim=1).clamp(min=1)
 
-    pair = image_tokens.shape[1] * is_word.shape[1]                                            # N * L
-    t = min(len(is_word), max(1, TOKEN_SCORES // pair))
-    rows = []
-    for p in image_tokens.split(max(1, TOKEN_SCORES // (pair * t))):
-        row = [checkpoint(scores, p, w, real, use_reentrant=False, preserve_rng_state=False)
-               for w, real in zip(text_tokens.split(t), is_word.split(t))]
-        rows.append([torch.cat(part, dim=1) for part in zip(*row)])                            # two of (i, T)
-    to_text, to_image = zip(*rows)
+    at_once = max(1, TOKEN_SCORES // max(1, image_tokens.shape[1] * len(words)))
+    parts = [checkpoint(scores, patches, use_reentrant=False, preserve_rng_state=False)
+             for patches in image_tokens.split(at_once)]
+    to_text, to_image = zip(*parts)
     return torch.cat(to_text), torch.cat(to_image)
 
 
@@ -286,15 +295,15 @@ def token_contrastive_loss(image_tokens: Tensor, text_tokens: Tensor, logit_scal
     image_tokens (B, N, E), text_tokens (B, L, E), unit length; a row of zeros is no word, and L may differ between
     processes.  top_k: only so many tokens of the columns are kept, as DeCLIP's benchmark does.
     """
-    longest = torch.tensor(text_tokens.shape[1], device=text_tokens.device)
     if world_size() > 1:
+        longest = torch.tensor(text_tokens.shape[1], device=text_tokens.device)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    text_tokens = F.pad(text_tokens, (0, 0, 0, int(longest) - text_tokens.shape[1]))           # (B, longest L, E)
+        text_tokens = F.pad(text_tokens, (0, 0, 0, int(longest) - text_tokens.shape[1]))       # (B, longest L, E)
     patches, words = top_tokens(image_tokens, text_tokens, top_k) if top_k else (image_tokens, text_tokens)
     logits_i = logit_scale * filip_similarity(image_tokens, gather(words))[0]                  # (B, W*B)
     logits_t = logit_scale * filip_similarity(gather(patches), text_tokens)[1].T               # (B, W*B)
-    target = own_columns(len(image_tokens), image_tokens.device)                               # (B,)
-    return F.cross_entropy(logits_i, target), F.cross_entropy(logits_t, target)
+    partner = own_columns(len(image_tokens), image_tokens.device)                              # (B,)
+    return F.cross_entropy(logits_i, partner), F.cross_entropy(logits_t, partner)
 
 
 def unicl_loss(image_features: Tensor, text_features: Tensor, labels: Tensor,

@@ -16,22 +16,29 @@ C codes.
     python model.py --import open_clip:DIR --out CHECKPOINT        public weights for our evaluation scripts
 """
 import argparse
+import contextlib
 import copy
 import gzip
 import hashlib
 import json
 import math
+import os
 import re
-import zlib
-from dataclasses import dataclass, field, fields, replace
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import losses
-from data import MEAN, STD, BytePairTokenizer, UserError, at_least, one_line, read_json, say
+from data import MEAN, STD, BytePairTokenizer, UserError, at_least, one_line, read_json, run, say
 from losses import fp32, patchify
 
 
@@ -75,17 +82,15 @@ class Config:
     causal: bool = opt(True, "words see only words before them (CLIP; paper silent)", "text tower")
     embed_dim: int = opt(512, "width E of the joint embedding (SLIP; paper silent)", "text tower")
     # masked self-distillation
-    target: str = opt("codes", "what the student predicts: the quantizer's codes, or normalized features (BootMAE)",
-                      "self-distillation", ("codes", "features"))
+    target: str = opt("codes", "what the student predicts of the teacher's: the quantizer's codes, or normalized "
+                      "features (BootMAE)", "self-distillation", ("codes", "features"))
     mask_ratio: float = opt(0.75, "share of patches hidden from the student (paper)", "self-distillation")
     decoder_depth: int = opt(1, "blocks of the image decoder (paper)", "self-distillation")
     n_codes: int = opt(8192, "codes C of the online quantizer (iBOT; paper silent)", "self-distillation")
     quantizer_hidden: int = opt(2048, "hidden width of the quantizer (iBOT; paper silent)", "self-distillation")
     quantizer_bottleneck: int = opt(256, "width in which codes are compared (iBOT; paper silent)", "self-distillation")
     temp_s: float = opt(0.1, "student temperature (iBOT; paper silent)", "self-distillation")
-    temp_t: float = opt(0.04, "teacher temperature at the end of its warm-up (iBOT; paper silent)", "self-distillation")
-    temp_t_start: float = opt(0.04, "teacher temperature at step 0 (ours: constant)", "self-distillation")
-    temp_t_warmup: float = opt(0.0, "share of the run over which it rises (iBOT: 30 epochs)", "self-distillation")
+    temp_t: float = opt(0.04, "teacher temperature, constant (iBOT's at its start; paper silent)", "self-distillation")
     center_momentum: float = opt(0.9, "momentum of the centre of the teacher's logits (iBOT)", "self-distillation")
     momentum: float = opt(0.999, "teacher momentum at step 0 (paper)", "self-distillation")
     momentum_end: float = opt(0.9999, "teacher momentum at the last step, linear to it (paper)", "self-distillation")
@@ -98,7 +103,7 @@ class Config:
     contrastive_reduction: str = opt("sum", "L_I + L_T as Eq. 8 writes it, or their mean as CLIP's code", "loss",
                                      ("sum", "mean"))
     # compared systems: weights, heads and views, at the end of model.py
-    contrastive_weight: float = opt(1.0, "weight of the contrastive term (paper; DeCLIP 0.4)", "compared systems")
+    contrastive_weight: float = opt(0.4, "weight of DeCLIP's contrastive term (DeCLIP)", "compared systems")
     simclr_weight: float = opt(1.0, "weight of SLIP's NT-Xent (SLIP)", "compared systems")
     token_weight: float = opt(1.0, "weight of FILIP's token-wise contrast (FILIP; DeFILIP 0.2)", "compared systems")
     simsiam_weight: float = opt(0.2, "weight of DeCLIP's SimSiam (DeCLIP)", "compared systems")
@@ -120,7 +125,6 @@ class Config:
     weight_decay: float = opt(0.1, "AdamW weight decay of matrices (paper); vectors, tokens, positions: none (ours)",
                               "recipe")
     beta2: float = opt(0.98, "AdamW beta2, beta1 is 0.9 (SLIP; paper silent)", "recipe")
-    eps: float = opt(1e-8, "AdamW epsilon (SLIP; paper silent)", "recipe")
     clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (paper silent, SLIP none)", "recipe")
     crop_min: float = opt(0.5, "smallest share of the image a random crop keeps, 1: whole image (SLIP)", "recipe")
     flip: bool = opt(False, "mirror half of the images (SLIP does not; captions know left from right)", "recipe")
@@ -157,8 +161,7 @@ RECIPES = {
     "slip": dict(lr=3e-3, weight_decay=0.1, contrastive_reduction="mean"),
     # DeCLIP's benchmark (github.com/Sense-GVT/DeCLIP, yfcc15m_vit_*/config.yaml): 128,000 steps, 2,500 to warm up
     "filip": dict(BENCHMARK, lr=5e-4, weight_decay=0.5),
-    "declip": dict(BENCHMARK, lr=1e-3, weight_decay=0.1, view_crop_min=0.2, word_ratio=0.15, contrastive_weight=0.4,
-                   mlm_weight=0.2),
+    "declip": dict(BENCHMARK, lr=1e-3, weight_decay=0.1, view_crop_min=0.2, word_ratio=0.15, mlm_weight=0.2),
 }
 RECIPES["defilip"] = dict(RECIPES["declip"], token_weight=0.2, token_top_k=16)
 
@@ -172,19 +175,19 @@ def preset_for(preset: str, method: str) -> Config:
     return replace(PRESETS[preset], method=method, **changes)
 
 
-# supplement Table 2, row by row: what the masked branch predicts, whether the teacher is a running average or
-# (momentum 0) the current weights, and whether words are masked too
+# supplement Table 2, row by row: what hidden patches are predicted as (None: there are none), whether the teacher is a
+# running average or (momentum 0) the current weights, and whether words are masked too
 METHODS = {
-    "clip": dict(target=None, ema=False, mlm=False),
-    "clip+mae": dict(target="pixels", ema=False, mlm=False),
-    "clip+feature": dict(target="teacher", ema=False, mlm=False),
-    "clip+ema": dict(target="teacher", ema=True, mlm=False),
-    "maskclip": dict(target="teacher", ema=True, mlm=True),
+    "clip": dict(predicts=None, ema=False, mlm=False),
+    "clip+mae": dict(predicts="pixels", ema=False, mlm=False),
+    "clip+feature": dict(predicts="teacher", ema=False, mlm=False),
+    "clip+ema": dict(predicts="teacher", ema=True, mlm=False),
+    "maskclip": dict(predicts="teacher", ema=True, mlm=True),
     # compared systems, see the end of this file
-    "slip": dict(target=None, ema=False, mlm=False),
-    "filip": dict(target=None, ema=False, mlm=False),
-    "declip": dict(target=None, ema=False, mlm=True),
-    "defilip": dict(target=None, ema=False, mlm=True),
+    "slip": dict(predicts=None, ema=False, mlm=False),
+    "filip": dict(predicts=None, ema=False, mlm=False),
+    "declip": dict(predicts=None, ema=False, mlm=True),
+    "defilip": dict(predicts=None, ema=False, mlm=True),
 }
 
 
@@ -202,21 +205,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, causal: bool = False, is_word: Tensor | None = None,
-                first: int | None = None) -> Tensor:
+                leftmost: int | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D).  is_word (B, N) bool: True where a place may be attended to.
 
-        first: only so many tokens, the leftmost, attend, to all of them: (B, first, D).
+        leftmost: only so many tokens attend, to all of them: (B, leftmost, D).
         """
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)    # (B, H, N, D/H)
         allowed = None if is_word is None else is_word[:, None, None, :]                              # (B, 1, 1, N)
-        x = F.scaled_dot_product_attention(q[:, :, :first], k, v, attn_mask=allowed, is_causal=causal)
+        x = F.scaled_dot_product_attention(q[:, :, :leftmost], k, v, attn_mask=allowed, is_causal=causal)
         return self.proj(x.transpose(1, 2).flatten(2))                                                # (B, N, D)
-
-    def value_path(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D): attention with the identity in place of softmax(QK), for dense features."""
-        D = x.shape[-1]
-        return self.proj(F.linear(x, self.qkv.weight[2 * D:], self.qkv.bias[2 * D:]))
 
 
 @torch.no_grad()
@@ -275,9 +273,9 @@ class Block(nn.Module):
         return x * (draw < keep) / keep
 
     def forward(self, x: Tensor, causal: bool = False, is_word: Tensor | None = None,
-                first: int | None = None) -> Tensor:
+                leftmost: int | None = None) -> Tensor:
         """As Attention.forward"""
-        x = x[:, :first] + self.skip_at_random(self.attn(self.norm1(x), causal, is_word, first))
+        x = x[:, :leftmost] + self.skip_at_random(self.attn(self.norm1(x), causal, is_word, leftmost))
         return x + self.skip_at_random(self.mlp(self.norm2(x)))
 
 
@@ -287,55 +285,21 @@ def init_linear(module: nn.Module):
         nn.init.zeros_(module.bias)
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalization with the mean and variance of all processes, on any device, of (B, C) or (B, C, H, W).
-
-    Keys are nn.BatchNorm2d's, and on one process it is one.  On several, whose B may differ, output and gradient are
-    those of one process with the joined batch: what a loss asks of the common statistics goes back to every input.
-    torch's own exists on GPUs only.
-    """
-    def _check_input_dim(self, x: Tensor):
-        if x.ndim not in (2, 4):
-            raise ValueError(f"wanted (B, C) or (B, C, H, W), got {tuple(x.shape)}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or losses.world_size() == 1:
-            return super().forward(x)
-        self._check_input_dim(x)
-        axes = [0, *range(2, x.ndim)]
-        count = torch.full((x.shape[1],), x.numel() / x.shape[1], device=x.device)
-        own = torch.stack([count, fp32(x).mean(axes), fp32(x).var(axes, correction=0)])         # (3, C)
-        count, mean, var = losses.gather(own[None]).unbind(dim=1)                               # (W, C) each
-        n = count.sum(dim=0)                                                                    # (C,)
-        joint_mean = (count * mean).sum(dim=0) / n
-        joint_var = (count * (var + (mean - joint_mean) ** 2)).sum(dim=0) / n
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(joint_mean, self.momentum)
-                self.running_var.lerp_(joint_var * n / (n - 1), self.momentum)
-
-        def per_channel(v):
-            return v.view(1, -1, *[1] * (x.ndim - 2))
-        y = (x - per_channel(joint_mean)) * per_channel((joint_var + self.eps).rsqrt())
-        return (y * per_channel(self.weight) + per_channel(self.bias) if self.affine else y).to(x.dtype)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Image tower
 # ---------------------------------------------------------------------------------------------------------------------
 
-def random_mask(batch: int, patches: int, ratio: float, generator: torch.Generator | None = None):
+def random_mask(batch: int, patches: int, ratio: float, generator: torch.Generator | None = None,
+                rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """Which patches the student sees: a random subset of the same size for each image, no block shape.
 
-    Returns keep (batch, K) the sorted indices of visible patches, and hidden (batch, patches) bool, True = hidden.
+    Returns keep (batch, K), the indices of visible patches, and hidden (batch, M), those of the others, both sorted.
     K = floor(patches * (1 - ratio)), as MAE rounds it, and at least 1.
+    rows: the images of the batch whose masks are wanted; what they are does not depend on it.
     """
     K = max(1, int(patches * (1 - ratio) + 1e-6))
-    noise = torch.rand(batch, patches, generator=generator)
-    keep = noise.argsort(dim=1)[:, :K].sort(dim=1).values                   # (batch, K)
-    hidden = torch.ones(batch, patches, dtype=torch.bool).scatter_(1, keep, False)
-    return keep, hidden
+    shuffled = torch.rand(batch, patches, generator=generator)[rows].argsort(dim=1)             # (rows, N)
+    return shuffled[:, :K].sort(dim=1).values, shuffled[:, K:].sort(dim=1).values
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -432,16 +396,18 @@ class VisionTransformer(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)                        # (B, 1, D)
         return self.norm_pre(torch.cat([cls.to(x.dtype), x], dim=1))
 
-    def forward(self, images: Tensor, keep: Tensor | None = None, first: int | None = None) -> Tensor:
+    def forward(self, images: Tensor, keep: Tensor | None = None, leftmost: int | None = None) -> Tensor:
         """(B, 3, h, w) -> (B, 1+n, D) normalized tokens, class token first.
 
         keep (B, K): only these patches are computed, as the student of self-distillation sees them.
-        first: the last block computes only so many tokens, for who reads no others: 1 for the class token.
+        leftmost: the last block computes only so many tokens, for who reads no others: 1 for the class token.
         """
         x = self.embed(images, keep)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(self.blocks[-1](x, first=first))
+        return self.norm(self.blocks[-1](x, leftmost=leftmost))
+
+    # ---- dense tasks only -------------------------------------------------------------------------------------------
 
     def block_outputs(self, images: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
         """The outputs (B, 1+N, D) of blocks `taps`, counted from 1, before the final norm, for dense heads."""
@@ -462,8 +428,9 @@ class VisionTransformer(nn.Module):
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
-        last = self.blocks[-1]
-        value = last.attn.value_path(last.norm1(x))
+        last, D = self.blocks[-1], x.shape[-1]
+        qkv = last.attn.qkv
+        value = last.attn.proj(F.linear(last.norm1(x), qkv.weight[2 * D:], qkv.bias[2 * D:]))   # (B, 1+N, D)
         if path == "code":
             x = x + value
             value = x + last.mlp(last.norm2(x))
@@ -567,13 +534,13 @@ class ImageDecoder(nn.Module):
         self.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, visible: Tensor, keep: Tensor, hidden_index: Tensor) -> Tensor:
-        """visible (B, 1+K, D) student tokens, keep (B, K), hidden_index (B, M) -> (B, M, D), at hidden patches only."""
+    def forward(self, visible: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
+        """visible (B, 1+K, D) student tokens, keep (B, K), hidden (B, M) indices -> (B, M, D), at hidden patches only."""
         B, K = keep.shape
         visible = self.embed(visible)
         pos = self.pos_embed.expand(B, -1, -1)                                                  # (B, N, D)
         seen = visible[:, 1:] + take(pos, keep)                                                 # (B, K, D)
-        unseen = self.mask_token + take(pos, hidden_index)                                      # (B, M, D)
+        unseen = self.mask_token + take(pos, hidden)                                      # (B, M, D)
         # attention knows no order, so hidden patches may stand behind the visible ones
         x = torch.cat([visible[:, :1], seen, unseen.to(seen.dtype)], dim=1)                     # (B, 1+N, D)
         for block in self.blocks:
@@ -634,17 +601,19 @@ class TextDecoder(nn.Module):
 # The model and its teacher
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOGIT_ROWS = 4096       # rows of code or word logits that exist at once
-
-
 class MaskCLIP(nn.Module):
-    """CLIP's two towers, and the branches that config.method trains beside them."""
+    """CLIP's two towers, and the branches that config.method trains beside them.
+
+    predicts     what hidden patches are predicted as: "pixels", or of the teacher "codes" or "features", or None
+    trained_on   the data sets (SPECs) it was pre-trained on, as far as load_checkpoint knows
+    """
+    log_names = {"codes": "distillation", "features": "feature", "pixels": "pixel"}     # of L_Dist, by what is predicted
 
     def __init__(self, config: Config, eot: int):
         super().__init__()
         c = self.config = config
         method = METHODS[c.method]
-        self.eot = eot
+        self.eot, self.trained_on = eot, ()
         self.visual = image_tower(c, c.drop_path, c.init)
         self.text = TextTransformer(c.vocab_size, c.context_length, c.text_width, c.text_depth, c.text_heads, c.causal,
                                     masked_words=method["mlm"], quick_gelu=c.dialect == "openai")
@@ -654,16 +623,105 @@ class MaskCLIP(nn.Module):
         nn.init.normal_(self.image_proj.weight, std=c.width ** -0.5)
         nn.init.normal_(self.text_proj.weight, std=c.text_width ** -0.5)
 
-        self.target = c.target if method["target"] == "teacher" else method["target"]
-        if self.target:
+        self.predicts = c.target if method["predicts"] == "teacher" else method["predicts"]
+        if self.predicts:
             self.decoder = ImageDecoder(c.width, c.decoder_depth, c.heads, c.grid)
-        if self.target == "codes":
+        if self.predicts == "codes":
             self.quantizer = Quantizer(c.width, c.quantizer_hidden, c.quantizer_bottleneck, c.n_codes)
-        elif self.target:
-            self.predict = nn.Linear(c.width, 3 * c.patch_size ** 2 if self.target == "pixels" else c.width)
+        elif self.predicts:
+            self.predict = nn.Linear(c.width, 3 * c.patch_size ** 2 if self.predicts == "pixels" else c.width)
             init_linear(self.predict)
         if method["mlm"]:
             self.text_decoder = TextDecoder(c.text_width, c.text_decoder_depth, c.text_heads, c.vocab_size)
+
+    # ---- one step of training ---------------------------------------------------------------------------------------
+
+    def forward(self, batch: dict[str, Tensor], answer: dict | None = None) -> tuple[dict, dict]:
+        """One pass of all branches, so that DistributedDataParallel sees one forward.
+
+        batch   images (B,3,H,W), tokens (B,L); for the masked image branch keep (B,K) and hidden (B,M), indices;
+                for the masked text branch corrupted (B,L), chosen (n,) places in B*L, word_count () (see predict_words)
+        answer  what Teacher says of the hidden patches, for methods that have a teacher
+        Returns the embeddings {"image": (B,E), "text": (B,E)}, to be contrasted over all micro-batches and processes by
+        `contrast`, and the terms L_Dist, L_MLM of Eq. 8, those that the method has.
+        """
+        images, tokens, terms = batch["images"], batch["tokens"], {}
+        image = self.encode_image(images)
+        if self.predicts:
+            terms["L_Dist"] = self.predict_hidden(images, batch["keep"], batch["hidden"], answer)
+        if "corrupted" in batch:                                        # clean and masked captions in one pass
+            text, masked = self.text(torch.cat([tokens, batch["corrupted"]]), self.eot).chunk(2)    # (B, L, D) each
+            terms["L_MLM"] = self.predict_words(masked, tokens, batch["chosen"], batch["word_count"])
+        else:
+            text = self.text(tokens, self.eot)                                                      # (B, L, D)
+        return dict(image=image, text=self.embed_text(text, tokens)), terms
+
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The embeddings of forward without the masked branches."""
+        text = self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"])
+        return dict(image=self.encode_image(batch["images"]), text=text)
+
+    def contrast(self, features: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Embeddings of this process's whole batch -> L_I and L_T of Eq. 8, against those of all processes.
+
+        labels (B,) of labeled data: pairs of one label are no negatives then (UniCL).
+        """
+        image, text, scale = features["image"], features["text"], self.logit_scale.exp()
+        if labels is not None:
+            return self.both_ways(losses.unicl_loss(image, text, labels, scale))
+        return self.both_ways(losses.contrastive_loss(image, text, scale))
+
+    def both_ways(self, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """L_I and L_T, as Eq. 8 adds them; or halved, so that their sum is the mean that CLIP's code takes."""
+        L_I, L_T = pair
+        return dict(L_I=L_I, L_T=L_T) if self.config.contrastive_reduction == "sum" else dict(L_I=L_I / 2, L_T=L_T / 2)
+
+    def total_loss(self, L_I: Tensor | float = 0.0, L_T: Tensor | float = 0.0, L_Dist: Tensor | float = 0.0,
+                   L_MLM: Tensor | float = 0.0) -> Tensor:
+        """Eq. 8.  A term that the method lacks is 0, one that the equation lacks an error."""
+        lambda_, beta = self.config.distillation_weight, self.config.mlm_weight
+        return L_I + L_T + lambda_ * L_Dist + beta * L_MLM
+
+    def named(self, terms: dict[str, float]) -> dict[str, float]:
+        """The terms before their weights, under the names they have in the log: contrastive is L_I + L_T."""
+        pair = dict(contrastive=terms["L_I"] + terms["L_T"]) if "L_I" in terms else {}
+        words = {"L_Dist": self.log_names.get(self.predicts), "L_MLM": "mlm"}
+        return pair | {words.get(name, name): value for name, value in terms.items() if name not in ("L_I", "L_T")}
+
+    def predict_hidden(self, images: Tensor, keep: Tensor, hidden: Tensor, answer: dict | None) -> Tensor:
+        """The masked image branch: L_Dist, or the pixel or feature loss that stands in its place."""
+        x = self.fill_in(images, keep, hidden)                                                  # (B, M, D)
+        if self.predicts == "pixels":
+            return losses.pixel_loss(self.predict(x), take(patchify(images, self.config.patch_size), hidden))
+        if self.predicts == "features":
+            return losses.feature_loss(self.predict(x), answer["features"])
+        student, teacher = (y.flatten(0, 1) for y in (self.quantizer.bottleneck(x), answer["features"]))    # (B*M, .)
+        return losses.distillation_in_chunks(student, self.quantizer.unit_codes(), teacher, answer["codes"],
+                                             self.config.temp_s, self.config.temp_t, answer["center"])
+
+    def fill_in(self, images: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
+        """What the student makes of hidden patches from the visible ones: (B, M, D)"""
+        return self.decoder(self.visual(images, keep), keep, hidden)
+
+    def predict_words(self, x: Tensor, tokens: Tensor, chosen: Tensor, word_count: Tensor) -> Tensor:
+        """L_MLM from the masked captions' features (B, L, D), computed at the chosen places only.
+
+        word_count: what masked_language_loss divides by
+        """
+        x = self.text_decoder(x, before_end(tokens, self.eot) | (tokens == self.eot), chosen)   # (n, D)
+        words = tokens.flatten()[chosen]                                                        # (n,)
+
+        def word_loss(x, words, table, bias):
+            return losses.masked_language_loss(F.linear(x, table, bias), words, word_count)
+        return losses.sum_in_chunks(word_loss, losses.LOGIT_ROWS, x, words, self.text.token_embedding.weight,
+                                    self.text_decoder.bias)
+
+    @torch.no_grad()
+    def after_update(self):
+        """Once the optimizer has moved the weights: no logit scale leaves 0 ... ln 100."""
+        self.logit_scale.clamp_(0, math.log(100))
+
+    # ---- embeddings -------------------------------------------------------------------------------------------------
 
     def pool_image(self, x: Tensor) -> Tensor:
         """(B, 1+N, D) tokens -> (B, D)"""
@@ -671,7 +729,7 @@ class MaskCLIP(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, D); where the class token is all that is read, the last block computes no other"""
-        return self.pool_image(self.visual(images, first=1 if self.config.pool == "cls" else None))
+        return self.pool_image(self.visual(images, leftmost=1 if self.config.pool == "cls" else None))
 
     def pool_text(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, L, D), (B, L) -> (B, D) at the first end token.  By its id: the highest id may be another one."""
@@ -696,92 +754,17 @@ class MaskCLIP(nn.Module):
 
         Several names of one class stand in one string, divided by tabs.
         """
-        rows = []
+        means = []
         for name in names:
             prompts = [template.format(one) for one in name.split("\t") for template in templates]
             tokens = tokenizer(prompts, self.config.context_length)
             texts = self.encode_text(tokens.to(self.logit_scale.device))            # (prompts, E); FILIP's have words
-            rows.append(texts.flatten(0, -2).mean(dim=0))                                           # (E,)
-        return F.normalize(torch.stack(rows), dim=-1)
+            means.append(texts.flatten(0, -2).mean(dim=0))                                          # (E,)
+        return F.normalize(torch.stack(means), dim=-1)
 
     def encode_patches(self, images: Tensor, path: str = "code") -> Tensor:
         """(B, 3, h, w) -> (B, N, E) unit-length patch embeddings in the joint space, by DenseCLIP's value path"""
         return F.normalize(fp32(self.image_proj(self.visual.value_features(images, path))), dim=-1)
-
-    def forward(self, batch: dict[str, Tensor], target: dict | None = None) -> tuple[dict, dict]:
-        """One pass of all branches, so that DistributedDataParallel sees one forward.
-
-        batch   images (B,3,H,W), tokens (B,L); for the masked branch keep (B,K) and hidden (B,N);
-                for the word branch corrupted (B,L), chosen (n,) places in B*L, word_count () (see masked_language_loss)
-        target  what Teacher returned for the same images, for methods that have a teacher
-        Returns features {"image": (B,E), "text": (B,E)}, to be contrasted over all micro-batches and processes by
-        `contrast`, and the loss terms that need this micro-batch alone, each before its weight.
-        """
-        images, tokens, terms = batch["images"], batch["tokens"], {}
-        image = self.encode_image(images)
-        if self.target:
-            name = dict(pixels="pixel", features="feature", codes="distillation")[self.target]
-            terms[name] = self.predict_hidden(images, batch["keep"], batch["hidden"], target)
-        if "corrupted" in batch:                                        # clean and masked captions in one pass
-            text, masked = self.text(torch.cat([tokens, batch["corrupted"]]), self.eot).chunk(2)    # (B, L, D) each
-            terms["mlm"] = self.predict_words(masked, tokens, batch["chosen"], batch["word_count"])
-        else:
-            text = self.text(tokens, self.eot)                                                      # (B, L, D)
-        return dict(image=image, text=self.embed_text(text, tokens)), terms
-
-    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The features of forward without the masked branches."""
-        text = self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"])
-        return dict(image=self.encode_image(batch["images"]), text=text)
-
-    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Features of this process's whole batch -> {"contrastive": L_I + L_T}, against those of all processes.
-
-        Beside them may stand "labels" (B,) of labeled data: then pairs of one label are no negatives (UniCL).
-        """
-        image, text, scale = features["image"], features["text"], self.logit_scale.exp()
-        if "labels" in features:
-            return dict(contrastive=self.both_ways(*losses.unicl_loss(image, text, features["labels"], scale)))
-        return dict(contrastive=self.both_ways(*losses.contrastive_loss(image, text, scale)))
-
-    def both_ways(self, loss_i: Tensor, loss_t: Tensor) -> Tensor:
-        return (loss_i + loss_t) / (2 if self.config.contrastive_reduction == "mean" else 1)
-
-    def predict_hidden(self, images: Tensor, keep: Tensor, hidden: Tensor, target: dict | None) -> Tensor:
-        """The masked branch: L_Dist, or the pixel or feature loss that stands in its place."""
-        index = hidden_index(hidden, keep)                                                      # (B, M)
-        x = self.decoder(self.visual(images, keep), keep, index)                                # (B, M, D)
-        if self.target == "pixels":
-            return losses.pixel_loss(self.predict(x), take(patchify(images, self.config.patch_size), index))
-        if self.target == "features":
-            return losses.feature_loss(self.predict(x), target["features"])
-
-        def code_loss(student, teacher, codes):
-            """Summed over rows: (rows, bottleneck) of student and teacher against their own (C, bottleneck) codes"""
-            with torch.autocast(student.device.type, enabled=False):    # divided by 0.04, rounding to bf16 would show
-                return len(student) * losses.distillation_loss(
-                    student @ codes.T, teacher @ target["codes"].T, None, self.config.temp_s, target["temp"],
-                    target["center"])
-        student = self.quantizer.bottleneck(x).flatten(0, 1)                                    # (B*M, bottleneck)
-        codes = self.quantizer.unit_codes()                                                     # (C, bottleneck)
-        total = losses.sum_in_chunks(code_loss, LOGIT_ROWS, student, target["features"].flatten(0, 1), codes)
-        return total / len(student)
-
-    def predict_words(self, x: Tensor, tokens: Tensor, chosen: Tensor, word_count: Tensor) -> Tensor:
-        """L_MLM from the masked captions' features (B, L, D), computed at the chosen places only."""
-        x = self.text_decoder(x, before_end(tokens, self.eot) | (tokens == self.eot), chosen)   # (n, D)
-        words = tokens.flatten()[chosen]                                                        # (n,)
-
-        def word_loss(x, words, table, bias):
-            return losses.masked_language_loss(F.linear(x, table, bias), words, normalizer=word_count)
-        return losses.sum_in_chunks(word_loss, LOGIT_ROWS, x, words, self.text.token_embedding.weight,
-                                    self.text_decoder.bias)
-
-
-def hidden_index(hidden: Tensor, keep: Tensor) -> Tensor:
-    """hidden (B, N) bool -> (B, M) sorted indices of hidden patches; M = N - K, known without looking at the values."""
-    M = hidden.shape[1] - keep.shape[1]
-    return hidden.int().argsort(dim=1, descending=True, stable=True)[:, :M]
 
 
 class Teacher(nn.Module):
@@ -792,19 +775,18 @@ class Teacher(nn.Module):
     def __init__(self, model: MaskCLIP):
         super().__init__()
         self.visual = copy.deepcopy(model.visual)
-        self.quantizer = copy.deepcopy(model.quantizer) if model.target == "codes" else None
+        self.quantizer = copy.deepcopy(model.quantizer) if model.predicts == "codes" else None
         self.register_buffer("center", torch.zeros(model.config.n_codes))
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, images: Tensor, keep: Tensor, hidden: Tensor, temp: float) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> features (B, M, bottleneck or D) at hidden patches, and what makes codes of them:
-        codes (C, bottleneck), center (C,), temp."""
-        x = take(self.visual(images)[:, 1:], hidden_index(hidden, keep))                        # (B, M, D)
+    def forward(self, images: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Its answer at hidden patches (B, M) of (B, 3, H, W): features (B, M, bottleneck), and what makes codes of
+        them, codes (C, bottleneck) and center (C,); or features (B, M, D) alone."""
+        x = take(self.visual(images)[:, 1:], hidden)                                            # (B, M, D)
         if self.quantizer is None:
             return dict(features=x)
-        return dict(features=self.quantizer.bottleneck(x), codes=self.quantizer.unit_codes(), center=self.center,
-                    temp=temp)
+        return dict(features=self.quantizer.bottleneck(x), codes=self.quantizer.unit_codes(), center=self.center)
 
     @torch.no_grad()
     def update(self, model: MaskCLIP, momentum: float):
@@ -814,26 +796,31 @@ class Teacher(nn.Module):
             torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - momentum)
 
     @torch.no_grad()
-    def update_center(self, target: dict[str, Tensor], momentum: float):
-        """center <- m * center + (1 - m) * mean of the logits over hidden patches and processes.
+    def update_center(self, answers: list[dict[str, Tensor]], momentum: float):
+        """center <- m * center + (1 - m) * mean of the logits over the step's hidden patches, of all processes.
 
-        Logits are linear in the bottleneck, so their mean is the mean bottleneck's logits.
+        answers: one for each micro-batch.  Logits are linear in the bottleneck, so their mean is that of the mean.
         """
-        mean = losses.mean_over_processes(target["features"].flatten(0, 1).mean(dim=0))         # (bottleneck,)
-        self.center.lerp_(target["codes"] @ mean, 1 - momentum)
+        if self.quantizer is not None:
+            mean = torch.stack([answer["features"].flatten(0, 1).mean(dim=0) for answer in answers]).mean(dim=0)
+            mean = losses.mean_over_processes(mean)                                             # (bottleneck,)
+            self.center.lerp_(answers[0]["codes"] @ mean, 1 - momentum)
 
     @torch.no_grad()
-    def collapse_monitor(self, target: dict[str, Tensor]) -> dict[str, float]:
-        """How the codes of (a part of) this batch are used.
+    def collapse_monitor(self, answer: dict[str, Tensor], temp_t: float) -> dict[str, float]:
+        """How the codes of (a part of) this batch are used; nothing where there are none.
 
         code_entropy   entropy of the mean distribution, nats: near 0 when all patches get the same code, ln C at most
         patch_entropy  mean entropy of single distributions, nats: near ln C when the teacher says nothing
         codes_used     share of the C codes that are some patch's most likely one
         """
-        z = target["features"].flatten(0, 1)[:LOGIT_ROWS]
-        q = losses.soft_codes(z @ target["codes"].T, target["temp"], target["center"])          # (rows, C)
+        if self.quantizer is None:
+            return {}
+        z = answer["features"].flatten(0, 1)[:losses.LOGIT_ROWS]
+        q = losses.soft_codes(z @ answer["codes"].T, temp_t, answer["center"])                  # (rows, C)
         return dict(code_entropy=entropy(q.mean(dim=0)).item(), patch_entropy=entropy(q).mean().item(),
                     codes_used=len(q.argmax(dim=1).unique()) / q.shape[1])
+
 
 
 def entropy(q: Tensor) -> Tensor:
@@ -852,6 +839,40 @@ def momentum_at(step: int, total: int, start: float, end: float) -> float:
 # What stands in `contrast` and not in `forward` sees the whole batch of all processes, whatever the micro-batches: so
 # does batch normalization.
 # ---------------------------------------------------------------------------------------------------------------------
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalization with the mean and variance of all processes, on any device, of (B, C) or (B, C, H, W).
+
+    Keys are nn.BatchNorm2d's, and on one process it is one.  On several, whose B may differ, output and gradient are
+    those of one process with the joined batch: what a loss asks of the common statistics goes back to every input.
+    torch's own exists on GPUs only.
+    """
+    def _check_input_dim(self, x: Tensor):
+        if x.ndim not in (2, 4):
+            raise ValueError(f"wanted (B, C) or (B, C, H, W), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or losses.world_size() == 1:
+            return super().forward(x)
+        self._check_input_dim(x)
+        axes = [0, *range(2, x.ndim)]
+        count = torch.full((x.shape[1],), x.numel() / x.shape[1], device=x.device)
+        own = torch.stack([count, fp32(x).mean(axes), fp32(x).var(axes, correction=0)])         # (3, C)
+        count, mean, var = losses.gather(own[None]).unbind(dim=1)                               # (W, C) each
+        n = count.sum(dim=0)                                                                    # (C,)
+        joint_mean = (count * mean).sum(dim=0) / n
+        joint_var = (count * (var + (mean - joint_mean) ** 2)).sum(dim=0) / n
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(joint_mean, self.momentum)
+                self.running_var.lerp_(joint_var * n / (n - 1), self.momentum)
+
+        def per_channel(v):
+            return v.view(1, -1, *[1] * (x.ndim - 2))
+        y = (x - per_channel(joint_mean)) * per_channel((joint_var + self.eps).rsqrt())
+        return (y * per_channel(self.weight) + per_channel(self.bias) if self.affine else y).to(x.dtype)
+
 
 def mlp_head(*widths: int, norm_last: bool = False) -> nn.Sequential:
     """Linear layers with batch norm and ReLU after all but the last, which norm_last gives a batch norm.
@@ -879,12 +900,15 @@ class SLIP(MaskCLIP):
         return dict(image=F.normalize(fp32(self.image_proj(x[::3])), dim=-1), view1=fp32(x[1::3]),
                     view2=fp32(x[2::3]), text=self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"]))
 
-    def forward(self, batch: dict[str, Tensor], target: None = None) -> tuple[dict, dict]:
+    def forward(self, batch: dict[str, Tensor], answer: None = None) -> tuple[dict, dict]:
         return self.encode(batch), {}
 
-    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def contrast(self, features: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         a, b = (F.normalize(self.head(features[name]), dim=-1) for name in ("view1", "view2"))
-        return dict(super().contrast(features), simclr=losses.simclr_loss(a, b))
+        return dict(super().contrast(features, labels), simclr=losses.simclr_loss(a, b))
+
+    def total_loss(self, simclr: Tensor | float = 0.0, **terms) -> Tensor:
+        return super().total_loss(**terms) + self.config.simclr_weight * simclr
 
 
 class FILIP(MaskCLIP):
@@ -904,9 +928,12 @@ class FILIP(MaskCLIP):
         """(B, L, D) text features -> (B, L, E), unit length, zero where there is no word"""
         return F.normalize(fp32(self.text_proj(x)), dim=-1) * between_ends(tokens, self.eot)
 
-    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(token=self.both_ways(*losses.token_contrastive_loss(
-            features["image"], features["text"], self.logit_scale.exp(), self.config.token_top_k)))
+    def contrast(self, features: dict[str, Tensor], labels: None = None) -> dict[str, Tensor]:
+        return dict(token=sum(self.both_ways(losses.token_contrastive_loss(
+            features["image"], features["text"], self.logit_scale.exp(), self.config.token_top_k)).values()))
+
+    def total_loss(self, token: Tensor | float = 0.0) -> Tensor:
+        return self.config.token_weight * token
 
 
 def between_ends(tokens: Tensor, eot: int) -> Tensor:
@@ -946,27 +973,34 @@ class DeCLIP(MaskCLIP):
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.features(batch, *self.towers(batch))
 
-    def forward(self, batch: dict[str, Tensor], target: None = None) -> tuple[dict, dict]:
+    def forward(self, batch: dict[str, Tensor], answer: None = None) -> tuple[dict, dict]:
         views, text1, text2 = self.towers(batch)
         logits = self.text_decoder(text1.flatten(0, 1)[batch["chosen"]])                        # (n, V)
         words = batch["tokens"].flatten()[batch["chosen"]]                                      # (n,)
-        mlm = losses.masked_language_loss(logits, words, normalizer=batch["word_count"])
-        return self.features(batch, views, text1, text2), dict(mlm=mlm)
+        return (self.features(batch, views, text1, text2),
+                dict(L_MLM=losses.masked_language_loss(logits, words, batch["word_count"])))
 
-    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def contrast(self, features: dict[str, Tensor], labels: None = None) -> dict[str, Tensor]:
         scale, texts = self.logit_scale.exp(), [features["text1"], features["text2"]]           # (B, E)
         images = [F.normalize(features[name], dim=-1) for name in ("image1", "image2")]         # (B, E)
         z1, z2 = (self.projector(features[name]) for name in ("image1", "image2"))              # (B, S)
         simsiam = losses.simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
         self.newest = [text.detach() for text in texts]
         nearest = [self.queue[(text @ self.queue.T).argmax(dim=1)] for text in self.newest]     # (B, E)
-        contrastive = [self.both_ways(*losses.contrastive_loss(i, t, scale)) for i in images for t in texts]
+        pairs = [self.both_ways(losses.contrastive_loss(i, t, scale)) for i in images for t in texts]
         neighbor = [losses.contrastive_loss(i, t, scale)[0] for i in images for t in nearest]
-        return dict(contrastive=sum(contrastive) / 4, neighbor=sum(neighbor) / 4, simsiam=simsiam)
+        return dict(L_I=sum(pair["L_I"] for pair in pairs) / 4, L_T=sum(pair["L_T"] for pair in pairs) / 4,
+                    neighbor=sum(neighbor) / 4, simsiam=simsiam)
+
+    def total_loss(self, L_I=0.0, L_T=0.0, L_MLM=0.0, neighbor=0.0, simsiam=0.0) -> Tensor:
+        c = self.config
+        return (c.contrastive_weight * (L_I + L_T) + c.mlm_weight * L_MLM + c.neighbor_weight * neighbor
+                + c.simsiam_weight * simsiam)
 
     @torch.no_grad()
-    def remember(self):
-        """After an optimizer step: the batch's texts, of all processes, take the places of the oldest in the queue."""
+    def after_update(self):
+        """Besides: the batch's texts, of all processes, take the places of the oldest in the queue."""
+        super().after_update()
         new = torch.cat([losses.gather(text) for text in self.newest])[-len(self.queue):]
         place = (self.oldest + torch.arange(len(new), device=new.device)) % len(self.queue)
         self.queue[place] = new
@@ -992,19 +1026,114 @@ class DeFILIP(DeCLIP):
         return dict(super().features(batch, views, text1, text2), patches1=patches[::2], patches2=patches[1::2],
                     words1=words1, words2=words2)
 
-    def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        token = [self.both_ways(*losses.token_contrastive_loss(
-            features[p], features[w], self.token_logit_scale.exp(), self.config.token_top_k))
+    def contrast(self, features: dict[str, Tensor], labels: None = None) -> dict[str, Tensor]:
+        token = [sum(self.both_ways(losses.token_contrastive_loss(
+            features[p], features[w], self.token_logit_scale.exp(), self.config.token_top_k)).values())
             for p in ("patches1", "patches2") for w in ("words1", "words2")]
         return dict(super().contrast(features), token=sum(token) / 4)
 
+    def total_loss(self, token: Tensor | float = 0.0, **terms) -> Tensor:
+        return super().total_loss(**terms) + self.config.token_weight * token
 
+    @torch.no_grad()
+    def after_update(self):
+        super().after_update()
+        self.token_logit_scale.clamp_(0, math.log(100))
+
+
+COMPARED_PARTS = ("head", "text_decoder", "projector", "predictor", "patch_proj", "word_proj")
 COMPARED = {"slip": SLIP, "filip": FILIP, "declip": DeCLIP, "defilip": DeFILIP}
 
 
 def build(config: Config, eot: int) -> MaskCLIP:
     """The model that config.method names."""
     return COMPARED.get(config.method, MaskCLIP)(config, eot)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: where model, tokenizer and config meet
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_atomically(path: Path, state: dict) -> bool:
+    """Writes state to path so that a whole file stands there at any moment.  A full disk is told, not raised: False."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return True
+    except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
+        say(f"warning: {path} was not saved ({str(error).splitlines()[0]}); the one before it stays, and training goes "
+            f"on", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        return False
+
+
+def load_state(path: str | Path, kind: str | None = None) -> dict:
+    """The dict that save_atomically wrote.  Never runs code from the file; rubbish is a UserError.
+
+    kind: of which run it must be, "pretraining", "finetuning", "upernet" or "maskrcnn"; None: of any
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; make one with: torchrun train.py")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it
+        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): "
+                        f"train again, or name another file") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint of this project")
+    if kind and state.get("kind", "pretraining") != kind:
+        raise UserError(f"{path} holds a {state['kind']} run, wanted a {kind} run"
+                        + (": what train.py wrote, as runs/pocket/last.pt" if kind == "pretraining" else ""))
+    return state
+
+
+def save_checkpoint(path: str | Path, model: MaskCLIP, tokenizer: BytePairTokenizer, options, **more) -> bool:
+    """Everything needed to resume and to evaluate with no other file; `more` holds optimizer, step, teacher ..."""
+    return save_atomically(Path(path), dict(
+        kind="pretraining", config=asdict(options), model=model.state_dict(), tokenizer=tokenizer.state(),
+        mean=list(MEAN), std=list(STD), torch=str(torch.__version__), **more))
+
+
+def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairTokenizer, Config]:
+    """(model in eval mode, tokenizer, config) from OUT/last.pt of train.py.  Strict: every weight must be there."""
+    state = load_state(path, "pretraining")
+    try:
+        known = {f.name for f in fields(Config)}
+        config = Config(**{name: value for name, value in state["config"].items() if name in known})
+        tokenizer = BytePairTokenizer.from_state(state["tokenizer"])
+        check_sizes(config, tokenizer.eot, state["model"], Path(path).stat().st_size)
+        model = build(config, tokenizer.eot)
+        model.load_state_dict(state["model"])
+        model.trained_on = tuple(map(str, state["config"].get("data", ())))
+        pixels = [list(state["mean"]), list(state["std"])]
+    except Exception as error:
+        raise UserError(f"{path} does not fit its own config: {one_line(error)}") from None
+    if pixels != [list(MEAN), list(STD)]:
+        raise UserError(f"{path} was trained with pixel normalization {pixels}; this version uses {MEAN}, {STD}")
+    return model.to(device).eval(), tokenizer, config
+
+
+def check_sizes(config: Config, eot: int, weights: dict[str, Tensor], file_size: int):
+    """An error if the config asks for other weights than there are, before memory is taken for what it asks."""
+    if sum(value.numel() * value.element_size() for value in weights.values()) > file_size:
+        raise ValueError("the weights claim to be larger than the file")
+    if config.method not in METHODS:
+        raise ValueError(f"method {config.method} is unknown to this version")
+    if config.depth + config.text_depth > len(weights):
+        raise ValueError(f"{config.depth} and {config.text_depth} blocks, but only {len(weights)} weights")
+    with torch.device("meta"):
+        wanted = build(config, eot).state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        said, there = (tuple(x[name].shape) if name in x else "nothing" for x in (wanted, weights))
+        if said != there:
+            raise ValueError(f"{name} should be {said}, the file has {there}")
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1028,7 +1157,15 @@ OPEN_CLIP_NAMES = (     # theirs, ours; each is replaced wherever it stands in a
     (".mlp.c_proj.", ".mlp.fc2."))
 POOLS = {"cls": "tok", "mean": "avg"}                       # ours -> open_clip's
 BOTH_HAVE = ("visual.", "text.", "image_proj.", "text_proj.", "logit_scale")
+TRANSPOSED = ("image_proj.weight", "text_proj.weight")      # theirs multiply from the right
+CLIP_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"      # of tokenizer.state()
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")            # in OpenAI's files
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPENAI_PIXELS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+FREE_AT_START = {"init", "pos_embed", "pool", "drop_path"}      # in which a run may differ from the weights it takes
 
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 def bias_into_positions(state: dict[str, Tensor], tower: str = "") -> dict[str, Tensor]:
     """The state dict of an image tower whose patch embedding has no bias and that does the same."""
@@ -1037,18 +1174,18 @@ def bias_into_positions(state: dict[str, Tensor], tower: str = "") -> dict[str, 
     return state | {tower + "pos_embed": torch.cat([pos[:, :1], pos[:, 1:] + bias], dim=1)}     # (1, 1+N, D)
 
 
-def renormalize(state: dict[str, Tensor], mean, std, tower: str = "") -> dict[str, Tensor]:
-    """A tower's state dict for pixels normalized with `mean` and `std` -> one for ours that does the same.
+def renormalize(state: dict[str, Tensor], mean, std) -> dict[str, Tensor]:
+    """A state dict for pixels normalized with `mean` and `std` -> one for ours that does the same.
 
     Their (x - mean) / std is ours * (STD / std) + (MEAN - mean) / std: a factor for each channel of the patch
     embedding, and a sum for its bias.
     """
-    weight = state[tower + "patch_embed.proj.weight"]                                           # (D, 3, p, p)
-    bias = state.get(tower + "patch_embed.proj.bias", weight.new_zeros(len(weight)))            # (D,)
+    weight = state["visual.patch_embed.proj.weight"]                                            # (D, 3, p, p)
+    bias = state.get("visual.patch_embed.proj.bias", weight.new_zeros(len(weight)))             # (D,)
     ours, mean, std = weight.new_tensor([MEAN, STD]), weight.new_tensor(mean), weight.new_tensor(std)
     factor, shift = ours[1] / std, (ours[0] - mean) / std                                       # (3,) each
-    return state | {tower + "patch_embed.proj.weight": weight * factor[:, None, None],
-                    tower + "patch_embed.proj.bias": bias + weight.sum(dim=(2, 3)) @ shift}
+    return state | {"visual.patch_embed.proj.weight": weight * factor[:, None, None],
+                    "visual.patch_embed.proj.bias": bias + weight.sum(dim=(2, 3)) @ shift}
 
 
 def to_timm(model: MaskCLIP) -> dict[str, Tensor]:
@@ -1062,30 +1199,30 @@ def to_open_clip(model: MaskCLIP) -> dict[str, Tensor]:
     state = {name: value for name, value in model.state_dict().items() if name.startswith(BOTH_HAVE)}
     state.pop("text.mask_token", None)                      # no caption holds it
     state = bias_into_positions(state, "visual.")
-    for name in ("image_proj.weight", "text_proj.weight"):
-        state[name] = state[name].T.contiguous()            # theirs multiply from the right
+    for name in TRANSPOSED:
+        state[name] = state[name].T.contiguous()
     state["visual.cls_token"] = state["visual.cls_token"].flatten()
     state["visual.pos_embed"] = state["visual.pos_embed"][0]
-    theirs = {}
-    for name, value in state.items():
-        for their, our in OPEN_CLIP_NAMES:
-            name = name.replace(our, their)
-        theirs[name] = value
-    return theirs
+    return rename(state, [(ours, theirs) for theirs, ours in OPEN_CLIP_NAMES])
 
 
 def from_open_clip(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's names and shapes -> ours."""
-    state = {}
-    for name, value in theirs.items():
-        for their, our in OPEN_CLIP_NAMES:
-            name = name.replace(their, our)
-        state[name] = value
-    for name in ("image_proj.weight", "text_proj.weight"):
+    state = rename(theirs, OPEN_CLIP_NAMES)
+    for name in TRANSPOSED:
         state[name] = state[name].T
     state["visual.cls_token"] = state["visual.cls_token"][None, None]
     state["visual.pos_embed"] = state["visual.pos_embed"][None]
     return state | {"logit_scale": state["logit_scale"].squeeze()}
+
+
+def rename(state: dict[str, Tensor], pairs) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        renamed[name] = value
+    return renamed
 
 
 def open_clip_config(c: Config) -> dict:
@@ -1125,39 +1262,21 @@ def config_from_open_clip(theirs: dict) -> Config:
     return c
 
 
-def load_public(model: MaskCLIP, state: dict[str, Tensor], towers: tuple[str, ...], path):
-    """Loads what stands in a public file, under our names.  Strict for `towers`, but for the mask token, ours alone."""
-    try:
-        missing, unknown = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{path} is of another size: {' '.join(str(error).splitlines()[1].split())}") from None
-    missing = [name for name in missing if name.startswith(towers) and name != "text.mask_token"]
-    if missing or unknown:
-        raise UserError(f"{path} does not fit a tower of dialect {model.config.dialect}: it lacks "
-                        f"{', '.join(missing[:3]) or 'nothing'}, and has {', '.join(unknown[:3]) or 'nothing'} besides")
+# ---- files -----------------------------------------------------------------------------------------------------------
 
-
-CLIP_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"      # of tokenizer.state()
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")            # in OpenAI's files
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-OPENAI_PIXELS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The file format of timm's and open_clip's hub: 8 bytes length of the header, the header in JSON, the numbers."""
     raw = bytearray(path.read_bytes())
-    start, state = 8 + int.from_bytes(raw[:8], "little"), {}
-    kinds = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
-    taken = 0
-    for name, entry in json.loads(raw[8:start]).items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            taken += last - first
-            if not 0 <= first <= last <= len(raw) - start or taken > len(raw) - start:      # many names for one place
-                raise ValueError(f"{name} lies at {first} to {last} of {len(raw) - start} bytes")
-            numbers = torch.frombuffer(raw[start + first:start + last], dtype=kinds[entry["dtype"]])
-            state[name] = numbers.reshape(entry["shape"])
-    return state
+    start = 8 + int.from_bytes(raw[:8], "little")
+    entries = {name: entry for name, entry in json.loads(raw[8:start]).items() if name != "__metadata__"}
+    if sum(math.prod(entry["shape"]) for entry in entries.values()) > len(raw):             # many names for one place
+        raise ValueError(f"the header tells of more numbers than fit into {len(raw)} bytes")
+    return {name: torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]], count=math.prod(entry["shape"]),
+                                   offset=start + entry["data_offsets"][0]).reshape(entry["shape"])
+            for name, entry in entries.items()}
 
 
 def write_safetensors(state: dict[str, Tensor], path: Path):
@@ -1168,75 +1287,89 @@ def write_safetensors(state: dict[str, Tensor], path: Path):
         at += 4 * tensor.numel()
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in state.values():
-            file.write(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    numbers = (tensor.detach().float().cpu().contiguous().numpy().tobytes() for tensor in state.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(numbers))
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Of a damaged or foreign file, whatever stumbles over it is told in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """float32 tensors by name, from a .safetensors or from what torch.save wrote, where they may lie a dict deeper."""
     if not path.is_file():
         raise UserError(f"no file {path}: wanted weights as timm or open_clip publish them")
-    try:
+    with reading(path):
         state = (read_safetensors(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
         state = next((state[key] for key in ("state_dict", "model") if key in state), state)
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}    # DDP, compile
         return {name: value.float() for name, value in state.items() if name not in NOT_WEIGHTS}
-    except Exception as error:                  # of a damaged or foreign file, whatever stumbles over it
-        raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None
 
 
-def read_timm(path: str) -> tuple[str, dict[str, Tensor]]:
-    """(dialect, weights under our names and for our pixels) of a timm image tower, without its head.
+@dataclass
+class Public:
+    """Public weights under our names, for our pixels, and what is said of them."""
+    state: dict[str, Tensor]
+    towers: tuple[str, ...]         # beginnings of the names that must all be there
+    config: Config | None           # of an image tower alone: None
+    dialect: str
+    resize: str = "shortest"        # how images were made square in training
+
+
+def read_public(spec: str) -> Public:
+    """timm:FILE or open_clip:DIR"""
+    kind, _, path = spec.partition(":")
+    if kind not in ("timm", "open_clip"):
+        raise UserError(f"{spec!r} names no public weights: wanted timm:FILE or open_clip:DIR")
+    path = Path(path).expanduser()
+    with reading(path):
+        return read_timm(path) if kind == "timm" else read_open_clip(path)
+
+
+def read_timm(path: Path) -> Public:
+    """A timm image tower, without its head.
 
     How its pixels are normalized, and whether a tower of CLIP's kind has QuickGELU, says the config.json beside it, as
     timm's hub has it; else ImageNet's mean and deviation, and GELU, are assumed.
     """
-    file = Path(path).expanduser()
-    state = {f"visual.{name}": value for name, value in read_weights(file).items() if not name.startswith("head.")}
+    state = {f"visual.{name}": value for name, value in read_weights(path).items() if not name.startswith("head.")}
     if "visual.patch_embed.proj.weight" not in state:
         raise UserError(f"{path} holds no vision transformer of timm's: it has no patch_embed.proj.weight")
-    about = read_json(file.with_name("config.json")) if file.with_name("config.json").is_file() else {}
-    try:
-        pixels = about.get("pretrained_cfg", {})
-        if "mean" not in pixels:
-            say(f"note: no config.json beside {path} says how its pixels are normalized: ImageNet's mean and deviation "
-                f"are assumed, as most of timm's towers have them (augreg's and CLIP's have not)")
-        dialect = ("timm" if "visual.norm_pre.weight" not in state else
-                   "openai" if "quickgelu" in about.get("architecture", "") else "clip")
-        if dialect == "clip" and "architecture" not in about:
-            say(f"note: no config.json beside {path} names its architecture: GELU is assumed, not OpenAI's QuickGELU")
-        return dialect, renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD), "visual.")
-    except Exception as error:                  # of a damaged or foreign file, whatever stumbles over it
-        raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None
+    about = read_json(path.with_name("config.json")) if path.with_name("config.json").is_file() else {}
+    pixels = about.get("pretrained_cfg", {})
+    if "mean" not in pixels:
+        say(f"note: no config.json beside {path} says how its pixels are normalized: ImageNet's mean and deviation "
+            f"are assumed, as most of timm's towers have them (augreg's and CLIP's have not)")
+    dialect = ("timm" if "visual.norm_pre.weight" not in state else
+               "openai" if "quickgelu" in about.get("architecture", "") else "clip")
+    if dialect == "clip" and "architecture" not in about:
+        say(f"note: no config.json beside {path} names its architecture: GELU is assumed, not OpenAI's QuickGELU")
+    state = renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD))
+    return Public(state, ("visual.",), None, dialect)
 
 
-def read_open_clip(path: str) -> tuple[Config, dict[str, Tensor], dict]:
-    """(Config, weights under our names and for our pixels, preprocess_cfg) of a folder as open_clip's hub has them:
-    open_clip_config.json and one of OPEN_CLIP_FILES, or the file that `path` names."""
-    path = Path(path).expanduser()
+def read_open_clip(path: Path) -> Public:
+    """A folder as open_clip's hub has them: open_clip_config.json and one of OPEN_CLIP_FILES; or that file."""
     folder = path if path.is_dir() else path.parent
-    file = next((folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()), None)
-    file = file if path.is_dir() else path
+    file = next((folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()), None) if path.is_dir() else path
     if file is None:
         raise UserError(f"no weights in {path}: wanted {' or '.join(OPEN_CLIP_FILES)}")
     if not (folder / "open_clip_config.json").is_file():
         raise UserError(f"no open_clip_config.json beside {file}: write what open_clip.get_model_config(NAME) returns "
                         f"there, as JSON")
     about = read_json(folder / "open_clip_config.json")
-    if not isinstance(about, dict):
-        raise UserError(f"{folder}/open_clip_config.json should hold an object, not a {type(about).__name__}")
     config = config_from_open_clip(about.get("model_cfg", about))
-    try:
-        pixels = OPENAI_PIXELS | about.get("preprocess_cfg", {})
-        state = from_open_clip(read_weights(file))
-        return config, renormalize(state, pixels["mean"], pixels["std"], "visual."), pixels
-    except KeyError as error:
-        raise UserError(f"{file} holds no CLIP of open_clip's: it has no {error}") from None
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"cannot read weights from {file}: {one_line(error)}") from None
+    pixels = OPENAI_PIXELS | about.get("preprocess_cfg", {})
+    state = renormalize(from_open_clip(read_weights(file)), pixels["mean"], pixels["std"])
+    return Public(state, BOTH_HAVE, config, config.dialect, pixels.get("resize_mode", "shortest"))
 
 
 def read_merges(path: str) -> BytePairTokenizer:
@@ -1245,55 +1378,96 @@ def read_merges(path: str) -> BytePairTokenizer:
     folder = folder if folder.is_dir() else folder.parent
     for file, opener in ((folder / "merges.txt.gz", gzip.open), (folder / "merges.txt", open)):
         if file.is_file():
-            try:
-                with opener(file, "rt", encoding="utf-8") as lines:
-                    return BytePairTokenizer.from_state({"merges": lines.read(1 << 24).partition("\n")[2]})
-            except (OSError, EOFError, ValueError, zlib.error) as error:
-                raise UserError(f"cannot read merges from {file}: {one_line(error)}") from None
+            with reading(file), opener(file, "rt", encoding="utf-8") as lines:
+                return BytePairTokenizer.from_state({"merges": lines.read(1 << 24).partition("\n")[2]})
     raise UserError(f"no merges.txt beside the weights in {folder}: give CLIP's merges file with --bpe")
 
 
-FREE_AT_START = {"init", "pos_embed", "pool", "drop_path"}      # in which a run may differ from the weights it takes
+# ---- in and out ------------------------------------------------------------------------------------------------------
+
+def load_public(model: MaskCLIP, public: Public, spec: str):
+    """Loads the weights.  Strict for public.towers, but for the mask token, ours alone."""
+    try:
+        missing, unknown = model.load_state_dict(public.state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{spec} is of another size: {' '.join(str(error).splitlines()[1].split())}") from None
+    missing = [name for name in missing if name.startswith(public.towers) and name != "text.mask_token"]
+    if missing or unknown:
+        raise UserError(f"{spec} does not fit a tower of dialect {model.config.dialect}: it lacks "
+                        f"{', '.join(missing[:3]) or 'nothing'}, and has {', '.join(unknown[:3]) or 'nothing'} besides")
 
 
 def initialize(model: MaskCLIP, spec: str):
     """The start of a run from public weights: timm:FILE, its image tower; open_clip:DIR, all but masked branches."""
-    kind, _, path = spec.partition(":")
-    if kind == "timm":
-        (dialect, state), towers = read_timm(path), ("visual.",)
-        theirs = replace(model.config, dialect=dialect)
-    else:
-        (theirs, state, _), towers = read_open_clip(path), BOTH_HAVE
+    public = read_public(spec)
+    theirs = public.config or replace(model.config, dialect=public.dialect)
     for f in fields(Config):
         said, ours = getattr(theirs, f.name), getattr(model.config, f.name)
         if f.metadata["group"].endswith("tower") and f.name not in FREE_AT_START and said != ours:
-            raise UserError(f"{path} has {f.name} {said}, this run {ours}: give --{f.name.replace('_', '-')} {said}")
-    load_public(model, state, towers, path)
+            raise UserError(f"{spec} has {f.name} {said}, this run {ours}: give --{f.name.replace('_', '-')} {said}")
+    load_public(model, public, spec)
+
+
+def import_public(spec: str, preset: str, bpe: str | None, out: Path):
+    """Public weights -> a checkpoint that all evaluation scripts read."""
+    public = read_public(spec)
+    if public.config:
+        config, next_step = public.config, "eval_zeroshot.py"
+        tokenizer = BytePairTokenizer.from_file(bpe) if bpe else read_merges(spec.partition(":")[2])
+        note = f"dialect {config.dialect}, {config.image_size} px, {tokenizer.vocab_size} tokens"
+    else:
+        config, next_step = replace(PRESETS[preset], method="clip", dialect=public.dialect), "eval_linear.py"
+        tokenizer = BytePairTokenizer([])
+        note = f"an image tower of preset {preset}, dialect {public.dialect}; its text tower is untrained"
+    if public.resize != "shortest":
+        note += f"; it was trained with images resized by {public.resize}: evaluate with --squash"
+    model = MaskCLIP(config, tokenizer.eot)
+    load_public(model, public, spec)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    if not save_checkpoint(out, model, tokenizer, config):
+        raise UserError(f"{out} could not be written")
+    print(f"{out}: {note}.  Next: python {next_step} {out}")
+
+
+@contextlib.contextmanager
+def writing(path):
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                    # torch.save's are RuntimeErrors
+        raise UserError(f"{path} cannot be written: {one_line(error)}") from None
 
 
 def export(model: MaskCLIP, tokenizer: BytePairTokenizer, kind: str, path: Path):
     """Writes weights for timm (a file) or open_clip (a folder that `open_clip.create_model("local-dir:...")` takes)."""
+    if kind not in ("timm", "open_clip"):
+        raise UserError(f"cannot export for {kind}: wanted --export timm FILE, or --export open_clip DIR")
+    with writing(path):
+        export_timm(model, path) if kind == "timm" else export_open_clip(model, tokenizer, path)
+
+
+def export_timm(model: MaskCLIP, path: Path):
+    c, is_safetensors = model.config, path.suffix == ".safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(to_timm(model), path) if is_safetensors else torch.save(to_timm(model), path)
+    print(f"timm: VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.width}, "
+          f"depth={c.depth}, num_heads={c.heads}, num_classes=0"
+          f"{'' if c.dialect == 'timm' else ', pre_norm=True, CLIP norms of eps 1e-5'}).load_state_dict("
+          f"{'safetensors.torch.load_file' if is_safetensors else 'torch.load'}('{path}')); pixels normalized with "
+          f"mean {MEAN}, std {STD}")
+
+
+def export_open_clip(model: MaskCLIP, tokenizer: BytePairTokenizer, path: Path):
     c = model.config
-    if kind == "timm":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_safetensors = path.suffix == ".safetensors"
-        write_safetensors(to_timm(model), path) if is_safetensors else torch.save(to_timm(model), path)
-        print(f"timm: VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.width}, "
-              f"depth={c.depth}, num_heads={c.heads}, num_classes=0"
-              f"{'' if c.dialect == 'timm' else ', pre_norm=True, CLIP norms of eps 1e-5'}).load_state_dict("
-              f"{'safetensors.torch.load_file' if is_safetensors else 'torch.load'}('{path}')); pixels normalized with mean {MEAN}, std {STD}")
-        return
-    if c.pool not in POOLS:
-        raise UserError(f"open_clip has no image tower like this one: --pool {c.pool}; it has cls and mean")
-    if not c.causal:
-        raise UserError("open_clip has no text tower like this one: with --no-causal ours hides the padding")
-    if c.method == "filip":
-        raise UserError("open_clip has no model like this one: FILIP compares patches with words")
+    for is_theirs, ours in ((c.pool in POOLS, f"--pool {c.pool}; it has cls and mean"),
+                            (c.causal, "with --no-causal ours hides the padding"),
+                            (c.method != "filip", "FILIP compares patches with words")):
+        if not is_theirs:
+            raise UserError(f"open_clip has no model like this one: {ours}")
     path.mkdir(parents=True, exist_ok=True)
-    described, merges = open_clip_config(c), tokenizer.state()["merges"]
+    described, merges, note = open_clip_config(c), tokenizer.state()["merges"], ""
     with gzip.open(path / "merges.txt.gz", "wt", encoding="utf-8") as file:
         file.write("#version: 0.2\n" + merges)
-    note = ""
     if hashlib.sha256(merges.encode()).hexdigest() != CLIP_MERGES_SHA256:
         # open_clip looks for a relative path in the working directory, so this one is absolute
         described["text_cfg"]["tokenizer_kwargs"] = dict(bpe_path=str((path / "merges.txt.gz").resolve()))
@@ -1306,146 +1480,94 @@ def export(model: MaskCLIP, tokenizer: BytePairTokenizer, kind: str, path: Path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python model.py: what a preset costs
+# What a step costs, measured branch by branch with tensors that have shapes but no numbers
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Cost:
-    """One branch for one image-text pair: parameters, forward FLOPs, and numbers kept for the backward pass."""
+    """One branch for one image-text pair."""
     name: str
-    parameters: int
-    flops: float
-    kept: float
-    passes: int = 3         # a trained branch: a forward and a backward of twice its FLOPs; without gradient 1
+    parameters: int         # its own: those of the towers are counted with the towers
+    flops: float            # of its forward pass
+    step_flops: float       # of forward and backward
+    kept: float             # bytes kept from forward to backward
 
 
-def blocks_cost(depth: int, width: int, tokens: int) -> tuple[float, float]:
-    """(FLOPs, numbers kept) of `depth` blocks on `tokens` tokens.
+def costs(config: Config, words: int | None = None, bf16: bool = False) -> list[Cost]:
+    """The branches that config.method trains, for captions of `words` tokens (default: the full context length), and
+    last all of a step: nothing is counted twice, optimizer and averages not at all.
 
-    FLOPs  2 * 12 D^2 for the matrices and 2 * 2 N D for attention, a token.
-    kept   16 D a token: block input, norm, q, k, v, attention output, their sum, norm, MLP 4 D before and after GELU;
-           and one number a head and token for attention, left out here.
+    Each is run for two pairs and for four: what the two more add is what two pairs cost.
     """
-    return depth * tokens * (24 * width ** 2 + 4 * tokens * width), depth * tokens * 16.0 * width
+    two, four = (branches(config, B, words or config.context_length, bf16) for B in (2, 4))
+    rows = [Cost(a.name, a.parameters, *((getattr(b, x) - getattr(a, x)) / 2 for x in ("flops", "step_flops", "kept")))
+            for a, b in zip(two, four)]
+    if config.method not in COMPARED:
+        rows.append(Cost("all", 0, *(sum(getattr(row, x) for row in rows) for x in ("flops", "step_flops", "kept"))))
+    rows[-1].parameters = 1 + sum(row.parameters for row in rows)                               # 1: the logit scale
+    return rows
 
 
-def costs(config: Config, words: int | None = None) -> list[Cost]:
-    """The branches that config.method trains, for captions of `words` tokens (default: the full context length)."""
-    c, method, L = config, METHODS[config.method], words or config.context_length
+def branches(config: Config, B: int, L: int, bf16: bool) -> list[Cost]:
+    """Each branch for B pairs.  The contrast is left out: it is one product of embeddings with those of the batch."""
+    c, method = replace(config, drop_path=0.0), METHODS[config.method]
+    keep, hidden = random_mask(B, c.grid ** 2, c.mask_ratio)
     with torch.device("meta"):
-        net = build(config, eot=c.vocab_size - 1)
+        net = build(c, eot=c.vocab_size - 1)
+        teacher = Teacher(net) if method["predicts"] == "teacher" else nn.Identity()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        net.to_empty(device="cpu"), teacher.to_empty(device="cpu")
+        images, tokens = torch.zeros(B, 3, c.image_size, c.image_size), torch.zeros(B, L, dtype=torch.long)
+        chosen = torch.zeros(B * max(1, round(c.word_ratio * (L - 2))), dtype=torch.long)
+        batch = dict(images=images, view1=images, view2=images, tokens=tokens, tokens2=tokens, chosen=chosen,
+                     word_count=torch.ones(()))
+        batch |= dict(corrupted=tokens) if method["mlm"] else {}
+        answer = teacher(images, hidden) if method["predicts"] == "teacher" else None
 
-    def count(*modules):
-        return sum(p.numel() for module in modules for p in module.parameters())
-    N, K = c.grid ** 2, max(1, int(c.grid ** 2 * (1 - c.mask_ratio) + 1e-6))
-    M, patch = N - K, 2 * 3 * c.patch_size ** 2 * c.width
-    whole, kept = blocks_cost(c.depth, c.width, N + 1)
-    whole += N * patch
-    flops = whole
-    if c.pool == "cls" and c.method not in ("filip", "declip", "defilip"):      # see image_features
-        flops -= N * (18 * c.width ** 2 + 4 * (N + 1) * c.width)
-        kept -= N * 11.0 * c.width
-    rows = [Cost("image tower", count(net.visual, net.image_proj), flops, kept)]
-    text_flops, text_kept = blocks_cost(c.text_depth, c.text_width, L)
-    rows.append(Cost("text tower", count(net.text, net.text_proj), text_flops, text_kept))
-    if c.method in COMPARED:
-        return rows + compared_costs(net, rows, L)
-    if net.target:
-        student, student_kept = blocks_cost(c.depth, c.width, K + 1)
-        decoder, decoder_kept = blocks_cost(c.decoder_depth, c.width, N + 1)
-        rows.append(Cost("masked student", 0, student + K * patch, student_kept))
-        rows.append(Cost("image decoder", count(net.decoder), decoder + 2 * K * c.width ** 2, decoder_kept))
-    if net.target == "codes":
-        h = 2 * (c.width * c.quantizer_hidden + c.quantizer_hidden ** 2 +
-                 (c.quantizer_hidden + c.n_codes) * c.quantizer_bottleneck)
-        rows.append(Cost("quantizer", count(net.quantizer), M * h, M * 4.0 * c.quantizer_hidden))
-        rows.append(Cost("teacher and its quantizer", 0, whole + M * h, 0, passes=1))
-    elif net.target:
-        rows.append(Cost("prediction", count(net.predict), 2.0 * M * net.predict.weight.numel(), 0))
-    if net.target == "features":
-        rows.append(Cost("teacher", 0, whole, 0, passes=1))
-    if method["mlm"]:
-        decoder, decoder_kept = blocks_cost(c.text_decoder_depth, c.text_width, L)
-        chosen = max(1, round(c.word_ratio * (L - 2)))
-        rows.append(Cost("masked text", 0, text_flops, text_kept))
-        rows.append(Cost("text decoder", count(net.text_decoder),
-                         decoder + 2 * chosen * c.text_width * c.vocab_size, decoder_kept))
-    return rows
+        def branch(name: str, forward: Callable, *parts: str) -> Cost:
+            own = [p for part in parts for p in getattr(net, part, nn.Identity()).parameters()]
+            return Cost(name, sum(p.numel() for p in own), *measure(forward, net))
+        found = [branch("image tower", lambda: net.encode_image(images), "visual", "image_proj"),
+                 branch("text tower", lambda: net.embed_text(net.text(tokens, net.eot), tokens), "text", "text_proj")]
+        if c.method in COMPARED:
+            return [*found, branch("all", lambda: net(batch), *COMPARED_PARTS)]
+        if answer:
+            found.append(branch("teacher", lambda: teacher(images, hidden)))
+        if net.predicts:
+            found.append(branch("masked image", lambda: net.predict_hidden(images, keep, hidden, answer), "decoder",
+                                "quantizer", "predict"))
+        if method["mlm"]:
+            found.append(branch("masked text", lambda: net.predict_words(
+                net.text(tokens, net.eot), tokens, chosen, batch["word_count"]), "text_decoder"))
+        return found
 
 
-def compared_costs(net: MaskCLIP, towers: list[Cost], L: int) -> list[Cost]:
-    """What a compared system adds to the two towers' one image and one caption."""
-    c, N, rows = net.config, net.config.grid ** 2, []
-    image, text = towers
-
-    def count(*modules):
-        return sum(p.numel() for module in modules for p in module.parameters())
-
-    def head(name, module, times, width):                   # matrices; four numbers of each of three layers are kept
-        rows.append(Cost(name, count(module), times * 2.0 * sum(p.numel() for p in module.parameters() if p.ndim == 2),
-                         times * 12.0 * width))
-    if c.method == "slip":
-        rows.append(Cost("two more views", 0, 2 * image.flops, 2 * image.kept))
-        head("SimCLR head", net.head, 2, c.slip_hidden)
-    if isinstance(net, DeCLIP):
-        chosen = max(1, round(c.word_ratio * (L - 2)))
-        rows.append(Cost("second view", 0, image.flops, image.kept))
-        rows.append(Cost("second caption", 0, text.flops, text.kept))
-        rows.append(Cost("word classifier", count(net.text_decoder), 2.0 * chosen * net.text_decoder.weight.numel(),
-                         chosen * c.vocab_size))
-        head("SimSiam heads", nn.ModuleList([net.projector, net.predictor]), 2, c.simsiam_hidden)
-        rows.append(Cost("nearest texts", 0, 2 * 2.0 * net.queue.numel(), 0, passes=1))
-    if c.method in ("filip", "defilip"):
-        views, combinations, own = 1, 1, 0
-        if isinstance(net, DeFILIP):
-            views, combinations, own = 2, 4, 1 + count(net.patch_proj, net.word_proj)
-        project = views * 2 * c.token_dim * (N * c.width + L * c.text_width)
-        # L_I compares all our patches with words of the batch, L_T all our words with patches; both once more backward
-        words, patches = (min(c.token_top_k or x, x) for x in (L, N))
-        compare = combinations * 2.0 * c.token_dim * c.batch_size * (N * words + L * patches)
-        rows.append(Cost("tokens in the joint space", own, project, views * (N + L) * 3.0 * c.token_dim))
-        rows.append(Cost(f"similarity, batch {c.batch_size}", 0, compare, 0, passes=4))
-    return rows
+# torch counts those of its other attention kernels by itself; query, key and value come last of those with a shape
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *rest, out_shape=None, **more: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *rest, out_shape=None, **more: sdpa_backward_flop_count(grad, q, k, v)}
 
 
-def step_flops(config: Config, words: int | None = None) -> float:
-    """Useful FLOPs of a pair in a training step: nothing is counted twice, optimizer and averages not at all."""
-    return sum(r.passes * r.flops for r in costs(config, words))
+def measure(forward: Callable, net: nn.Module) -> tuple[float, float, float]:
+    """FLOPs of forward(), FLOPs with its backward, and bytes that it keeps for that, net's parameters aside."""
+    seen = []                                       # a weak reference to each tensor that a backward pass may want
 
-
-def step_memory(config: Config, pairs: int, words: int | None = None, bf16: bool = False) -> dict[str, float]:
-    """Bytes that a step needs on a device, by what they are for; `pairs` of a micro-batch are there at a time.
-
-    states       4 bytes each of weight, gradient and Adam's two averages a parameter, and 4 a parameter of the teacher;
-                 in bf16 autocast's 2 bytes a weight besides
-    activations  what `costs` says is kept, 4 bytes a number.  In bf16 2.25: of a block's 16 D numbers a token its
-                 input and the sum after attention stay in 4 bytes, the others take 2
-    logits       of codes or words, LOGIT_ROWS rows at most: logits, their softmax, its gradient; and the gradient of
-                 the table they come from twice, a chunk's and the sum
-    """
-    c, rows = config, {r.name: r for r in costs(config, words)}
-    P = sum(r.parameters for r in rows.values())
-    averaged = sum(rows[name].parameters for name in ("image tower", "quantizer") if name in rows)
-    has_teacher = any(name.startswith("teacher") for name in rows)
-    places = c.grid ** 2 - max(1, int(c.grid ** 2 * (1 - c.mask_ratio) + 1e-6))
-    chosen = max(1, round(c.word_ratio * ((words or c.context_length) - 2)))
-    codes = min(LOGIT_ROWS, pairs * places) * c.n_codes + 2 / 3 * c.n_codes * c.quantizer_bottleneck
-    vocabulary = min(LOGIT_ROWS, pairs * chosen) * c.vocab_size + 2 / 3 * c.vocab_size * c.text_width
-    logits = max(codes * ("quantizer" in rows), vocabulary * METHODS[c.method]["mlm"])
-    return dict(states=P * (18 if bf16 else 16) + 4 * averaged * has_teacher,
-                activations=pairs * sum(r.kept for r in rows.values()) * (2.25 if bf16 else 4), logits=12.0 * logits)
-
-
-def step_traffic(config: Config, world: int) -> dict[str, float]:
-    """Bytes that a process hands to others in a step, W = world of them, B pairs in all, E numbers an embedding.
-
-    gradients  all-reduce of 4 bytes a parameter, done while the backward pass goes on
-    features   both embeddings, all-gathered; and their gradients, all-reduced: B * E * 4 bytes of each, and each way
-    A ring hands on (W - 1) / W of what is gathered, and twice that of what is reduced.
-    """
-    share = (world - 1) / world
-    P, embeddings = sum(r.parameters for r in costs(config)), 2 * 4.0 * config.batch_size * config.embed_dim
-    return dict(gradients=2 * share * 4 * P, features=share * embeddings + 2 * share * embeddings)
+    def note(x: Tensor) -> Tensor:
+        seen.append(weakref.ref(x))
+        return x
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            results = [x for x in tree_leaves(forward()) if x.requires_grad]
+        flops = counter.get_total_flops()
+        alive = [x.untyped_storage() for ref in seen if (x := ref()) is not None]
+        kept = {storage._cdata: storage.nbytes() for storage in alive}
+        for parameter in net.parameters():
+            kept.pop(parameter.untyped_storage()._cdata, None)
+        if results:
+            sum(x.sum() for x in results).backward()
+        return flops, counter.get_total_flops(), sum(kept.values())
 
 
 def describe(config: Config, words: int | None = None):
@@ -1454,13 +1576,11 @@ def describe(config: Config, words: int | None = None):
           f"captions of {words or config.context_length} tokens; a pair costs")
     print(f"{'branch':28}{'parameters':>14}{'forward GFLOPs':>17}{'step GFLOPs':>14}{'kept, MB in fp32':>19}")
     rows = costs(config, words)
-    for r in rows:
-        print(f"{r.name:28}{r.parameters:>14,}{r.flops / 1e9:>17.3f}{r.passes * r.flops / 1e9:>14.3f}"
-              f"{r.kept * 4 / 1e6:>19.1f}")
-    print(f"{'all':28}{sum(r.parameters for r in rows) + 1:>14,}{sum(r.flops for r in rows) / 1e9:>17.3f}"
-          f"{sum(r.passes * r.flops for r in rows) / 1e9:>14.3f}{sum(r.kept for r in rows) * 4 / 1e6:>19.1f}")
-    clip = sum(r.passes * r.flops for r in rows[:2])
-    print(f"a step's FLOPs are {sum(r.passes * r.flops for r in rows) / clip:.2f} times those of clip")
+    for row in rows:
+        print(f"{row.name:28}{row.parameters:>14,}{row.flops / 1e9:>17.3f}{row.step_flops / 1e9:>14.3f}"
+              f"{row.kept / 1e6:>19.1f}")
+    clip = rows[0].step_flops + rows[1].step_flops
+    print(f"a step's FLOPs are {rows[-1].step_flops / clip:.2f} times those of clip")
 
 
 def main(argv=None):
@@ -1481,44 +1601,18 @@ def main(argv=None):
     into.add_argument("--out", metavar="FILE", help="the checkpoint to write, which all evaluation scripts read")
     into.add_argument("--bpe", help="CLIP's merges file, where there is no merges.txt beside the weights")
     o = cli.parse_args(argv)
-    if not o.source and (o.out or o.bpe) or o.source and (o.export or o.checkpoint):
-        raise UserError("--out and --bpe belong to --import, which takes neither a CHECKPOINT nor --export beside it")
-    import train                                            # which builds on this file, and knows checkpoints
-    if not o.export and not o.source:
-        config = train.load_checkpoint(o.checkpoint)[2] if o.checkpoint else preset_for(o.preset, o.method)
-        return describe(config, o.words)
+    if not o.source and (o.out or o.bpe) or o.source and (o.export or o.checkpoint or not o.out):
+        raise UserError("to import: python model.py --import timm:FILE|open_clip:DIR --out CHECKPOINT [--bpe MERGES]")
+    if o.export and not o.checkpoint:
+        raise UserError("to export: python model.py CHECKPOINT --export timm FILE, or --export open_clip DIR")
+    if o.source:
+        return import_public(o.source, o.preset, o.bpe, Path(o.out))
+    if o.checkpoint:
+        model, tokenizer, config = load_checkpoint(o.checkpoint)
     if o.export:
-        if not o.checkpoint or o.export[0] not in ("timm", "open_clip"):
-            raise UserError("to export: python model.py CHECKPOINT --export timm FILE, or --export open_clip DIR")
-        model, tokenizer, _ = train.load_checkpoint(o.checkpoint)
-        try:
-            return export(model, tokenizer, o.export[0], Path(o.export[1]))
-        except (OSError, RuntimeError) as error:                # torch.save's are RuntimeErrors
-            raise UserError(f"cannot write {o.export[0]}'s weights to {o.export[1]}: {one_line(error)}") from None
-    kind, _, path = o.source.partition(":")
-    if not o.out or kind not in ("timm", "open_clip"):
-        raise UserError("to import: python model.py --import timm:FILE --out CHECKPOINT, or --import open_clip:DIR")
-    if kind == "timm":
-        (dialect, state), towers = read_timm(path), ("visual.",)
-        config, tokenizer = replace(PRESETS[o.preset], method="clip", dialect=dialect), BytePairTokenizer([])
-        note = f"an image tower of preset {o.preset}, dialect {dialect}; its text tower is untrained"
-    else:
-        (config, state, pixels), towers = read_open_clip(path), BOTH_HAVE
-        tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else read_merges(path)
-        note = f"dialect {config.dialect}, {config.image_size} px, {tokenizer.vocab_size} tokens"
-        if pixels.get("resize_mode", "shortest") != "shortest":
-            note += f"; it was trained with images resized by {pixels['resize_mode']}: evaluate with --squash"
-    model = MaskCLIP(config, tokenizer.eot)
-    load_public(model, state, towers, path)
-    try:
-        Path(o.out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{o.out} cannot be written: {one_line(error)}") from None
-    if not train.save_checkpoint(o.out, model, tokenizer, config):
-        raise UserError(f"{o.out} could not be written")
-    print(f"{o.out}: {note}.  Next: python eval_{'linear' if kind == 'timm' else 'zeroshot'}.py {o.out}")
+        return export(model, tokenizer, o.export[0], Path(o.export[1]))
+    describe(config if o.checkpoint else preset_for(o.preset, o.method), o.words)
 
 
 if __name__ == "__main__":
-    import train
-    train.run(main)
+    run(main)

@@ -1,29 +1,25 @@
-"""Pre-training from top to bottom, and the small runtime that all scripts share.
+"""Pre-training from top to bottom; and below a line, what all scripts share.
 
     torchrun train.py                                       preset pocket on the embedded Shapes world: minutes on a CPU
     torchrun train.py --preset vit-b16-yfcc15m --batch-size 64 --data "shards:yfcc/{00000..01499}.tar" --bpe MERGES
     torchrun --nnodes 4 --nproc-per-node 8 ... train.py --preset vit-b16-yfcc15m --data ... --bpe ...   the paper's run
 
-One step, in the order of `train`:  schedules; masks; teacher without gradient; all branches in one forward; backward;
-clip; is all finite?; now and then save; optimizer; clamp the logit scale; teacher <- average, its centre; log.
+In reading order:  options; schedules; what a step hides; one step; the run; from records to a batch.
 Every random choice is a function of (seed, step) and of the row in the global batch, never of the process, so a run can
 be stopped anywhere and go on, on another number of processes too.
 """
 import argparse
 import contextlib
 import dataclasses
-import gc
 import json
 import math
 import os
-import pickle
-import re
 import shlex
 import signal
 import sys
 import time
-import traceback
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 PARENT = os.getppid()           # asked before the imports below, which take seconds: see StopSignal
@@ -38,10 +34,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data as data_module
-from data import BytePairTokenizer, UserError, say
-from losses import mean_over_processes, similarity, total_loss
-from model import (METHODS, PRESETS, Config, DeCLIP, MaskCLIP, Teacher, build, costs, initialize, mask_words,
-                   momentum_at, opt, preset_for, random_mask, read_merges, step_flops, step_memory, step_traffic)
+from data import BytePairTokenizer, UserError, run, say
+from losses import LOGIT_ROWS, mean_over_processes, patchify, similarity
+from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, Teacher, build, costs, initialize, load_checkpoint, load_state,
+                   mask_words, momentum_at, opt, preset_for, random_mask, read_merges, save_atomically, save_checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,9 +47,7 @@ from model import (METHODS, PRESETS, Config, DeCLIP, MaskCLIP, Teacher, build, c
 @dataclass
 class RunOptions:
     """What every script takes."""
-    data: tuple = opt(("shapes",), "data set, may be given more than once: shapes, shards:A-{000..999}.tar, csv:FILE, "
-                      "folder:DIR, coco:DIR, flickr30k:DIR; for evaluation also icinw:DIR, ade20k:DIR, "
-                      "pascal-context:DIR, coco-stuff:DIR, voc:DIR (docs/DATA.md)", "run")
+    data: tuple = opt(("shapes",), f"data set, may be given more than once: {data_module.specs()} (docs/DATA.md)", "run")
     out: str = opt("", "folder for everything that is written; empty: one below runs/, or that of the checkpoint",
                    "run")
     seed: int = opt(0, "seed of every random choice", "run")
@@ -83,11 +77,355 @@ class TrainOptions(RunOptions, Config):
     utilization: float = opt(0.4, "share of the peak that is assumed to be reached (a guess, measure yours)", "plan")
 
 
+def parse_train_options(argv=None) -> TrainOptions:
+    """The command line over the preset and the method it names."""
+    chosen = first_look(TrainOptions, argv, "preset", "method")
+    defaults = TrainOptions(**asdict(preset_for(chosen.preset, chosen.method)), preset=chosen.preset)
+    defaults.pairs = {"pocket": 20_000, "vit-b16-cc3m": 3_000_000}.get(chosen.preset, defaults.pairs)
+    o = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
+    o.out = o.out or f"runs/{o.preset}"
+    if o.init not in ("mae", "mimetic") and not o.init.startswith(("timm:", "open_clip:")):
+        raise UserError(f"--init {o.init} is unknown; choose mae, mimetic, timm:FILE or open_clip:DIR")
+    if o.image_size % o.patch_size:
+        raise UserError(f"--image-size {o.image_size} is no multiple of --patch-size {o.patch_size}")
+    for width, heads in ((o.width, o.heads), (o.text_width, o.text_heads)):
+        if width % heads:
+            raise UserError(f"width {width} cannot be cut into {heads} attention heads: choose a divisor of {width}")
+    if o.compile and o.accumulate > 1 and o.drop_path:
+        raise UserError("--compile and --accumulate would skip other blocks in the second pass than in the first: "
+                        "leave one out, or --drop-path")
+    return o
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: functions of the step alone.  That of the teacher's momentum is model.momentum_at
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cosine_schedule(step: int, total: int, warmup: int, peak: float, final: float, start: float = 0.0) -> float:
+    """Learning rate of step 0 ... total-1: linear from start to peak in `warmup` steps, then half a cosine to final."""
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    t = (step - warmup) / max(total - 1 - warmup, 1)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(t, 1.0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a step hides
+# ---------------------------------------------------------------------------------------------------------------------
+
+def hide(batch: dict, core: MaskCLIP, sot: int, step: int, seed: int, rank: int = 0, world: int = 1) -> dict:
+    """The batch with what its masked branches need: keep and hidden patches, corrupted words; see MaskCLIP.forward.
+
+    Draws are those of the global batch, of which this process takes its own rows.
+    """
+    c, B, batch = core.config, len(batch["images"]), dict(batch)
+    generator = torch.Generator().manual_seed((seed << 32) + step)
+    own = slice(rank * B, rank * B + B)
+    if core.predicts:
+        batch["keep"], batch["hidden"] = random_mask(world * B, c.grid ** 2, c.mask_ratio, generator, own)
+    if METHODS[c.method]["mlm"]:
+        noise = torch.rand(world * B, c.context_length, 3, generator=generator)[own]
+        batch["corrupted"], batch["is_chosen"] = mask_words(
+            batch["tokens"], c.word_ratio, sot, core.eot, core.text.mask_id, noise)
+    if "labels" in batch:       # UniCL: a pair that names no class is one of its own
+        alone = -1 - torch.arange(rank * B, rank * B + B)
+        batch["labels"] = torch.where(batch["labels"] < 0, alone, batch["labels"])
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step.  `core` is the network, `model` the same as it is called: compiled, or wrapped for several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def backward(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, batch: dict, runtime: "Runtime",
+             seed: int = 0) -> tuple[dict, list]:
+    """Forward and backward of a batch.  Returns the terms of the loss and, in a list of one, the teacher's answer."""
+    torch.manual_seed(seed)                                         # which says what blocks stochastic depth skips
+    with runtime.autocast():
+        answer = teacher(batch["images"], batch["hidden"]) if teacher else None
+        features, terms = model(batch, answer)                      # L_Dist, L_MLM
+    terms |= core.contrast(features, batch.get("labels"))           # L_I, L_T
+    loss = core.total_loss(**terms)                                 # Eq. 8
+    loss.backward()
+    return {name: term.detach() for name, term in terms.items()}, [answer]
+
+
+def backward_in_parts(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, parts: list[dict],
+                      runtime: "Runtime", seed: int = 0) -> tuple[dict, list]:
+    """The same loss and gradients from micro-batches, at the memory of one.  L_I and L_T contrast the whole batch, so
+
+    1. the towers embed each part without gradient;
+    2. from all embeddings come L_I and L_T, and what they ask of each embedding: their gradient;
+    3. each part goes forward again, with gradient and all branches, and backward from its own L_Dist and L_MLM and from
+       its embeddings times what is asked of them, which by the chain rule is what L_I and L_T ask of the weights.
+       With the last part the contrast is taken again, the other parts' embeddings standing as constants, so that
+       what belongs to it alone, as the logit scale, has its gradient too.
+
+    The two towers are computed twice; the masked branches and the teacher are not.
+    """
+    labels = torch.cat([part["labels"] for part in parts]) if "labels" in parts[0] else None
+    with torch.no_grad(), runtime.autocast():
+        embedded = []
+        for i, part in enumerate(parts):
+            torch.manual_seed(seed + i)
+            embedded.append(core.encode(part))
+    whole = {name: torch.cat([features[name] for features in embedded]).requires_grad_() for name in embedded[0]}
+    loss = core.total_loss(**core.contrast(whole, labels))
+    asked = dict(zip(whole, torch.autograd.grad(loss, list(whole.values()))))
+
+    terms, answers = {}, []
+    for i, part in enumerate(parts):
+        is_last = i == len(parts) - 1
+        with contextlib.nullcontext() if is_last or model is core else model.no_sync():
+            torch.manual_seed(seed + i)
+            with runtime.autocast():
+                answer = teacher(part["images"], part["hidden"]) if teacher else None
+                features, own = model(part, answer)
+            loss = core.total_loss(**own) / len(parts)
+            if is_last:
+                features = {name: torch.cat([whole[name].detach()[:-len(x)], x]) for name, x in features.items()}
+                contrast = core.contrast(features, labels)
+                loss = loss + core.total_loss(**contrast)
+            else:
+                rows = slice(i * len(part["images"]), (i + 1) * len(part["images"]))
+                loss = loss + sum((x * asked[name][rows]).sum() for name, x in features.items())
+            loss.backward()
+        for name, term in own.items():
+            terms[name] = terms.get(name, 0.0) + term.detach() / len(parts)
+        answers.append(answer)
+    return terms | {name: term.detach() for name, term in contrast.items()}, answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train(o: TrainOptions):
+    """Everything a run needs, then step after step."""
+    stop, runtime, out = StopSignal(), setup(o), Path(o.out)
+    if runtime.share(o.batch_size) % o.accumulate:
+        raise UserError(f"--accumulate {o.accumulate} does not divide the {runtime.share(o.batch_size)} pairs of a "
+                        f"process")
+    runtime.claim(out)
+    data = open_pairs(o, out)
+    tokenizer = make_tokenizer(o, data)
+    steps_per_epoch, total, warmup = length_of(o, len(data))
+
+    core = build(o, tokenizer.eot)
+    start = find_resumable(o, out)
+    start.use(data, vocabulary=tokenizer.state())
+    if start.state is None and ":" in o.init:
+        initialize(core, o.init)
+    start.load(core, "model")
+    core.to(runtime.device)
+    teacher = Teacher(core).to(runtime.device) if METHODS[o.method]["predicts"] == "teacher" else None
+    optimizer = torch.optim.AdamW(param_groups(core, o.weight_decay), lr=o.lr, betas=(0.9, o.beta2), fused=True)
+    start.load(teacher, "teacher")
+    start.load(optimizer, "optimizer")
+    runtime.check_alike(step_to_go_on_from=start.step, hash_of_the_data=start.data, vocabulary=tokenizer.vocab_size)
+    model = wrap(torch.compile(core) if o.compile else core, runtime)
+
+    def save(step: int, bad_count: int) -> bool:
+        return save_checkpoint(out / "last.pt", core, tokenizer, o, step=step, total=total, data=start.data,
+                               bad_count=bad_count, optimizer=optimizer.state_dict(),
+                               teacher=teacher.state_dict() if teacher else None)
+
+    loader = data_module.train_loader(data, PairTransform(o, data), o.batch_size, o.seed, range(start.step, total),
+                                      runtime.rank, runtime.world, runtime.workers,
+                                      PairCollate(tokenizer, o.context_length, 8 if o.compile else 1))
+    log = Log(out, runtime.is_main, total, o.batch_size, start.step)
+    if runtime.is_main:
+        announce(o, data, core, tokenizer, total, start, runtime)
+    guard = Guard(o, runtime, stop, total, start, save)
+    core.train()
+    for step, batch in enumerate(loader, start=start.step):
+        lr = cosine_schedule(step, total, warmup, o.lr, o.lr_end, o.lr_start)
+        momentum = momentum_at(step, total, o.momentum, o.momentum_end) if METHODS[o.method]["ema"] else 0.0
+        set_learning_rate(optimizer, lr)
+        batch = hide(guard.readable(batch, step), core, tokenizer.sot, step, o.seed, runtime.rank, runtime.world)
+        parts = micro_batches(batch, o.accumulate, runtime.device)
+        seed = (o.seed << 32) + step * o.accumulate
+        optimizer.zero_grad()
+        if o.accumulate == 1:
+            terms, answers = backward(model, core, teacher, parts[0], runtime, seed)
+        else:
+            terms, answers = backward_in_parts(model, core, teacher, parts, runtime, seed)
+        norm = clip_gradient(core.parameters(), o.clip_grad)
+        if guard.accepts(step, terms, norm):
+            optimizer.step()
+            core.after_update()                                     # clamp the logit scale; DeCLIP's queue
+            if teacher:
+                teacher.update(core, momentum)
+                teacher.update_center(answers, o.center_momentum)
+        if log.is_due(step, o.log_every):
+            terms = guard.terms
+            collapse = teacher.collapse_monitor(answers[0], o.temp_t) if teacher else {}
+            log.line(step, dict(epoch=(step + 1) / steps_per_epoch, loss=core.total_loss(**terms), lr=lr,
+                                **core.named(terms), momentum=momentum, logit_scale=core.logit_scale.exp().item(),
+                                grad_norm=guard.norm, **collapse))
+        guard.end(step)
+    guard.finish()
+    if runtime.is_main:
+        finish(o, core, teacher, tokenizer, runtime, guard.bad_count, data)
+
+
+def open_pairs(o: TrainOptions, out: Path):
+    """The data sets as one, with captions; UserError if they do not suit the options."""
+    data = open_mixed(o.data, "train", "captions", o.image_size, out / "index")
+    if len(data) < o.batch_size:
+        raise UserError(f"{len(data)} records are fewer than one batch of {o.batch_size}: choose a smaller "
+                        f"--batch-size")
+    if getattr(data, "names_classes", False) and o.method in ("filip", "declip", "defilip"):
+        raise UserError(f"--method {o.method} contrasts pairs and cannot use the labels of folder: data; choose "
+                        f"another method, or data with captions")
+    return data
+
+
+def length_of(o: TrainOptions, records: int) -> tuple[int, int, int]:
+    """(steps an epoch, steps in all, steps of warm-up)"""
+    per_epoch = records // o.batch_size
+    total = o.steps or int(o.epochs * per_epoch)
+    if not total:
+        raise UserError(f"--epochs {o.epochs:g} of {per_epoch} steps are not one: give more, or --steps")
+    return per_epoch, total, min(int(o.warmup_epochs * per_epoch), total // 5)
+
+
+def make_tokenizer(o: TrainOptions, data) -> BytePairTokenizer:
+    """CLIP's merges from --bpe, those of the weights the run starts from, or as many as vocab_size allows learned from
+    the captions of the first records."""
+    kind, _, path = o.init.partition(":")
+    if o.bpe or kind == "open_clip":
+        tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else read_merges(path)
+        o.vocab_size = max(o.vocab_size, tokenizer.vocab_size)
+        return tokenizer
+    return data_module.learn_tokenizer(data, o.vocab_size)
+
+
+def announce(o: TrainOptions, data, core: MaskCLIP, tokenizer, total: int, start: "Start", runtime: "Runtime"):
+    """What is trained, on the screen and in OUT/config.json."""
+    with tell_if_full(start.out / "config.json"):
+        described = dict(asdict(o), records=len(data), data_hash=start.data)
+        write_text_atomically(start.out / "config.json", json.dumps(described, indent=1))
+    parameters = sum(p.numel() for p in core.parameters())
+    say(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
+        f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; {runtime}")
+    for note in getattr(data, "notes", ()):
+        say(f"note: {data_module.printable(note)}")
+    if len(data) % o.batch_size:
+        say(f"note: {len(data) % o.batch_size} records fill no batch and are left out of an epoch, others in each")
+    if not o.bpe and tokenizer.vocab_size < 49408 <= o.vocab_size:
+        say("note: the vocabulary was learned from the captions: for CLIP's, give its merges file with --bpe")
+    start.announce()
+
+
+def finish(o: TrainOptions, core: MaskCLIP, teacher, tokenizer: BytePairTokenizer, runtime: "Runtime", bad_count: int,
+           data):
+    """Pictures of the run, its accuracy where that is cheap, and what to do next."""
+    say(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""))
+    core.eval()
+    show("curves.png", o.out, draw_curves, Path(o.out) / "metrics.jsonl")
+    if all(data_module.kind_of(spec) == "shapes" for spec in o.data):
+        count = 1024 if o.image_size < 100 else 128         # a large tower needs a second an image on a CPU
+        accuracy = zeroshot_accuracy(core, tokenizer, runtime, count)
+        say(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
+            f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)")
+
+    def command(script: str, *tasks: str) -> str:
+        kinds = {spec: data_module.kind_of(spec) for spec in o.data}
+        fit = [spec for spec, kind in kinds.items() if set(tasks) & set(data_module.FORMATS[kind].tasks)]
+        named = f" --data {shlex.quote(fit[0])}" if fit and kinds[fit[0]] != "shapes" else ""
+        return f"python {script} {shlex.quote(f'{o.out}/last.pt')}{named}"
+    say(f"next:  {command('eval_zeroshot.py', 'classes', 'retrieval')}   |   {command('dense.py words', 'retrieval')}")
+
+
+@torch.no_grad()
+def zeroshot_accuracy(core: MaskCLIP, tokenizer: BytePairTokenizer, runtime: "Runtime", count: int = 1024) -> dict:
+    """Accuracy over the 64 classes of the Shapes world on unseen scenes of one object; color and shape apart too."""
+    world = data_module.ShapesWorld(split="val", count=count, size=core.config.image_size, objects=(1, 1))
+    alone = dataclasses.replace(runtime, rank=0, world=1)           # the other processes are gone
+    found = extract(world, data_module.EvalTransform(core.config.image_size), core.encode_image, alone, 256)
+    prompts = tokenizer([f"a {name}" for name in world.classes], core.config.context_length)           # (64, L)
+    classes = core.encode_text(prompts.to(runtime.device)).float()                                      # (64, E)
+    guess, label = similarity(found["features"], classes).argmax(dim=1).cpu(), found["label"]           # (n,) each
+    n = len(data_module.SHAPES)
+    right = dict(zeroshot=guess == label, color=guess // n == label // n, shape=guess % n == label % n)
+    return {name: hit.double().mean().item() for name, hit in right.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From records to a batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+class PairTransform:
+    """A record -> {"images": uint8 (3, H, W), "captions": str}, with a caption drawn at random from several; for data
+    with classes its label besides, and for SLIP and DeCLIP their views and second caption."""
+
+    def __init__(self, o: TrainOptions, data):
+        self.image = data_module.TrainTransform(o.image_size, scale=(o.crop_min, 1.0), flip=o.flip)
+        self.view = data_module.ViewTransform(o.image_size, scale=(o.view_crop_min, 1.0))
+        self.method, self.is_labeled = o.method, getattr(data, "names_classes", False)
+        self.synonyms = data_module.read_synonyms(o.synonyms)
+
+    def __call__(self, sample, rng) -> dict:
+        label = dict(labels=sample.text_label) if self.is_labeled else {}
+        if self.method not in ("slip", "declip", "defilip"):
+            return dict(images=self.image(sample.image, rng), captions=data_module.pick_caption(sample, rng), **label)
+        image, caption = data_module.decode(sample.image), data_module.pick_caption(sample, rng)
+        view1, view2 = self.view(image, rng), self.view(image, rng)
+        if self.method == "slip":
+            return dict(images=self.image(image, rng), view1=view1, view2=view2, captions=caption, **label)
+        second = data_module.edit_caption(caption, rng, self.synonyms)
+        return dict(images=view1, view2=view2, captions=caption, captions2=second)
+
+
+class PairCollate:
+    """Joins records and tokenizes their captions, up to the longest one."""
+
+    def __init__(self, tokenizer: BytePairTokenizer, context_length: int, multiple: int):
+        self.tokenizer, self.context_length, self.multiple = tokenizer, context_length, multiple
+
+    def __call__(self, items: list[dict]) -> dict:
+        batch = data_module.collate(items)
+        for captions, tokens in (("captions", "tokens"), ("captions2", "tokens2")):
+            if captions in batch:                           # none if not one record, nor a stand-in, could be read
+                ids = self.tokenizer(batch.pop(captions), self.context_length)
+                batch[tokens] = data_module.trim(ids, self.tokenizer.eot, self.multiple)        # (B, L)
+        return batch
+
+
+def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
+    """The batch cut into `count` equal parts on the device, pixels normalized."""
+    tensors = {name: value.chunk(count) for name, value in batch.items() if torch.is_tensor(value)}
+    parts = [{name: values[i] for name, values in tensors.items()} for i in range(count)]
+    for part in parts:
+        if "is_chosen" in part:
+            part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)     # here it costs no GPU sync
+    parts = [{name: value.to(device, non_blocking=True) for name, value in part.items()} for part in parts]
+    if "chosen" in parts[0]:
+        # L_MLM is the mean over all masked words: each part's sum is divided by the mean count of parts and processes
+        words = sum(len(part["chosen"]) for part in parts) / len(parts)
+        words = mean_over_processes(torch.tensor(words, device=device))
+        for part in parts:
+            part["word_count"] = words
+    return [{name: data_module.normalize(value) if value.dtype == torch.uint8 else value
+             for name, value in part.items()} for part in parts]
+
+
+# =====================================================================================================================
+# What all scripts share
+# =====================================================================================================================
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
 # fields in which a resumed run may differ from the interrupted one: they change neither the data nor what is computed,
 # only where, in which parts and how exactly
 FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate", "checkpoint_every", "log_every",
                   "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "fit", "plan", "gpus", "gpu", "pairs",
                   "utilization"}
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message + "; see --help")
 
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -102,12 +440,12 @@ LIMITS = dict(
                    "rpn_samples", "roi_samples", "rpn_before_train", "rpn_before_test", "rpn_keep_train",
                    "rpn_keep_test"), (1, math.inf)),
     **dict.fromkeys(("word_ratio", "center_momentum", "momentum", "momentum_end", "max_bad", "erasing", "smoothing",
-                     "temp_t_warmup", "layer_decay", "score_threshold"), (0, 1)),
+                     "layer_decay", "score_threshold"), (0, 1)),
     **dict.fromkeys(("mask_ratio", "drop_path"), (0, 0.99)),
     **dict.fromkeys(("crop_min", "view_crop_min"), (0.01, 1)),
     workers=(-1, math.inf), seed=(0, 2 ** 31 - 1), beta2=(0, 0.99999), randaugment=(0, 10), crop_share=(0.1, 1),
     utilization=(0, 1))
-ABOVE_0 = {"epochs", "temp_s", "temp_t", "temp_t_start", "utilization", "eps"}
+ABOVE_0 = {"epochs", "temp_s", "temp_t", "utilization"}
 
 
 def check_number(name: str, value: float):
@@ -124,7 +462,7 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
     --help shows too if `own` says what they are called.
     """
     usage = " ".join(["%(prog)s", *(f"[{name.upper()}]" for name in positional), "[options]"])
-    cli = argparse.ArgumentParser(usage=usage, description=doc, allow_abbrev=False,
+    cli = Parser(usage=usage, description=doc, allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {"what": cli.add_argument_group("what")}
     for f in fields(cls):
@@ -154,7 +492,7 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
 
 def first_look(cls, argv, *names: str) -> argparse.Namespace:
     """What the command line says of these fields of cls: they decide what the defaults of the others are."""
-    cli = argparse.ArgumentParser(usage="%(prog)s [options]", add_help=False, allow_abbrev=False)
+    cli = Parser(add_help=False, allow_abbrev=False)
     for f in fields(cls):
         if f.name in names:
             kind = {"action": "store_true"} if f.type is bool else {"choices": f.metadata["choices"]}
@@ -162,62 +500,7 @@ def first_look(cls, argv, *names: str) -> argparse.Namespace:
     return cli.parse_known_args(argv)[0]
 
 
-def parse_train_options(argv=None) -> TrainOptions:
-    """The command line over the preset and the method it names."""
-    chosen = first_look(TrainOptions, argv, "preset", "method")
-    defaults = TrainOptions(**asdict(preset_for(chosen.preset, chosen.method)), preset=chosen.preset)
-    defaults.pairs = {"pocket": 20_000, "vit-b16-cc3m": 3_000_000}.get(chosen.preset, defaults.pairs)
-    options = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
-    options.out = options.out or f"runs/{options.preset}"
-    check_options(options)
-    return options
-
-
-def check_options(o: TrainOptions):
-    if o.method not in METHODS:
-        raise UserError(f"--method {o.method} is unknown; choose one of {', '.join(METHODS)}")
-    if o.init not in ("mae", "mimetic") and not o.init.startswith(("timm:", "open_clip:")):
-        raise UserError(f"--init {o.init} is unknown; choose mae, mimetic, timm:FILE or open_clip:DIR")
-    if o.image_size % o.patch_size:
-        raise UserError(f"--image-size {o.image_size} is no multiple of --patch-size {o.patch_size}")
-    for width, heads in ((o.width, o.heads), (o.text_width, o.text_heads)):
-        if width % heads:
-            raise UserError(f"width {width} cannot be cut into {heads} attention heads: choose a divisor of {width}")
-
-
-def run(main):
-    """main(), with a user's mistake told in one line and exit status 2, and no traceback.
-
-    What main() made must be gone before the process group goes: a DistributedDataParallel that is freed later waits for
-    gloo's threads, and they for it.
-    """
-    sys.stdout.reconfigure(errors="backslashreplace")       # names from files may hold what a terminal cannot show
-    status = 0
-    try:
-        main()
-    except UserError as error:
-        say(f"error: {data_module.printable(str(error))}", file=sys.stderr)
-        status = 2
-    except BrokenPipeError:                                 # train.py --plan | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except SystemExit as stop:
-        status = stop.code
-    except KeyboardInterrupt:
-        say("interrupted", file=sys.stderr)
-        status = 130
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
-    sys.exit(status)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes, devices, precision
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- processes, devices, precision ----------------------------------------------------------------------------------
 
 @dataclass
 class Runtime:
@@ -231,6 +514,9 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def __str__(self) -> str:
+        return f"{self.world} x {self.device.type}, {'bf16' if self.bf16 else 'fp32'}"
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
@@ -263,7 +549,7 @@ class Runtime:
 
     def check_alike(self, **mine):
         """All processes must begin with the same; the first thing that differs is named."""
-        for other in gather(mine, self):
+        for other in gather_objects(mine, self):
             for name in mine:
                 if mine[name] != other[name]:
                     raise UserError(f"processes differ in {name.replace('_', ' ')}: {mine[name]} here, {other[name]} "
@@ -280,6 +566,14 @@ def is_locked(file) -> bool:
     except (ImportError, OSError):                          # Windows, or a disk without locks
         pass
     return False
+
+
+def gather_objects(mine: object, runtime: Runtime) -> list:
+    """Each process's object, in rank order, on all of them."""
+    everyone = [mine] * runtime.world
+    if runtime.world > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def setup(options: RunOptions) -> Runtime:
@@ -303,8 +597,10 @@ def setup(options: RunOptions) -> Runtime:
     if workers < 0:
         workers = min(8, max(1, cores // local_world - 1)) if kind == "cuda" else 0
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store_of_this_attempt(world, local_world),
-                                rank=rank, world_size=world)
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", store=store_of_this_attempt(world, local_world), rank=rank,
+            world_size=world, device_id=device if kind == "cuda" else None,
+            timeout=timedelta(hours=3))                     # the first indexing of many shards takes one process long
     torch.manual_seed(options.seed)
     bf16 = options.precision == "bf16" or options.precision == "auto" and multiplies_bf16(device)
     return Runtime(rank, world, device, bf16, workers)
@@ -333,17 +629,14 @@ def multiplies_bf16(device: torch.device) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedules and optimizer
-# ---------------------------------------------------------------------------------------------------------------------
+def wrap(core: nn.Module, runtime: Runtime) -> nn.Module:
+    """core as it is called in training: on several processes its gradients are averaged during backward."""
+    if runtime.world == 1:
+        return core
+    return DistributedDataParallel(core, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-def cosine_schedule(step: int, total: int, warmup: int, peak: float, final: float, start: float = 0.0) -> float:
-    """Learning rate of step 0 ... total-1: linear from start to peak in `warmup` steps, then half a cosine to final."""
-    if step < warmup:
-        return start + (peak - start) * step / warmup
-    t = (step - warmup) / max(total - 1 - warmup, 1)
-    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(t, 1.0)))
 
+# ---- the optimizer --------------------------------------------------------------------------------------------------
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Matrices decay; biases, norms, tokens, positions and the logit scale do not."""
@@ -356,281 +649,66 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             dict(params=[p for name, p in trained if not decays(name, p)], weight_decay=0.0)]
 
 
-def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Optimizer groups for a module that holds one vision transformer: the lower a layer, the slower it learns (BEiT).
-
-    The transformer is what has the parameter cls_token: the module itself, or its part "visual.", "backbone." ...
-        layer 0        class token, positions, patch embedding, norm before blocks   lr * layer_decay ** (N + 1)
-        layer i + 1    block i of its N blocks                                       lr * layer_decay ** (N - i)
-        layer N + 1    everything else, inside or outside: norms, pyramids, heads    lr
-    Matrices have weight_decay, vectors, class token and positions none.  Frozen parameters are left out.
-    Groups {"params", "lr", "lr_scale", "weight_decay"}: a schedule sets group["lr"] = lr_now * group["lr_scale"].
-    """
-    names = [name for name, _ in model.named_parameters()]
-    towers = [name.removesuffix("cls_token") for name in names if name.split(".")[-1] == "cls_token"]
-    if len(towers) != 1:
-        raise ValueError(f"want a module with one vision transformer, got {len(towers)} parameters named cls_token")
-    stem = tuple(towers[0] + part for part in ("cls_token", "pos_embed", "patch_embed.", "norm_pre."))
-    block = re.compile(re.escape(towers[0]) + r"blocks\.(\d+)\.")
-    last = 1 + len({found[1] for name in names if (found := block.match(name))})               # N + 1
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found = block.match(name)
-            layer = 0 if name.startswith(stem) else int(found[1]) + 1 if found else last
-            scale, decay = layer_decay ** (last - layer), weight_decay if decays(name, parameter) else 0.0
-            new = dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=decay)
-            groups.setdefault((layer, decays(name, parameter)), new)["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float):
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-def save_atomically(path: Path, state: dict) -> bool:
-    """Writes state to path so that a whole file stands there at any moment.  A full disk is told, not raised: False."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        return True
-    except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
-        reason = str(error).splitlines()[0]
-        say(f"warning: {path} was not saved ({reason}); the one before it stays, and training goes on",
-            file=sys.stderr)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        return False
+def clip_gradient(parameters, limit: float) -> Tensor:
+    """The norm of all gradients, which are scaled down to have `limit` at most, if that is not 0."""
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
-def load_state(path: str | Path, device="cpu") -> dict:
-    """The dict that save_atomically wrote.  Never runs code from the file; rubbish is a UserError."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; make one with: torchrun train.py")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-            pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): "
-                        f"train again, or name another file") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint of this project")
-    return state
+# ---- going on, and keeping a run safe -------------------------------------------------------------------------------
+
+class Start:
+    """Where a run begins: at step 0, or with the state that an interrupted run left."""
+
+    def __init__(self, out: Path, state: dict | None):
+        self.out, self.state = out, state
+        self.step, self.bad_count = (state["step"], state["bad_count"]) if state else (0, 0)
+
+    def use(self, data, vocabulary: dict | None = None):
+        """A run goes on only with the records and the vocabulary it began with."""
+        self.data = data_module.hash_names(data)
+        if self.state and self.state["data"] != self.data:
+            raise UserError(f"{self.out} holds a run on other data (sample hash {self.state['data'][:12]}, now "
+                            f"{self.data[:12]}): choose another --out")
+        if self.state and self.state.get("tokenizer") != vocabulary:
+            raise UserError(f"{self.out} holds a run with another vocabulary: give the same --bpe, or choose another "
+                            f"--out")
+
+    def load(self, part, name: str):
+        """Loads what the state has under this name into a network or optimizer; at step 0 nothing."""
+        if self.state and part is not None:
+            try:
+                part.load_state_dict(self.state[name])
+            except Exception as error:              # of a damaged or hostile file, whatever stumbles over it
+                raise UserError(f"{self.out}/last.pt does not fit its own config: {data_module.one_line(error)}") from None
+
+    def announce(self):
+        if self.step:
+            say(f"going on from step {self.step} of {self.out}/last.pt")
 
 
-def save_checkpoint(path: str | Path, model: MaskCLIP, tokenizer: BytePairTokenizer, options, **more) -> bool:
-    """Everything needed to resume and to evaluate with no other file; `more` holds optimizer, step, teacher ..."""
-    return save_atomically(Path(path), dict(
-        kind="pretraining", config=asdict(options), model=model.state_dict(), tokenizer=tokenizer.state(),
-        mean=list(data_module.MEAN), std=list(data_module.STD), torch=str(torch.__version__), **more))
-
-
-def config_of(state: dict, path: str | Path) -> Config:
-    if state.get("kind", "pretraining") != "pretraining":
-        raise UserError(f"{path} holds a {state['kind']} run: wanted what train.py wrote, as runs/pocket/last.pt")
-    try:
-        known = {f.name for f in fields(Config)}
-        config = Config(**{name: value for name, value in state["config"].items() if name in known})
-        if config.method not in METHODS:
-            raise UserError(f"{path} was trained with method {config.method}, which this version does not know")
-        return config
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is no pre-training checkpoint: it holds no config") from None
-
-
-def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairTokenizer, Config]:
-    """(model in eval mode, tokenizer, config) from OUT/last.pt of train.py.  Strict: every weight must be there."""
-    state = load_state(path)
-    config = config_of(state, path)
-    try:
-        tokenizer = BytePairTokenizer.from_state(state["tokenizer"])
-        check_sizes(config, tokenizer.eot, state["model"], Path(path).stat().st_size)
-        model = build(config, tokenizer.eot)
-        model.load_state_dict(state["model"])
-        pixels = list(state["mean"]), list(state["std"])
-    except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it
-        raise UserError(f"{path} does not fit its own config: {data_module.one_line(error)}") from None
-    if pixels != (list(data_module.MEAN), list(data_module.STD)):
-        raise UserError(f"{path} was trained with pixel normalization {state['mean']}, {state['std']}; "
-                        f"this version uses {data_module.MEAN}, {data_module.STD}")
-    return model.to(device).eval(), tokenizer, config
-
-
-def check_sizes(config: Config, eot: int, weights: dict[str, Tensor], file_size: int):
-    """ValueError if the config asks for other weights than there are, before memory is taken for what it asks."""
-    if sum(value.numel() * value.element_size() for value in weights.values()) > file_size:
-        raise ValueError("the weights claim to be larger than the file")
-    if config.depth + config.text_depth > len(weights):
-        raise ValueError(f"{config.depth} and {config.text_depth} blocks, but only {len(weights)} weights")
-    with torch.device("meta"):
-        wanted = build(config, eot).state_dict()
-    for name in sorted(wanted.keys() | weights.keys()):
-        said, there = (tuple(x[name].shape) if name in x else "nothing" for x in (wanted, weights))
-        if said != there:
-            raise ValueError(f"{name} should be {said}, the file has {there}")
-
-
-def find_resumable(options, out: Path, kind: str = "pretraining") -> dict | None:
-    """The state to go on from, or None.  Another run in the same folder is never overwritten."""
+def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
+    """What to go on from.  Another run in the same folder is never overwritten."""
     paths = [out / "last.pt"] if (out / "last.pt").exists() else []
     paths += [Path(options.resume)] if options.resume not in ("auto", "none") else []
-    state = None
+    state, parts = None, dict(step=int, bad_count=int, config=dict, model=dict, optimizer=dict, data=str)
     for path in paths:
         state = load_state(path)
-        parts = dict(step=int, bad_count=int, config=dict, model=dict, optimizer=dict, data=str)
         if state.get("kind") != kind or not all(isinstance(state.get(name), parts[name]) for name in parts):
             raise UserError(f"{path} is no {kind} checkpoint: choose another --out")
         for name, value in asdict(options).items():
             if name not in FREE_TO_CHANGE and state["config"].get(name) != value:
                 raise UserError(f"{path} is of a run with {name} = {state['config'].get(name)}, this one has {value}: "
                                 f"choose another --out, or remove that folder")
-    return None if options.resume == "none" else state
-
-
-def load_resumed(load, part: dict, out: Path):
-    try:
-        load(part)
-    except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it
-        raise UserError(f"{out}/last.pt does not fit its own config: {data_module.one_line(error)}") from None
-
-
-def check_same_data(state: dict, identity: str, out: Path):
-    """A run goes on only with the records it began with."""
-    if state["data"] != identity:
-        raise UserError(f"{out} holds a run on other data (sample hash {str(state['data'])[:12]}, now {identity[:12]}"
-                        f"): choose another --out")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Log
-# ---------------------------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def tell_if_full(path: Path):
-    """A disk that is full costs lines of a log, not the run."""
-    try:
-        yield
-    except OSError as error:
-        say(f"warning: {path} could not be written ({error.strerror}); training goes on", file=sys.stderr)
-
-
-class Log:
-    """metrics.jsonl, one object a line, and the progress line with rate and time left; by the main process only."""
-
-    def __init__(self, out: Path, is_main: bool, total: int, samples_per_step: int, first_step: int = 0):
-        self.path, self.is_main, self.total, self.samples = out / "metrics.jsonl", is_main, total, samples_per_step
-        self.started, self.at = time.monotonic(), first_step
-        self.begun = self.spoken = self.started
-        if is_main:
-            # lines beyond the checkpoint we go on from will be written again
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
-            with tell_if_full(self.path):
-                write_text_atomically(self.path, "".join(line + "\n" for line in kept))
-        self.board = None
-        with contextlib.suppress(ImportError):          # TensorBoard, where it is installed
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step) if is_main else None
-
-    def line(self, step: int, values: dict[str, float]):
-        """After `step` (counted from 0) is done."""
-        rate, rest = self.rate(step)
-        self.started, self.at = time.monotonic(), step + 1
-        if not self.is_main:
-            return
-        values = dict(step=step, **values, samples_per_second=rate)
-        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        with tell_if_full(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
-        terms = "  ".join(f"{k} {values[k]:.3f}" for k in ("loss", *TERMS, "code_entropy") if k in values)
-        say(f"step {step + 1}/{self.total}  {terms}  lr {values['lr']:.2e}  {rest}")
-        self.spoken = time.monotonic()
-
-    def pulse(self, step: int):
-        """After a step without a line: a short one, if nothing was said for five seconds, later on for up to a minute."""
-        now = time.monotonic()
-        if self.is_main and now - self.spoken > min(60, max(5, (now - self.begun) / 20)):
-            say(f"step {step + 1}/{self.total}  {self.rate(step)[1]}")
-            self.spoken = now
-
-    def rate(self, step: int) -> tuple[float, str]:
-        """Samples a second since the last line, and in words with the time left."""
-        rate = (step + 1 - self.at) * self.samples / max(time.monotonic() - self.started, 1e-9)
-        left = (self.total - step - 1) * self.samples / rate
-        return rate, f"{rate:.{int(rate < 10)}f}/s  {duration(left)} left"
-
-
-def draw_curves(log: Path, path: Path, columns: int = 4, width: int = 400, height: int = 240):
-    """metrics.jsonl as a picture: a panel for each number against the step, gray as logged, blue its running mean.
-
-    A mean is over a twentieth of the run at most, and over as many lines before as after, so that slopes stay.
-    """
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    names = [name for name in lines[-1] if name not in ("step", "epoch", "samples_per_second")]
-    sheet = PIL.Image.new("RGB", (columns * width, -(-len(names) // columns) * height), "white")
-    pen, font, last = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(13), lines[-1]["step"] + 1
-    for k, name in enumerate(names):
-        points = [(line["step"] + 1, line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
-        if not points:
-            continue
-        values, n = [value for _, value in points], len(points)
-        half = [min(i, n - 1 - i, n // 40) for i in range(n)]
-        means = [sum(values[i - h:i + h + 1]) / (2 * h + 1) for i, h in enumerate(half)]
-        usual = sorted(values)[n // 50:n - n // 50] + means             # the rarest fiftieth may leave the panel
-        low, high = min(usual), max(usual)
-        low, high = (low, high) if high > low else (low - abs(low) - 1e-9, high + abs(high) + 1e-9)
-        left, top = k % columns * width + 68, k // columns * height + 30
-        right, bottom = left + width - 90, top + height - 62
-
-        def place(step, value):
-            share = (min(max(value, low), high) - low) / (high - low)
-            return left + (right - left) * step / last, bottom - (bottom - top) * share
-        for tick in ticks(low, high):
-            y = place(0, tick)[1]
-            pen.line([left, y, right, y], "#dddddd")
-            pen.text((left - 6, y), f"{tick:.6g}", "#444444", font, anchor="rm")
-        for tick in ticks(0, last):
-            pen.text((place(tick, low)[0], bottom + 6), f"{tick:.6g}", "#444444", font, anchor="mt")
-        pen.text((right, bottom + 20), "step", "#444444", font, anchor="rt")
-        pen.text((left, top - 8), f"{name}   last {means[-1]:.4g}", "black", font, anchor="ls")
-        pen.line([place(*point) for point in points], "#b8b8b8")
-        pen.line([place(step, mean) for (step, _), mean in zip(points, means)], "#1f5fbf", 2)
-        pen.rectangle([left, top, right, bottom], outline="#888888")
-    sheet.save(path)
-
-
-def show_curves(out: Path):
-    """OUT/curves.png of what a finished run logged."""
-    try:
-        draw_curves(out / "metrics.jsonl", out / "curves.png")
-        say(f"curves: {out}/curves.png")
-    except Exception as error:                          # a picture is not worth a finished run
-        say(f"warning: no curves.png: {data_module.one_line(error)}", file=sys.stderr)
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high: 1, 2 or 5 times a power of ten apart, three to six of them."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 3))
-    apart = max(power * m for m in (1, 2, 5) if power * m <= (high - low) / 3 * (1 + 1e-9))
-    return [i * apart for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
-
-
-TERMS = ("contrastive", "distillation", "feature", "pixel", "mlm", "simclr", "token", "neighbor", "simsiam")
-
-
-def duration(seconds: float) -> str:
-    """3725 -> '1:02:05'"""
-    minutes, s = divmod(int(seconds + 0.5), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
+    return Start(out, None if options.resume == "none" else state)
 
 
 class StopSignal:
@@ -656,9 +734,189 @@ class StopSignal:
         return self.number > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features of a whole data set, shared out over the processes
-# ---------------------------------------------------------------------------------------------------------------------
+class Guard:
+    """What keeps a training safe: bad records, values that are not finite, checkpoints, the wish to stop.
+
+    options    max_bad, checkpoint_every, batch_size
+    save       (step, bad records so far) -> whether the checkpoint of a run that has done `step` steps was written
+    """
+    def __init__(self, options, runtime: Runtime, stop: StopSignal, total: int, start: Start, save):
+        self.o, self.runtime, self.stop, self.total, self.start, self.save = options, runtime, stop, total, start, save
+        self.bad_count, self.refused, self.saved_at = start.bad_count, 0, time.monotonic()
+
+    def write(self, step: int) -> bool:
+        self.saved_at = time.monotonic()
+        return not self.runtime.is_main or self.save(step, self.bad_count)
+
+    def readable(self, batch: dict, step: int) -> dict:
+        """The batch; records that could not be read, for which others stand in, are named."""
+        self.bad = report_bad(batch.pop("bad"))
+        if len(batch.get("images", ())) < self.runtime.share(self.o.batch_size):
+            raise UserError(f"step {step + 1}: too many bad records in a row to fill the batch; look at them with: "
+                            f"python data.py check --data SPEC")
+        return batch
+
+    def accepts(self, step: int, terms: dict[str, Tensor], norm: Tensor) -> bool:
+        """Whether all terms of the loss and the gradient's norm are finite, on all processes, so that the weights may
+        be updated.  If so and if it is time, the weights that this step began with are saved before.
+
+        This is a step's one exchange between processes, and the one place where the host waits for the device.
+        """
+        told = dict(terms, norm=norm, stopping=float(self.stop.is_set), bad=float(self.bad))
+        stacked = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=norm.device) for x in told.values()])
+        means = dict(zip(told, mean_over_processes(stacked).tolist()))
+        self.norm, self.stopping, self.bad = (means.pop(name) for name in ("norm", "stopping", "bad"))
+        self.terms = means
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
+        wrong = wrong or [f"gradient (norm {self.norm})"] * (not math.isfinite(self.norm))
+        if not wrong:
+            self.refused = 0
+            if time.monotonic() - self.saved_at > self.o.checkpoint_every and step > self.start.step:
+                self.write(step)
+            return True
+        self.refused += 1
+        say(f"warning: step {step + 1}: {', '.join(wrong)} is not finite; update skipped", file=sys.stderr)
+        if self.refused == 10:
+            last = self.start.out / "last.pt"
+            raise UserError(f"{', '.join(wrong)} was not finite for 10 steps in a row, up to step {step + 1}; "
+                            f"{f'the last good checkpoint is {last}' if last.exists() else 'no checkpoint yet'}: "
+                            f"try --precision fp32, a lower --lr or --clip-grad 1")
+        return False
+
+    def end(self, step: int):
+        """Counts bad records, and stops the run if they are too many or if it was asked to."""
+        self.bad_count += round(self.bad * self.runtime.world)
+        read = (step + 1) * self.o.batch_size
+        if self.bad_count > self.o.max_bad * max(read, 100):
+            raise UserError(f"{self.bad_count} of {read} records read so far are bad, more than --max-bad "
+                            f"{self.o.max_bad}: look at them with: python data.py check --data SPEC")
+        if self.stopping:
+            if not self.refused and self.write(step + 1) and self.runtime.is_main:
+                say(f"stopped after step {step + 1}; the same command goes on from there")
+            sys.exit(128 + (self.stop.number or signal.SIGTERM))
+
+    def finish(self):
+        if self.start.step < self.total and not self.write(self.total):
+            raise UserError(f"the finished model could not be saved to {self.start.out}/last.pt: free some space and "
+                            f"run the command again")
+
+
+def report_bad(bad: list[tuple[str, str]]) -> int:
+    for name, reason in bad:
+        say(f"skipped {data_module.printable(f'{name}: {reason}')}", file=sys.stderr)
+    return len(bad)
+
+
+# ---- the log, and pictures ------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def tell_if_full(path: Path):
+    """A disk that is full costs lines of a log, not the run."""
+    try:
+        yield
+    except OSError as error:
+        say(f"warning: {path} could not be written ({error.strerror}); training goes on", file=sys.stderr)
+
+
+def write_text_atomically(path: Path, text: str):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Log:
+    """metrics.jsonl, one object a line, and the progress line with rate and time left; by the main process only."""
+    unspoken = {"step", "epoch", "lr", "momentum", "logit_scale", "grad_norm", "patch_entropy", "codes_used"}
+
+    def __init__(self, out: Path, is_main: bool, total: int, samples_per_step: int, start: int = 0):
+        self.path, self.is_main, self.total, self.samples = out / "metrics.jsonl", is_main, total, samples_per_step
+        self.started, self.at = time.monotonic(), start
+        self.begun = self.spoken = self.started
+        if is_main:
+            # lines beyond the checkpoint we go on from will be written again
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
+            with tell_if_full(self.path):
+                write_text_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether `step` gets a line.  If not, a short one is said when nothing was for five seconds, later a minute."""
+        if (step + 1) % every == 0 or step + 1 == self.total:
+            return True
+        now = time.monotonic()
+        if self.is_main and now - self.spoken > min(60, max(5, (now - self.begun) / 20)):
+            say(f"step {step + 1}/{self.total}  {self.rate(step)[1]}")
+            self.spoken = now
+        return False
+
+    def line(self, step: int, values: dict[str, float]):
+        """After `step` (counted from 0) is done."""
+        rate, rest = self.rate(step)
+        self.started, self.at = time.monotonic(), step + 1
+        if not self.is_main:
+            return
+        spoken = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in self.unspoken)
+        values = dict(step=step, **values, samples_per_second=rate)
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        with tell_if_full(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(rounded) + "\n")
+        say(f"step {step + 1}/{self.total}  {spoken}  lr {values['lr']:.2e}  {rest}")
+        self.spoken = time.monotonic()
+
+    def rate(self, step: int) -> tuple[float, str]:
+        """Samples a second since the last line, and in words with the time left."""
+        rate = (step + 1 - self.at) * self.samples / max(time.monotonic() - self.started, 1e-9)
+        left = (self.total - step - 1) * self.samples / rate
+        return rate, f"{rate:.{int(rate < 10)}f}/s  {timedelta(seconds=round(left))} left"
+
+
+def show(name: str, out: str | Path, draw, *arguments):
+    """Writes OUT/name, the picture that draw(*arguments) gives; one that fails is not worth a finished run."""
+    try:
+        draw(*arguments).save(Path(out) / name)
+        say(f"{name.partition('.')[0]}: {out}/{name}")
+    except Exception as error:
+        say(f"warning: no {name}: {data_module.one_line(error)}", file=sys.stderr)
+
+
+def draw_curves(log: Path, columns: int = 4, width: int = 400, height: int = 240) -> PIL.Image.Image:
+    """metrics.jsonl as a picture: a panel for each number against the step, gray as logged, blue its running mean over
+    a twentieth of the run."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    names = [name for name in lines[-1] if name not in ("step", "epoch", "samples_per_second")]
+    sheet = PIL.Image.new("RGB", (columns * width, -(-len(names) // columns) * height), "white")
+    pen, font, last = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(13), lines[-1]["step"] + 1
+    for k, name in enumerate(names):
+        points = [(line["step"] + 1, line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+        if not points:
+            continue
+        values, half = [value for _, value in points], len(points) // 40
+        around = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
+        means = [sum(some) / len(some) for some in around]
+        low, high = min(values), max(values)
+        left, top = k % columns * width + 68, k // columns * height + 30
+        right, bottom = left + width - 90, top + height - 62
+
+        def place(step, value):
+            share = (value - low) / (high - low) if high > low else 0.5
+            return left + (right - left) * step / last, bottom - (bottom - top) * share
+        pen.text((left - 6, top), f"{high:.4g}", "#444444", font, anchor="rm")
+        pen.text((left - 6, bottom), f"{low:.4g}", "#444444", font, anchor="rm")
+        pen.text((right, bottom + 6), f"step {last}", "#444444", font, anchor="rt")
+        pen.text((left, top - 8), f"{name}   last {means[-1]:.4g}", "black", font, anchor="ls")
+        pen.line([place(*point) for point in points], "#b8b8b8")
+        pen.line([place(step, mean) for (step, _), mean in zip(points, means)], "#1f5fbf", 2)
+        pen.rectangle([left, top, right, bottom], outline="#888888")
+    return sheet
+
+
+# ---- data sets, and features of a whole one ---------------------------------------------------------------------------
+
+def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: Path | None = None):
+    parts = [data_module.open_data(spec, split, task, size=size, cache=cache) for spec in specs]
+    parts = data_module.name_classes(parts) if task == "captions" else parts
+    return parts[0] if len(parts) == 1 else data_module.Mixed(parts)
+
 
 class ReadRecord:
     """A record -> what `extract` needs of it."""
@@ -668,14 +926,6 @@ class ReadRecord:
 
     def __call__(self, sample, rng) -> dict:
         return dict(images=self.image(sample.image, rng), label=sample.label, captions=sample.captions)
-
-
-def gather(mine: object, runtime: Runtime) -> list:
-    """Each process's object, in rank order, on all of them."""
-    everyone = [mine] * runtime.world
-    if runtime.world > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 @torch.no_grad()
@@ -696,7 +946,7 @@ def extract(data, transform, encode, runtime: Runtime, batch_size: int) -> dict:
             index += batch["index"].tolist()
             label += batch["label"].tolist()
             captions += batch["captions"]
-    parts = gather((features, index, label, captions, bad), runtime)
+    parts = gather_objects((features, index, label, captions, bad), runtime)
     features, index, label, captions, bad = ([item for part in parts for item in part[k]] for k in range(5))
     if runtime.is_main:
         report_bad(bad)
@@ -708,417 +958,53 @@ def extract(data, transform, encode, runtime: Runtime, batch_size: int) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One step
-# ---------------------------------------------------------------------------------------------------------------------
-
-class PairTransform:
-    """A record -> {"images": uint8 (3, H, W), "captions": str}, with a caption drawn at random from several; with
-    `labels` its class besides, and for SLIP and DeCLIP their views and second caption."""
-
-    def __init__(self, options: "TrainOptions", labels: bool = False):
-        self.image = data_module.TrainTransform(options.image_size, scale=(options.crop_min, 1.0), flip=options.flip)
-        self.view = data_module.ViewTransform(options.image_size, scale=(options.view_crop_min, 1.0))
-        self.method, self.labels = options.method, labels
-        self.synonyms = data_module.read_synonyms(options.synonyms)
-
-    def __call__(self, sample, rng) -> dict:
-        labels = dict(labels=sample.text_label) if self.labels else {}
-        if self.method not in ("slip", "declip", "defilip"):
-            return dict(images=self.image(sample.image, rng), captions=data_module.pick_caption(sample, rng), **labels)
-        image, caption = data_module.decode(sample.image), data_module.pick_caption(sample, rng)
-        view1, view2 = self.view(image, rng), self.view(image, rng)
-        if self.method == "slip":
-            return dict(images=self.image(image, rng), view1=view1, view2=view2, captions=caption, **labels)
-        second = data_module.edit_caption(caption, rng, self.synonyms)
-        return dict(images=view1, view2=view2, captions=caption, captions2=second)
-
-
-class PairCollate:
-    """Joins records and tokenizes their captions, up to the longest one."""
-
-    def __init__(self, tokenizer: BytePairTokenizer, context_length: int, multiple: int):
-        self.tokenizer, self.context_length, self.multiple = tokenizer, context_length, multiple
-
-    def __call__(self, items: list[dict]) -> dict:
-        batch = data_module.collate(items)
-        if "captions" not in batch:                         # not one record, nor a stand-in, could be read
-            return batch
-        if "captions2" in batch:
-            batch["tokens2"] = self.tokens(batch.pop("captions2"))
-        return dict(batch, tokens=self.tokens(batch.pop("captions")))
-
-    def tokens(self, captions: list[str]) -> Tensor:
-        """(B, L)"""
-        tokens = self.tokenizer(captions, self.context_length)
-        return data_module.trim(tokens, self.tokenizer.eot, self.multiple)
-
-
-def hide(batch: dict, model: MaskCLIP, sot: int, step: int, options: TrainOptions, rank: int, world: int) -> dict:
-    """Adds what the masked branches of this step need; see MaskCLIP.forward.  Draws are those of the global batch."""
-    c, B, method = model.config, len(batch["images"]), METHODS[model.config.method]
-    generator = torch.Generator().manual_seed((options.seed << 32) + step)
-    rows = slice(rank * B, rank * B + B)
-    if method["target"]:
-        keep, hidden = random_mask(world * B, c.grid ** 2, c.mask_ratio, generator)
-        batch = dict(batch, keep=keep[rows], hidden=hidden[rows])
-    if method["mlm"]:
-        noise = torch.rand(world * B, c.context_length, 3, generator=generator)[rows]
-        corrupted, chosen = mask_words(batch["tokens"], c.word_ratio, sot, model.eot, model.text.mask_id, noise)
-        batch = dict(batch, corrupted=corrupted, is_chosen=chosen)
-    if "labels" in batch:       # UniCL: a pair that names no class is one of its own
-        own = -1 - torch.arange(rank * B, rank * B + B)
-        batch = dict(batch, labels=torch.where(batch["labels"] < 0, own, batch["labels"]))
-    return batch
-
-
-def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
-    """The batch cut into `count` equal parts on the device, pixels normalized."""
-    tensors = {name: value.chunk(count) for name, value in batch.items() if torch.is_tensor(value)}
-    parts = [{name: values[i] for name, values in tensors.items()} for i in range(count)]
-    for part in parts:
-        if "is_chosen" in part:
-            part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)     # here it costs no GPU sync
-    parts = [{name: value.to(device, non_blocking=True) for name, value in part.items()} for part in parts]
-    if "chosen" in parts[0]:
-        # L_MLM is the mean over all masked words: each part's sum is divided by the mean count of parts and processes
-        words = sum(len(part["chosen"]) for part in parts) / len(parts)
-        words = mean_over_processes(torch.tensor(words, device=device))
-        for part in parts:
-            part["word_count"] = words
-    return [{name: data_module.normalize(value) if value.dtype == torch.uint8 else value
-             for name, value in part.items()} for part in parts]
-
-
-def seeded(seed: int, function, *arguments):
-    """function(*arguments) with layers' random numbers (stochastic depth) that depend on the seed alone."""
-    torch.manual_seed(seed)
-    return function(*arguments)
-
-
-def backward(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, parts: list[dict], weights: dict, temp: float,
-             runtime: Runtime, seed: int = 0) -> tuple[dict, list]:
-    """Forward and backward of one step over its micro-batches; returns the loss terms and the teacher's targets.
-
-    The contrastive terms need the features of all micro-batches.  With more than one, these are first computed without
-    gradient and the gradient of the contrast with respect to them is taken; then each part is computed again, and its
-    features receive their share.  So negatives are those of the whole batch and the gradient is exact, at the memory of
-    one part and the time of one more forward.  With one part nothing is computed twice.
-    """
-    count, terms, targets = len(parts), {}, []
-    labels = dict(labels=torch.cat([part["labels"] for part in parts])) if "labels" in parts[0] else {}
-    if count > 1:
-        with torch.no_grad(), runtime.autocast():
-            cached = [seeded(seed + i, core.encode, part) for i, part in enumerate(parts)]
-        leaves = {name: torch.cat([c[name] for c in cached]).requires_grad_() for name in cached[0]}
-        contrast = total_loss(core.contrast({**leaves, **labels}), weights)
-        grads = dict(zip(leaves, torch.autograd.grad(contrast, list(leaves.values()))))
-    for i, part in enumerate(parts):
-        last = i == count - 1
-        sync = contextlib.nullcontext() if last or model is core else model.no_sync()
-        with sync:
-            with runtime.autocast():
-                target = teacher(part["images"], part["keep"], part["hidden"], temp) if teacher else None
-                features, local = seeded(seed + i, model, part, target)
-            loss = total_loss(local, weights) / count if local else 0.0
-            if last:        # the others stand as constants; parameters of the contrast itself get their gradient here
-                if count > 1:
-                    features = {name: torch.cat([leaves[name].detach()[:-len(own)], own])
-                                for name, own in features.items()}
-                terms.update(core.contrast({**features, **labels}))
-                loss = loss + total_loss({name: terms[name] for name in terms if name not in local}, weights)
-            else:
-                rows = slice(i * len(part["tokens"]), (i + 1) * len(part["tokens"]))
-                loss = loss + sum((features[name] * grads[name][rows]).sum() for name in features)
-            loss.backward()
-        for name, value in local.items():
-            terms[name] = terms.get(name, 0.0) + value.detach() / count
-        targets.append(target)
-    return {name: value.detach() for name, value in terms.items()}, targets
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
-
-def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: Path | None = None):
-    parts = [data_module.open_data(spec, split, task, size=size, cache=cache) for spec in specs]
-    parts = data_module.name_classes(parts) if task == "captions" else parts
-    return parts[0] if len(parts) == 1 else data_module.Mixed(parts)
-
-
-def make_tokenizer(options: TrainOptions, data) -> BytePairTokenizer:
-    """CLIP's merges from --bpe, those of the weights the run starts from, or as many as vocab_size allows learned from
-    the captions of the first records."""
-    kind, _, path = options.init.partition(":")
-    if options.bpe or kind == "open_clip":
-        tokenizer = BytePairTokenizer.from_file(options.bpe) if options.bpe else read_merges(path)
-        options.vocab_size = max(options.vocab_size, tokenizer.vocab_size)
-        return tokenizer
-    return data_module.learn_tokenizer(data, options.vocab_size)
-
-
-def write_text_atomically(path: Path, text: str):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def zeroshot_accuracy(model: MaskCLIP, tokenizer: BytePairTokenizer, runtime: Runtime, count: int = 1024) -> dict:
-    """Accuracy over the 64 classes of the Shapes world on unseen scenes of one object; color and shape apart too."""
-    world = data_module.ShapesWorld(split="val", count=count, size=model.config.image_size, objects=(1, 1))
-    prompts = tokenizer([f"a {name}" for name in world.classes], model.config.context_length)       # (64, L)
-    with torch.no_grad():
-        classes = model.encode_text(prompts.to(runtime.device))                                     # (64, E)
-    alone = dataclasses.replace(runtime, rank=0, world=1)       # the main process does this while no other is waiting
-    found = extract(world, data_module.EvalTransform(model.config.image_size), model.encode_image, alone, 256)
-    guess, label = similarity(found["features"], classes).argmax(dim=1).cpu(), found["label"]       # (n,) each
-    n = len(data_module.SHAPES)
-    right = dict(zeroshot=guess == label, color=guess // n == label // n, shape=guess % n == label % n)
-    return {name: hit.double().mean().item() for name, hit in right.items()}
-
-
-def train(options: TrainOptions):
-    stop = StopSignal()
-    runtime = setup(options)
-    share = runtime.share(options.batch_size)
-    if share % options.accumulate:
-        raise UserError(f"--accumulate {options.accumulate} does not divide the {share} pairs of a process")
-    out = Path(options.out)
-    runtime.claim(out)
-
-    data = open_mixed(options.data, "train", "captions", options.image_size, out / "index")
-    if len(data) < options.batch_size:
-        raise UserError(f"{len(data)} records are fewer than one batch of {options.batch_size}: choose a smaller "
-                        f"--batch-size")
-    tokenizer = make_tokenizer(options, data)
-    identity = data_module.hash_names(data)
-    steps_per_epoch = len(data) // options.batch_size
-    total = options.steps or int(options.epochs * steps_per_epoch)
-    if not total:
-        raise UserError(f"--epochs {options.epochs:g} of {steps_per_epoch} steps are not one: give more, or --steps")
-    warmup = min(int(options.warmup_epochs * steps_per_epoch), total // 5)
-
-    labels = getattr(data, "names_classes", False)
-    if labels and options.method in ("filip", "declip", "defilip"):
-        raise UserError(f"--method {options.method} contrasts pairs and cannot use the labels of folder: data; choose "
-                        f"another method, or data with captions")
-    core = build(options, tokenizer.eot)
-    state = find_resumable(options, out)
-    if state:
-        check_same_data(state, identity, out)
-        if state.get("tokenizer") != tokenizer.state():
-            raise UserError(f"{out} holds a run with another vocabulary: give the same --bpe, or choose another --out")
-        load_resumed(core.load_state_dict, state["model"], out)
-    elif ":" in options.init:
-        initialize(core, options.init)
-    core.to(runtime.device)
-    method = METHODS[options.method]
-    teacher = Teacher(core).to(runtime.device) if method["target"] == "teacher" else None
-    optimizer = torch.optim.AdamW(param_groups(core, options.weight_decay), lr=options.lr, betas=(0.9, options.beta2),
-                                  eps=options.eps, fused=True)
-    first, bad_count = 0, 0
-    if state:
-        load_resumed(optimizer.load_state_dict, state["optimizer"], out)
-        if teacher:
-            load_resumed(teacher.load_state_dict, state["teacher"], out)
-        first, bad_count = state["step"], state["bad_count"]
-    runtime.check_alike(step_to_go_on_from=first, hash_of_the_data=identity, vocabulary=tokenizer.vocab_size)
-
-    model = torch.compile(core) if options.compile else core
-    if runtime.world > 1:
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    loader = data_module.train_loader(
-        data, PairTransform(options, labels), options.batch_size, options.seed, range(first, total), runtime.rank,
-        runtime.world, runtime.workers, PairCollate(tokenizer, options.context_length, 8 if options.compile else 1))
-    log = Log(out, runtime.is_main, total, options.batch_size, first)
-    if runtime.is_main:
-        with tell_if_full(out / "config.json"):
-            described = dict(asdict(options), records=len(data), data_hash=identity)
-            write_text_atomically(out / "config.json", json.dumps(described, indent=1))
-        announce(options, data, core, tokenizer, total, first, runtime)
-    weights = {f.name.removesuffix("_weight"): getattr(options, f.name) for f in fields(Config)
-               if f.name.endswith("_weight")}
-    weights.update(pixel=options.distillation_weight, feature=options.distillation_weight)
-
-    def save(step: int) -> bool:
-        return not runtime.is_main or save_checkpoint(
-            out / "last.pt", core, tokenizer, options, step=step, total=total, data=identity, bad_count=bad_count,
-            optimizer=optimizer.state_dict(), teacher=teacher.state_dict() if teacher else None)
-
-    saved, skipped = time.monotonic(), 0
-    core.train()
-    for step, batch in enumerate(loader, start=first):
-        lr = cosine_schedule(step, total, warmup, options.lr, options.lr_end, options.lr_start)
-        momentum = momentum_at(step, total, options.momentum, options.momentum_end) if method["ema"] else 0.0
-        temp = teacher_temperature(step, total, options)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        bad = report_bad(batch.pop("bad"))
-        check_full(batch, share, step)
-        batch = hide(batch, core, tokenizer.sot, step, options, runtime.rank, runtime.world)
-        parts = micro_batches(batch, options.accumulate, runtime.device)
-        optimizer.zero_grad()
-        terms, targets = backward(model, core, teacher, parts, weights, temp, runtime,
-                                  seed=step * options.accumulate)
-        norm = nn.utils.clip_grad_norm_(core.parameters(), options.clip_grad or math.inf)
-
-        # one meeting a step: the terms' means, whether some process was asked to stop, the bad records of all
-        told = mean_over_processes(torch.stack([*terms.values(), *norm.new_tensor([float(stop.is_set), float(bad)])]))
-        *values, stopping, bad = told.tolist()
-        terms = dict(zip(terms, values))
-        if math.isfinite(sum(values)) and math.isfinite(norm.item()):
-            skipped = 0
-            if time.monotonic() - saved > options.checkpoint_every and step > first:
-                save(step)              # the weights that this step began with: now their loss is known to be finite
-                saved = time.monotonic()
-            optimizer.step()
-            with torch.no_grad():
-                for name, parameter in core.named_parameters():
-                    if name.endswith("logit_scale"):
-                        parameter.clamp_(0, math.log(100))
-            if teacher:
-                teacher.update(core, momentum)
-                if core.target == "codes":
-                    for target in targets:
-                        teacher.update_center(target, options.center_momentum ** (1 / len(targets)))
-            if isinstance(core, DeCLIP):
-                core.remember()
-        else:
-            skipped += 1
-            refuse_update(terms, norm.item(), step, skipped, out)
-        bad_count += round(bad * runtime.world)
-        check_bad(bad_count, (step + 1) * options.batch_size, options.max_bad)
-
-        if (step + 1) % options.log_every == 0 or step + 1 == total:
-            loss = total_loss(terms, weights)
-            collapse = teacher.collapse_monitor(targets[0]) if teacher and core.target == "codes" else {}
-            log.line(step, dict(epoch=(step + 1) / steps_per_epoch, loss=loss, lr=lr, **terms,
-                                momentum=momentum, logit_scale=core.logit_scale.exp().item(), grad_norm=norm.item(),
-                                **collapse))
-        else:
-            log.pulse(step)
-        if stopping:
-            if not skipped and save(step + 1) and runtime.is_main:
-                say(f"stopped after step {step + 1}; the same command goes on from there")
-            sys.exit(128 + (stop.number or signal.SIGTERM))
-
-    if first < total and not save(total):
-        raise UserError(f"the finished model could not be saved to {out}/last.pt: free some space and run the "
-                        f"command again")
-    finish(options, core, tokenizer, runtime, bad_count)
-
-
-def teacher_temperature(step: int, total: int, o: Config) -> float:
-    """Linear from temp_t_start to temp_t over the first temp_t_warmup of the run."""
-    progress = min(1.0, step / (o.temp_t_warmup * total)) if o.temp_t_warmup else 1.0
-    return o.temp_t_start + (o.temp_t - o.temp_t_start) * progress
-
-
-def report_bad(bad: list[tuple[str, str]]) -> int:
-    for name, reason in bad:
-        say(f"skipped {data_module.printable(f'{name}: {reason}')}", file=sys.stderr)
-    return len(bad)
-
-
-def check_full(batch: dict, share: int, step: int):
-    if len(batch.get("images", ())) < share:
-        raise UserError(f"step {step + 1}: too many bad records in a row to fill the batch; look at them with: "
-                        f"python data.py check --data SPEC")
-
-
-def check_bad(bad: int, read: int, limit: float):
-    if bad > limit * max(read, 100):
-        raise UserError(f"{bad} of {read} records read so far are bad, more than --max-bad {limit}: "
-                        f"look at them with: python data.py check --data SPEC")
-
-
-def refuse_update(terms: dict, norm: float, step: int, skipped: int, out: Path):
-    """Names what is not finite; the tenth such step in a row ends the run."""
-    names = [name for name, value in terms.items() if not math.isfinite(value)] or [f"gradient (norm {norm})"]
-    say(f"warning: step {step + 1}: {', '.join(names)} is not finite; update skipped", file=sys.stderr)
-    if skipped == 10:
-        left = f"the last good checkpoint is {out}/last.pt" if (out / "last.pt").exists() else "no checkpoint yet"
-        raise UserError(f"{', '.join(names)} was not finite for 10 steps in a row, up to step {step + 1}; {left}: "
-                        f"try --precision fp32, a lower --lr or --clip-grad 1")
-
-
-def announce(o: TrainOptions, data, model: MaskCLIP, tokenizer, total: int, first: int, runtime: Runtime):
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
-        f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; "
-        f"{runtime.world} x {runtime.device.type}, {'bf16' if runtime.bf16 else 'fp32'}")
-    for note in getattr(data, "notes", ()):
-        say(f"note: {data_module.printable(note)}")
-    if len(data) % o.batch_size:
-        say(f"note: {len(data) % o.batch_size} records fill no batch and are left out of an epoch, others in each")
-    if not o.bpe and tokenizer.vocab_size < 49408 <= o.vocab_size:
-        say("note: the vocabulary was learned from the captions: for CLIP's, give its merges file with --bpe")
-    if first:
-        say(f"going on from step {first} of {o.out}/last.pt")
-
-
-def finish(o: TrainOptions, core: MaskCLIP, tokenizer: BytePairTokenizer, runtime: Runtime, bad_count: int):
-    if not runtime.is_main:
-        return
-    say(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""))
-    show_curves(Path(o.out))
-    if all(spec.startswith("shapes") for spec in o.data):
-        core.eval()
-        count = 1024 if o.image_size < 100 else 128         # a large tower needs a second an image on a CPU
-        accuracy = zeroshot_accuracy(core, tokenizer, runtime, count)
-        say(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
-            f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)")
-    def named(kinds) -> str:
-        spec = next((spec for spec in o.data if spec.partition(":")[0] in kinds), "shapes")
-        return "" if spec.startswith("shapes") else f" --data {shlex.quote(spec)}"
-    pairs = ("shapes", "shards", "csv", "coco", "flickr30k")
-    say(f"next:  python eval_zeroshot.py {o.out}/last.pt{named(('folder', *pairs))}   |   "
-        f"python dense.py words {o.out}/last.pt{named(pairs)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # python train.py --plan: what a run would cost
 # ---------------------------------------------------------------------------------------------------------------------
 
-# dense bf16 TFLOP/s, GB of memory, GB/s to devices of other nodes, its share of what is usual: 400 Gb/s for Hopper, 200
-# for A100, 100 for L40S and 4090, 100 a node of eight for V100, which multiplies no bfloat16: its TFLOP/s are of fp32
-GPUS = {
-    "h200": (989, 141, 50.0), "h100": (989, 80, 50.0), "a100": (312, 80, 25.0), "a100-40gb": (312, 40, 25.0),
-    "l40s": (362, 48, 12.5), "4090": (165, 24, 12.5), "v100": (15.7, 32, 1.6),
-}
+# dense bf16 TFLOP/s and GB of memory; a V100 multiplies no bfloat16: its TFLOP/s are of fp32
+GPUS = {"h200": (989, 141), "h100": (989, 80), "a100": (312, 80), "a100-40gb": (312, 40), "l40s": (362, 48),
+        "4090": (165, 24), "v100": (15.7, 32)}
+
+
+def step_memory(c: Config, pairs: int, rows: list[Cost], bf16: bool = False) -> dict[str, float]:
+    """Bytes that a step needs on a device with `pairs` of a micro-batch at a time, by what they are for.
+
+    states       4 bytes each of weight, gradient and Adam's two averages a parameter, and of the teacher's; in bf16
+                 autocast's 2 bytes a weight besides
+    activations  what model.costs (rows) says is kept from forward to backward
+    logits       of codes or words, LOGIT_ROWS at once: logits, their softmax, its gradient
+    """
+    by_name, width = {row.name: row.parameters for row in rows}, c.vocab_size * METHODS[c.method]["mlm"]
+    states = by_name["all"] * (18 if bf16 else 16)
+    if "teacher" in by_name:
+        states += 4 * (by_name["image tower"] + by_name["masked image"])
+        width = max(width, c.n_codes)
+    return dict(states=states, activations=pairs * rows[-1].kept, logits=12.0 * width * LOGIT_ROWS)
 
 
 def plan(o: TrainOptions):
-    """FLOPs, memory, communication and time of the run, each with the formula it comes from."""
-    (tflops, memory, gbytes), bf16 = GPUS[o.gpu], o.gpu != "v100"
+    """FLOPs, memory and time of the run, each with the formula it comes from."""
+    (tflops, memory), bf16 = GPUS[o.gpu], o.gpu != "v100"
     if o.batch_size % (o.gpus * o.accumulate):
         raise UserError(f"--batch-size {o.batch_size} cannot be shared by --gpus {o.gpus} times --accumulate "
                         f"{o.accumulate}: choose a multiple of {o.gpus * o.accumulate}")
     own = o.batch_size // (o.gpus * o.accumulate)
     steps = o.steps or int(o.epochs * (o.pairs // o.batch_size))
-    flops = o.batch_size * step_flops(o)
-    need, traffic = step_memory(o, own, bf16=bf16), step_traffic(o, o.gpus)
-    if o.accumulate > 1:                                # a forward of the two towers more
-        flops += o.batch_size * sum(cost.flops for cost in costs(o)[:2])
-    compute = flops / (o.gpus * tflops * 1e12 * o.utilization)
-    exchange = {name: value / (gbytes * 1e9) for name, value in traffic.items()}
-    seconds = max(compute, exchange["gradients"]) + exchange["features"]
-    hours = steps * seconds / 3600
-    gb = {name: value / 1e9 for name, value in need.items()}
+    rows = costs(o, bf16=bf16)
+    again = (rows[0].flops + rows[1].flops) * (o.accumulate > 1)            # a forward of the two towers more
+    flops = o.batch_size * (rows[-1].step_flops + again)
+    seconds = flops / (o.gpus * tflops * 1e12 * o.utilization)
+    gb = {name: value / 1e9 for name, value in step_memory(o, own, rows, bf16).items()}
     print(f"plan: {o.method}, preset {o.preset}, {o.gpus} x {o.gpu} in {'bf16' if bf16 else 'fp32'}, "
           f"as if every caption had {o.context_length} tokens")
     print(f"steps          {steps:,}" + ("" if o.steps else
           f" = {o.epochs:g} epochs x {o.pairs:,} pairs / batch of {o.batch_size:,}"))
     print(f"FLOPs          {flops / 1e15:.2f} P a step = {o.batch_size:,} pairs x {flops / o.batch_size / 1e9:.1f} G "
-          f"(python model.py: forward x passes); {steps * flops / 1e18:.1f} E in all")
+          f"(python model.py: forward and backward); {steps * flops / 1e18:.1f} E in all")
     print(f"memory         {sum(gb.values()):.1f} of {memory} GB a device = states {gb['states']:.1f} + activations of "
           f"{own} pairs {gb['activations']:.1f} + logits {gb['logits']:.1f}")
-    print(f"communication  {sum(traffic.values()) / 1e9:.2f} GB a step and device = gradients "
-          f"{traffic['gradients'] / 1e9:.2f} (during backward) + features {traffic['features'] / 1e9:.3f}")
-    print(f"a step         {seconds:.3f} s = max(FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g}, "
-          f"assumed) = {compute:.3f}, gradients / {gbytes:g} GB/s = {exchange['gradients']:.3f}) + features "
-          f"{exchange['features']:.3f}")
-    print(f"time           {hours:.1f} hours, {hours * o.gpus:.0f} GPU hours")
+    print(f"a step         {seconds:.3f} s = FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g}, assumed)")
+    print(f"time           {steps * seconds / 3600:.1f} hours, {steps * seconds / 3600 * o.gpus:.0f} GPU hours")
     if sum(gb.values()) > 0.9 * memory:
         print(f"note: this does not fit {o.gpu}: give --accumulate {o.accumulate * 2} or more --gpus")
 
