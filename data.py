@@ -1,11 +1,18 @@
 """Pixels and words in: from files on disk, or from a drawn world, to batches of tensors.
 
-    BytePairTokenizer       captions to ids: CLIP's own vocabulary, or one learned from the captions
     TrainTransform ...      images to uint8 tensors (3, size, size)
+    BytePairTokenizer       captions to ids: CLIP's own vocabulary, or one learned from the captions
     ShapesWorld             scenes that are drawn from (seed, split, index): what every script uses with no options
-    open_data(SPEC)         shapes | shards:A-{00000..00999}.tar | csv:FILE | folder:DIR | coco:DIR | ...
-    TEMPLATES_7 ...         sentences around class names
     train_loader            batches that depend on (seed, step) only, whatever the number of processes and workers
+    open_data(SPEC)         one of the data sets in the table FORMATS:
+
+    shapes                  the Shapes world; shapes:train=20000,size=64 with options
+    shards:A-{000..999}.tar tar files of images and captions: KEY.jpg with KEY.txt, or KEY.json that has "caption"
+    csv:FILE                a table with a file and a caption in each line
+    folder:DIR              a folder of images for each class
+    coco:DIR  flickr30k:DIR captions, Karpathy's splits, and for detection COCO's objects
+    ade20k:DIR  pascal-context:DIR  coco-stuff:DIR  voc:DIR         a class for each pixel
+    icinw:DIR               the 20 data sets of "Image Classification in the Wild"
 
     python data.py preview --data SPEC --out grid.png       a contact sheet of samples with captions
     python data.py check --data SPEC                        reads everything; counts and names bad records
@@ -17,10 +24,9 @@ import bisect
 import contextlib
 import csv
 import functools
-import glob
+import gc
 import gzip
 import hashlib
-import heapq
 import html
 import io
 import itertools
@@ -31,8 +37,11 @@ import random
 import re
 import signal
 import sys
+import tarfile
+import textwrap
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -41,20 +50,24 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from os.path import isdir, isfile
 from pathlib import Path
+from typing import NamedTuple
 
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageEnhance
-import PIL.ImageFilter
-import PIL.ImageFont
 import ftfy
 import numpy as np
+import PIL
 import regex
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from torch import Tensor
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors, and what is said on the terminal
+# ---------------------------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake the user can mend, in one line: what was got, what was wanted, what to do.  Exit status 2."""
@@ -64,14 +77,87 @@ class BadRecord(Exception):
     """A record that cannot be used, as "reason" or "reason: particulars".  It is skipped, counted and named."""
 
 
-@dataclass
-class Sample:
-    image: PIL.Image.Image                  # any mode; perhaps only its header is read so far, for `draft`
-    captions: tuple[str, ...] = ()
-    label: int = -1                         # class index, -1 unknown
-    text_label: int = -1                    # class that the captions name, over all data sets: see NamedClasses
-    label_map: np.ndarray | None = None     # (H, W) uint8 class of each pixel, 255 ignored
-    objects: list[dict] | None = None       # {"box": (x1, y1, x2, y2), "category", "mask": (H, W) bool, "crowd"}
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__} {error}".split())[:200]
+
+
+@contextlib.contextmanager
+def reading(path):
+    """What goes wrong while a user's file is read becomes a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+
+
+@contextlib.contextmanager
+def refusing(what: str):
+    """Whatever is raised over a record's bytes, and on hostile ones that is nearly everything, becomes a BadRecord."""
+    try:
+        yield
+    except Exception as error:
+        raise BadRecord(f"{what}: {one_line(error)}") from None
+
+
+def printable(text: str) -> str:
+    """A text from a stranger's file on one line of a terminal: no line ends, no control characters, no half pairs."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str, file=None):
+    """print at once; where the output goes to a file on a full disk, that costs the line and not the run."""
+    with contextlib.suppress(OSError):
+        print(text, file=file or sys.stdout, flush=True)
+
+
+def progress(items: Iterable, total: int, what: str, speaks: bool = True) -> Iterator:
+    """The items as they come, with a line on standard error where five seconds have passed since the last one."""
+    started = spoke = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if speaks and now - spoke >= 5:
+            left = (now - started) / max(done, 1) * (total - done)
+            say(f"{what}: {done:,} of {total:,}, {left:,.0f} s left", sys.stderr)
+            spoke = now
+        yield item
+
+
+def run(main: Callable):
+    """Runs the main() of a script and ends the process with its exit status.
+
+    0 when all is well; 2 for a user's mistake, told in one line; 130 when interrupted, 141 when nobody reads the output;
+    1 for any other exception, with its traceback.  What all processes meet alike takes the process group down.  After
+    anything else another process may be waiting in the middle of a collective, and NCCL's group would wait for it for
+    minutes: this process leaves at once.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")       # names from files may hold what a terminal cannot show
+    status, met_alike = 0, True
+    try:
+        main()
+    except SystemExit as stop:
+        status = stop.code
+    except UserError as error:
+        say(f"error: {printable(str(error))}", sys.stderr)
+        status = 2
+    except BrokenPipeError:                                 # train.py --plan | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status, met_alike = 141, False
+    except KeyboardInterrupt:
+        say("interrupted", sys.stderr)
+        status, met_alike = 130, False
+    except Exception:
+        traceback.print_exc()
+        status, met_alike = 1, False
+    if dist.is_initialized():
+        if not met_alike:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        gc.collect()        # a DistributedDataParallel that is freed after its group waits for gloo's threads, for ever
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,58 +172,59 @@ class Sample:
 #   ViewTransform, edit_caption    what SLIP and DeCLIP make of a pair besides
 # ---------------------------------------------------------------------------------------------------------------------
 
+@dataclass
+class Sample:
+    image: Image.Image                  # any mode; perhaps only its header is read so far, for `draft`
+    captions: tuple[str, ...] = ()
+    label: int = -1                         # class index, -1 unknown
+    text_label: int = -1                    # class that the captions name, over all data sets: see NamedClasses
+    label_map: np.ndarray | None = None     # (H, W) uint8 class of each pixel, 255 ignored
+    objects: list[dict] | None = None       # {"box": (x1, y1, x2, y2), "category", "mask": (H, W) bool, "crowd"}
+
+
+def pick_caption(sample: Sample, rng: np.random.Generator) -> str:
+    """One of the captions at random, as training sees an image that has several."""
+    if not sample.captions:
+        raise BadRecord("no caption")
+    return sample.captions[rng.integers(len(sample.captions))]
+
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's red, green and blue, in 0..1
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")   # no others: reading EPS would start a program
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")    # no others: reading EPS would start a program
 MAX_PIXELS = 100_000_000     # a file of a few kilobytes can claim gigabytes of pixels
 MAX_SCANS = 100              # of a progressive JPEG, which has about ten: thousands in a small file decode for hours
 MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or counter, not a picture
 DRAFT_MARGIN = 2             # a JPEG decodes to at least this multiple of the final size: about one level off
-UPRIGHT = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTATE_180,    # EXIF orientation -> its cure
-           4: PIL.Image.Transpose.FLIP_TOP_BOTTOM, 5: PIL.Image.Transpose.TRANSPOSE, 6: PIL.Image.Transpose.ROTATE_270,
-           7: PIL.Image.Transpose.TRANSVERSE, 8: PIL.Image.Transpose.ROTATE_90}
-BICUBIC = PIL.Image.Resampling.BICUBIC
+Turn = Image.Transpose
+UPRIGHT = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+           6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}            # EXIF orientation -> its cure
+BICUBIC = Image.Resampling.BICUBIC
 TORCH_RESIZE = torch.backends.cpu.get_cpu_capability().startswith("AVX")   # faster than Pillow there, else slower
 
-warnings.filterwarnings("ignore", module=r"PIL\.")        # Pillow's remarks on odd files; bad ones we report ourselves
+Image.MAX_IMAGE_PIXELS = None                            # open_image has a limit of its own
+warnings.filterwarnings("ignore", module=r"PIL\.")       # Pillow's remarks on odd files; bad ones we report ourselves
 
 
-def open_image(data: bytes) -> PIL.Image.Image:
+def open_image(content: bytes) -> Image.Image:
     """The image in a file's bytes, not decoded yet.  BadRecord: no image, or sides we do not accept."""
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     except PIL.UnidentifiedImageError:
-        raise BadRecord(f"not an image: {len(data)} bytes, none of {', '.join(FORMATS)}") from None
-    except PIL.Image.DecompressionBombError as error:
-        raise BadRecord(f"image too large: {error}") from None
+        raise BadRecord(f"not an image: {len(content)} bytes, none of {', '.join(IMAGE_FORMATS)}") from None
     except Exception as error:               # Pillow's readers raise nearly everything on hostile bytes
         raise BadRecord(f"corrupt image: {one_line(error)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise BadRecord(f"image too large: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     if min(image.size) < MIN_SIDE:
         raise BadRecord(f"image too small: {image.width} x {image.height} pixels")
-    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+    if image.format == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
         raise BadRecord(f"corrupt image: more than {MAX_SCANS} scans, each of which would be decoded")
     return image
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__} {error}".split())[:200]
-
-
-def printable(text: str) -> str:
-    """A text from a stranger's file on one line of a terminal: no line ends, no control characters, no half pairs."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def say(text: str, file=None):
-    """print at once; where the output goes to a file on a full disk, that costs the line and not the run."""
-    with contextlib.suppress(OSError):
-        print(text, file=file or sys.stdout, flush=True)
-
-
-def orientation(image: PIL.Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) if there is none or it cannot be read; Pillow itself turns a TIFF."""
-    exif = PIL.Image.Exif()                  # not image.getexif(), which may decode, and hide that this failed
+    exif = Image.Exif()                  # not image.getexif(), which may decode, and hide that this failed
     try:
         exif.load(image.info.get("exif", b""))
         return exif.get(0x0112, 1)
@@ -145,12 +232,12 @@ def orientation(image: PIL.Image.Image) -> int:
         return 1
 
 
-def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) after `decode`."""
     return image.size[::-1] if orientation(image) in (5, 6, 7, 8) else image.size
 
 
-def draft(image: PIL.Image.Image, shrink: float) -> int:
+def draft(image: Image.Image, shrink: float) -> int:
     """Lets an image that is not decoded yet decode 2, 4 or 8 times smaller, at most `shrink` times; returns how many.
 
     Only JPEGs can: a block of 8 x 8 pixels is computed as one of 4, 2 or 1.  Sides become ceil(side / times).  One that
@@ -162,32 +249,30 @@ def draft(image: PIL.Image.Image, shrink: float) -> int:
     return round(width / answer[1][2]) if answer else 1
 
 
-def decode(image: PIL.Image.Image) -> PIL.Image.Image:
+def decode(image: Image.Image) -> Image.Image:
     """Any image -> RGB, upright, its first frame, transparent parts on white.  BadRecord if the file is damaged."""
-    try:
+    with refusing("corrupt image"):
         turn = UPRIGHT.get(orientation(image))
         image.load()
         if turn is not None:
             image = image.transpose(turn)
             del image.info["exif"]           # which would have it turned again
         return to_rgb(image)
-    except Exception as error:
-        raise BadRecord(f"corrupt image: {one_line(error)}") from None
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose black and white are not known")
     if image.mode.startswith("I"):           # 16-bit gray: the upper byte, as Pillow does for 16-bit color
         upper = np.asarray(image).clip(0, 65535) >> 8
-        image = PIL.Image.fromarray(upper.astype(np.uint8))
+        image = Image.fromarray(upper.astype(np.uint8))
     if image.has_transparency_data:
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")      # convert copies even when there is nothing to do
 
 
-def to_tensor(image: PIL.Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> uint8 tensor (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -212,7 +297,7 @@ def crop_box(width: int, height: int, scale: tuple[float, float], ratio: tuple[f
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def resize_crop(image: PIL.Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
+def resize_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
     """The part (left, top, right, bottom) of an RGB image as uint8 tensor (3, size, size), bicubic with antialiasing.
 
     Cropped first and then resized, as torchvision does: Image.resize(box=) would mix in pixels from outside the box.
@@ -253,7 +338,7 @@ class TrainTransform:
     flip: bool = False
     single_shot: bool = False
 
-    def __call__(self, image: PIL.Image.Image, rng: np.random.Generator) -> Tensor:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         width, height = upright_size(image)
         left, top, w, h = crop_box(width, height, self.scale, self.ratio, rng, self.single_shot)
         times = draft(image, min(w, h) / (DRAFT_MARGIN * self.size))
@@ -278,7 +363,7 @@ class EvalTransform:
             raise UserError(f"cannot cut {self.size} x {self.size} pixels from a short side of {self.resize}: "
                             f"resize to at least {self.size}")
 
-    def __call__(self, image: PIL.Image.Image, rng: np.random.Generator | None = None) -> Tensor:
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
         width, height = upright_size(image)
         times = draft(image, min(width, height) / (DRAFT_MARGIN * self.resize))
         box = (0, 0, width, height) if self.squash else center_box(width, height, self.size, self.resize)
@@ -295,24 +380,24 @@ def normalize(images: Tensor) -> Tensor:
 
 # ---- the compared systems: SLIP's and DeCLIP's views of an image, DeCLIP's second caption ---------------------------
 
-def shift_hue(image: PIL.Image.Image, turns: float) -> PIL.Image.Image:
+def shift_hue(image: Image.Image, turns: float) -> Image.Image:
     """RGB -> RGB, every hue moved along the color circle by a share of it."""
     hue, saturation, value = image.convert("HSV").split()
     hue = hue.point([(h + int(255 * turns)) % 256 for h in range(256)])
-    return PIL.Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 # name: (function (image, factor) -> image, range of the factor)
 JITTER = {
-    "brightness": (lambda image, factor: PIL.ImageEnhance.Brightness(image).enhance(factor), (0.6, 1.4)),
-    "contrast": (lambda image, factor: PIL.ImageEnhance.Contrast(image).enhance(factor), (0.6, 1.4)),
-    "saturation": (lambda image, factor: PIL.ImageEnhance.Color(image).enhance(factor), (0.6, 1.4)),
+    "brightness": (lambda image, factor: ImageEnhance.Brightness(image).enhance(factor), (0.6, 1.4)),
+    "contrast": (lambda image, factor: ImageEnhance.Contrast(image).enhance(factor), (0.6, 1.4)),
+    "saturation": (lambda image, factor: ImageEnhance.Color(image).enhance(factor), (0.6, 1.4)),
     "hue": (shift_hue, (-0.1, 0.1)),
 }
 
 
-def blur(image: PIL.Image.Image, sigma: float) -> PIL.Image.Image:
-    return image.filter(PIL.ImageFilter.GaussianBlur(sigma))
+def blur(image: Image.Image, sigma: float) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(sigma))
 
 
 @dataclass
@@ -325,8 +410,8 @@ class ViewTransform:
     size: int
     scale: tuple[float, float]
 
-    def __call__(self, image: PIL.Image.Image, rng: np.random.Generator) -> Tensor:
-        view = PIL.Image.fromarray(TrainTransform(self.size, self.scale)(image, rng).permute(1, 2, 0).numpy())
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        view = Image.fromarray(TrainTransform(self.size, self.scale)(image, rng).permute(1, 2, 0).numpy())
         if rng.random() < 0.8:
             for name in rng.permutation(list(JITTER)):
                 change, limits = JITTER[name]
@@ -383,6 +468,7 @@ def read_synonyms(path: str) -> dict[str, list[str]]:
 # Ids of every vocabulary: 256 bytes, 256 bytes at the end of a word, one symbol a merge, start token, end token.  A toy
 # corpus uses few of the 512, but with all of them there is one layout, and no caption holds an unknown symbol.
 # ---------------------------------------------------------------------------------------------------------------------
+
 START, END, WORD_END = "<start_of_text>", "<end_of_text>", "</w>"
 WORD = regex.compile(rf"{START}|{END}|'(?:s|t|re|ve|m|ll|d)|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
 PLAIN = re.compile("[\t\n\f\r -%'-~‘’“”–—…]*")    # ASCII but "&" and control characters; typographer's punctuation
@@ -397,8 +483,9 @@ BYTE_OF_CHAR = dict(zip(ALPHABET, BYTES))
 
 CLIP_MERGES = 49152 - 256 - 2    # CLIP uses this many of the merges in its file
 
-# Characters read of a caption, because ftfy's time grows with the square of the length of some hostile texts.  A symbol
-# of CLIP's has at most 32, so these hold over 150 tokens, unless most of them are white space or for ftfy to remove.
+# Characters read of a caption, because the time of ftfy, and of joining the bytes of one word, grows with the square of
+# the length of some hostile texts.  A symbol of CLIP's has at most 32, so these hold over 150 tokens, unless most of
+# them are white space or for ftfy to remove.
 LONGEST = 5_000
 CACHED_CHUNKS, CACHED_LENGTH = 1 << 17, 32    # bounds of the cache: entries, characters of an entry
 
@@ -473,22 +560,16 @@ class BytePairTokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> "BytePairTokenizer":
         """CLIP's vocabulary from its `bpe_simple_vocab_16e6.txt.gz`, packed or not: a header, then a merge a line."""
-        wanted = f"{path}: want CLIP's bpe_simple_vocab_16e6.txt.gz, got"
         try:
             with open(path, "rb") as file:
                 opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
             with opener(path, "rb") as file:
                 lines = file.read(1 << 24).decode().split("\n", CLIP_MERGES + 1)[1 : CLIP_MERGES + 1]
-        except UnicodeDecodeError:
-            raise UserError(f"{wanted} a file that is not text") from None
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{wanted} {error}") from None
-        if len(lines) < CLIP_MERGES:
-            raise UserError(f"{wanted} {len(lines)} lines after the header where {CLIP_MERGES} merges should be")
-        try:
+            if len(lines) < CLIP_MERGES:
+                raise UserError(f"{len(lines)} lines after the header where {CLIP_MERGES} merges should be")
             return cls([tuple(line.split()) for line in lines])
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        except (OSError, EOFError, ValueError, zlib.error, UserError) as error:
+            raise UserError(f"{path}: want CLIP's bpe_simple_vocab_16e6.txt.gz, got {error}") from None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BytePairTokenizer":
@@ -502,36 +583,24 @@ class BytePairTokenizer:
         words = [(bytes_of(word), n) for word, n in counts.items() if word not in (START, END)]
         symbols, merges = cls([]).symbols[:-2], []
 
-        frequency = Counter()             # pair of ids -> how often it stands in the captions
-        holders = defaultdict(set)        # pair of ids -> places in `words` where it stands, or once did
-        for place, (ids, n) in enumerate(words):
+        frequency = Counter()                     # pair of ids -> how often it stands in the captions
+        for ids, n in words:
             for pair in zip(ids, ids[1:]):
                 frequency[pair] += n
-                holders[pair].add(place)
-        heap = [(-n, pair) for pair, n in frequency.items()]
-        heapq.heapify(heap)
-        while heap and len(symbols) + 2 < vocab_size:
-            n, best = heapq.heappop(heap)
-            if -n != frequency[best]:
-                continue                  # out of date: what changes a frequency pushes the pair again
-            if n > -2:
+        while frequency and len(symbols) + 2 < vocab_size:
+            best = min(frequency, key=lambda pair: (-frequency[pair], pair))
+            if frequency[best] < 2:
                 break
             merges.append((symbols[best[0]], symbols[best[1]]))
             symbols.append("".join(merges[-1]))
-            change = Counter()
-            for place in holders.pop(best):
-                ids, n = words[place]
-                joined = join(ids, best, len(symbols) - 1)
-                words[place] = joined, n
-                for pair in zip(ids, ids[1:]):
-                    change[pair] -= n
-                for pair in zip(joined, joined[1:]):
-                    change[pair] += n
-                    holders[pair].add(place)
-            for pair, n in change.items():
-                if n:
-                    frequency[pair] += n
-                    heapq.heappush(heap, (-frequency[pair], pair))
+            for place, (ids, n) in enumerate(words):
+                if best[0] in ids and best[1] in ids:
+                    joined = join(ids, best, len(symbols) - 1)
+                    words[place] = joined, n
+                    for pair in zip(ids, ids[1:]):
+                        frequency[pair] -= n
+                    for pair in zip(joined, joined[1:]):
+                        frequency[pair] += n
         return cls(merges)
 
     def state(self) -> dict[str, str]:
@@ -551,40 +620,24 @@ class BytePairTokenizer:
 
     def encode_chunk(self, chunk: str) -> list[int]:
         ids = []
-        for word in [chunk] if chunk.isascii() and chunk.isalpha() else WORD.findall(chunk):
+        for word in WORD.findall(chunk):
             symbol = word if word in (START, END) else word + WORD_END
             if word.isascii() and symbol in self.ids:    # a symbol is what its own bytes merge into
                 ids.append(self.ids[symbol])
             else:
                 ids += self.merge(bytes_of(word))
-        if len(chunk) <= CACHED_LENGTH:
-            if len(self.cache) >= CACHED_CHUNKS:
-                self.cache.clear()
+        if len(chunk) <= CACHED_LENGTH and len(self.cache) < CACHED_CHUNKS:
             self.cache[chunk] = ids
         return ids
 
     def merge(self, ids: list[int]) -> list[int]:
-        """Joins neighbors, always the pair learned first and of its occurrences the leftmost, until no pair is known.
-
-        The symbols are a linked list and the pairs a heap of numbers, joined id * n + place of the left symbol: a word
-        of n bytes takes a time of n log n, so that one of megabytes is no trap.
-        """
-        n, pairs, ids = len(ids), self.pairs, ids + [None]         # None: a neighbor for both ends, in no pair
-        before, after = list(range(-1, n)), list(range(1, n + 2))
-        heap = [pairs[pair] * n + i for i, pair in enumerate(zip(ids, ids[1:])) if pair in pairs]
-        heapq.heapify(heap)
-        while heap:
-            joined, i = divmod(heapq.heappop(heap), n)
-            j = after[i]
-            if pairs.get((ids[i], ids[j])) != joined:
-                continue                                           # one of the two is part of a longer symbol by now
-            ids[i], ids[j] = joined, None
-            left, right = before[i], after[j]
-            after[i], before[right] = right, i
-            for place, pair in (left, (ids[left], joined)), (i, (joined, ids[right])):
-                if pair in pairs:
-                    heapq.heappush(heap, pairs[pair] * n + place)
-        return [i for i in ids if i is not None]
+        """Joins neighbors, always the pair learned first and all its occurrences from the left, until none is known."""
+        while True:
+            known = [(self.pairs[pair], pair) for pair in zip(ids, ids[1:]) if pair in self.pairs]
+            if not known:
+                return ids
+            new, pair = min(known)
+            ids = join(ids, pair, new)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text with a space after each word; start and end token are spelled out, an incomplete character is U+FFFD."""
@@ -603,11 +656,11 @@ class BytePairTokenizer:
         if context_length < 2:
             raise UserError(f"context_length {context_length}: want 2 (start and end token) or more")
         texts = [texts] if isinstance(texts, str) else texts
-        rows = np.full((len(texts), context_length), self.pad, dtype=np.int64)
-        for row, text in zip(rows, texts):
+        tokens = np.full((len(texts), context_length), self.pad, dtype=np.int64)
+        for own_tokens, text in zip(tokens, texts):
             ids = [self.sot, *self.encode(text[:LONGEST])[: context_length - 2], self.eot]
-            row[: len(ids)] = ids
-        return torch.from_numpy(rows)
+            own_tokens[: len(ids)] = ids
+        return torch.from_numpy(tokens)
 
 
 def trim(tokens: Tensor, eot: int, multiple: int = 1) -> Tensor:
@@ -620,11 +673,13 @@ def trim(tokens: Tensor, eot: int, multiple: int = 1) -> Tensor:
     return tokens[:, : -(-longest // multiple) * multiple]     # (B, l)
 
 
-# ---- The Shapes world: scenes that follow from (seed, split, index), with captions, classes, masks and boxes ---------
+# ---------------------------------------------------------------------------------------------------------------------
+# The Shapes world: scenes that follow from (seed, split, index), with captions, classes, masks and boxes
 #
 # The same bits everywhere.  Choices come from Python's generator, cheap to seed with text, which does not use hash().
 # Images use + - * / sqrt and rounded sines only: numpy's other functions differ in the last bit between processors.
 # Places and lengths are fractions of the image side; y points down.
+# ---------------------------------------------------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 COLORS = {"red": (214, 36, 40), "orange": (238, 132, 24), "yellow": (238, 224, 50), "green": (42, 160, 62),
@@ -633,7 +688,7 @@ KINDS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]        # an
 TEXTURES = ("plain", "striped", "checkered", "dotted", "cloudy")
 OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {} ")
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
-REACH = 1.2          # no shape reaches further from its centre than this many radii
+
 MAX_NOISE = 8        # colors keep this far from 0 and 255, so that noise is never clipped
 
 
@@ -702,17 +757,15 @@ def turn(degrees: float) -> tuple[float, float]:
     return round(math.cos(math.radians(degrees)), 6), round(math.sin(math.radians(degrees)), 6)
 
 
-def coverage(thing: Thing, size: int) -> tuple[slice, slice, np.ndarray]:
-    """Rows and columns of the object's window, and the share (rows, columns) of each of its pixels that it covers."""
+def coverage(thing: Thing, size: int) -> np.ndarray:
+    """(size, size): the share of each pixel that an object covers."""
     radius, cx, cy = thing.size / 2 * size, thing.cx * size, thing.cy * size               # pixels
-    reach = REACH * radius + 1
-    x0, x1 = max(0, int(cx - reach)), min(size, int(cx + reach) + 1)
-    y0, y1 = max(0, int(cy - reach)), min(size, int(cy + reach) + 1)
-    x = (np.arange(x0, x1, dtype=np.float32) + (0.5 - cx)) / radius                        # pixel centres, in radii
-    y = (np.arange(y0, y1, dtype=np.float32)[:, None] + (0.5 - cy)) / radius
+    pixels = np.arange(size, dtype=np.float32)
+    x = (pixels + (0.5 - cx)) / radius                                                     # pixel centres, in radii
+    y = (pixels[:, None] + (0.5 - cy)) / radius
     cos, sin = turn(thing.angle)
-    distance = radius * shape_distance(thing.shape, cos * x + sin * y, cos * y - sin * x)  # (rows, columns), pixels
-    return slice(y0, y1), slice(x0, x1), (0.5 - distance).clip(0, 1)
+    distance = radius * shape_distance(thing.shape, cos * x + sin * y, cos * y - sin * x)  # (size, size), pixels
+    return (0.5 - distance).clip(0, 1)
 
 
 def square_wave(t: np.ndarray, step: float) -> np.ndarray:
@@ -725,8 +778,8 @@ def texture_map(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
     x = (np.arange(size, dtype=np.float32) + 0.5) / size
     y = x[:, None]
     if scene.texture == "cloudy":                                # a coarse random grid, smoothly enlarged
-        cells = PIL.Image.frombytes("L", (7, 7), rng.randbytes(49))
-        return np.asarray(cells.resize((size, size), PIL.Image.Resampling.BICUBIC), dtype=np.float32) / 255
+        cells = Image.frombytes("L", (7, 7), rng.randbytes(49))
+        return np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     cos, sin = turn(scene.angle)
     if scene.texture == "plain":                                 # a faint gradient
         return 0.5 + 0.3 * (cos * (x - 0.5) + sin * (y - 0.5))
@@ -744,12 +797,10 @@ def texture_map(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
 def draw_scene(scene: Scene, size: int) -> np.ndarray:
     """(size, size, 3) uint8: texture, objects in order, fine noise."""
     rng = random.Random(scene.noise_seed)
-    first, second = np.array(scene.tones, dtype=np.float32)[:, :, None, None]              # (3, 1, 1) each
-    canvas = first + (second - first) * texture_map(scene, size, rng)                      # (3, size, size)
+    dark, light = np.array(scene.tones, dtype=np.float32)[:, :, None, None]                # (3, 1, 1) each
+    canvas = dark + (light - dark) * texture_map(scene, size, rng)                         # (3, size, size)
     for thing in scene.objects:
-        rows, columns, share = coverage(thing, size)
-        window = canvas[:, rows, columns]
-        window += share * (np.array(thing.rgb, dtype=np.float32)[:, None, None] - window)
+        canvas += coverage(thing, size) * (np.array(thing.rgb, dtype=np.float32)[:, None, None] - canvas)
     canvas += np.frombuffer(rng.randbytes(size * size), dtype=np.int8).reshape(size, size) >> 4    # -8 .. 7
     return np.stack(canvas.astype(np.uint8), axis=-1)                                      # (size, size, 3)
 
@@ -758,31 +809,33 @@ def visible_masks(scene: Scene, size: int) -> list[np.ndarray]:
     """For each object (size, size) bool: the pixels that it covers by half or more, and no later object does."""
     masks = []
     for thing in scene.objects:
-        rows, columns, share = coverage(thing, size)
-        covered = np.zeros((size, size), dtype=bool)
-        covered[rows, columns] = share >= 0.5
-        for earlier in masks:
-            earlier &= ~covered
-        masks.append(covered)
+        covered = coverage(thing, size) >= 0.5
+        masks = [earlier & ~covered for earlier in masks] + [covered]
     return masks
 
 
 def size_words(thing: Thing) -> tuple[str, ...]:
     """Words that are true of an object's size; none for a middling one."""
-    return (("big", "large") if thing.size >= 0.5 else ("tiny", "small") if thing.size <= 0.2 else
-            ("small",) if thing.size <= 0.36 else ())
+    if thing.size >= 0.5:
+        return "big", "large"
+    if thing.size <= 0.2:
+        return "tiny", "small"
+    return ("small",) if thing.size <= 0.36 else ()
 
 
 def place_words(thing: Thing) -> tuple[str, ...]:
     """Phrases that are true of an object's place; none when it is near the border between two places."""
-    across, down = (("left", "top")[k] if t <= 0.38 else ("right", "bottom")[k] if t >= 0.62 else
-                    "center" if 0.44 <= t <= 0.56 else "" for k, t in enumerate((thing.cx, thing.cy)))
+    def third(t, low, high):
+        return low if t <= 0.38 else high if t >= 0.62 else "center" if 0.44 <= t <= 0.56 else ""
+    across, down = third(thing.cx, "left", "right"), third(thing.cy, "top", "bottom")
     if not across or not down:
         return ()
     if across == down:
         return "in the center", "in the middle"
-    if "center" in (across, down):
-        return (f"on the {across}",) if down == "center" else (f"at the {down}",)
+    if down == "center":
+        return (f"on the {across}",)
+    if across == "center":
+        return (f"at the {down}",)
     return f"at the {down} {across}", f"in the {down} {across} corner"
 
 
@@ -824,22 +877,23 @@ def scene_caption(rng: random.Random, things: list[Thing], texture: str, unsaid:
     groups = {}
     for thing in things:
         groups.setdefault(thing.category, []).append(thing)
-    first, *others = sorted(groups.values(), key=lambda group: rng.random())
-    groups = [first, *(group for group in others if not chance(unsaid))]
+    subject, *others = sorted(groups.values(), key=lambda group: rng.random())
+    groups = [subject, *(group for group in others if not chance(unsaid))]
     names = [name(group) for group in groups]
     kind = rng.random()                                          # of sentence: relation, list, list with places
-    relation = relation_words(first[0], groups[1][0]) if [len(group) for group in groups[:2]] == [1, 1] else ()
+    relation = relation_words(subject[0], groups[1][0]) if [len(group) for group in groups[:2]] == [1, 1] else ()
     if kind < 0.45 and relation:
-        also = all(relation_words(first[0], thing) == relation for group in groups[2:] for thing in group)
+        also = all(relation_words(subject[0], thing) == relation for group in groups[2:] for thing in group)
         end = len(names) if also else 2
         text = f"{names[0]} {rng.choice(relation)} {listing(names[1:end])}"
         text += ", plus " + listing(names[end:]) if names[end:] else ""
     else:
         text = listing([placed(*pair) for pair in zip(names, groups)] if kind > 0.55 else names)
-    text = rng.choice(OPENINGS).format("is" if len(first) == 1 else "are") + text
+    text = rng.choice(OPENINGS).format("is" if len(subject) == 1 else "are") + text
     return text + rng.choice((" on a {} background", ", {} background")).format(texture) if chance(0.25) else text
 
 
+@dataclass(eq=False)
 class ShapesWorld:
     """`count` scenes of colored shapes on textured backgrounds; scene i follows from (seed, split, i) alone.
 
@@ -854,23 +908,29 @@ class ShapesWorld:
     the side) is a multiple of 4, else in "train".  So no layout is in both, whatever the seeds and options, while both
     have all classes: held out is where a thing is, how large, and beside which others.
     """
+    split: str = "train"
+    count: int = 20000
+    size: int = 64
+    seed: int = 0
+    objects: tuple[int, int] = (1, 4)
+    object_size: tuple[float, float] = (0.45, 0.8)
+    single: float = 0.7
+    unsaid: float = 0.0
+    dense: bool = False
+    forms: bool = False
+
     classes = KINDS
     reduce_zero_label = True            # label 0 of a label_map is no class
 
-    def __init__(self, split: str = "train", count: int = 20000, size: int = 64, seed: int = 0,
-                 objects: tuple[int, int] = (1, 4), object_size: tuple[float, float] = (0.45, 0.8),
-                 single: float = 0.7, unsaid: float = 0.0, dense: bool = False, forms: bool = False):
-        if split not in ("train", "val"):
-            raise UserError(f"the Shapes world has no split {split!r}; use train or val")
-        for what, (low, high), least, most in [("objects", objects, 1, 6), ("object_size", object_size, 0.1, 0.8)]:
-            if not least <= low <= high <= most:
-                raise UserError(f"Shapes world: {what} from {low} to {high} is no range within {least} to {most}")
-        if size < 16:
-            raise UserError(f"Shapes world: size is {size} pixels; use 16 or more")
-        self.split, self.count, self.size, self.seed = split, count, size, seed
-        self.objects, self.object_size, self.single = objects, object_size, single
-        self.unsaid, self.dense = unsaid, dense
-        if forms:
+    def __post_init__(self):
+        if self.split not in ("train", "val"):
+            raise UserError(f"the Shapes world has no split {self.split!r}; use train or val")
+        ranges = dict(objects=(self.objects, 1, 6), object_size=(self.object_size, 0.1, 0.8), size=([self.size], 16, 1e5),
+                      count=([self.count], 1, 1e9), single=([self.single], 0, 1), unsaid=([self.unsaid], 0, 1))
+        for what, (values, least, most) in ranges.items():
+            if not least <= values[0] <= values[-1] <= most:
+                raise UserError(f"Shapes world: {what} is {values}, wanted numbers that rise from {least} to {most}")
+        if self.forms:
             self.classes = list(SHAPES)
 
     def __len__(self) -> int:
@@ -929,46 +989,177 @@ class ShapesWorld:
 
     def read(self, i: int) -> Sample:
         scene = self.scene(i)
-        sample = Sample(PIL.Image.fromarray(draw_scene(scene, self.size)), (scene.caption,))
+        sample = Sample(Image.fromarray(draw_scene(scene, self.size)), (scene.caption,))
         if len(scene.objects) == 1:
             sample.label = self.class_of(scene.objects[0])
         if self.dense:
             sample.label_map, sample.objects = np.zeros((self.size, self.size), dtype=np.uint8), []
             for thing, visible in zip(scene.objects, visible_masks(scene, self.size)):
                 sample.label_map[visible] = self.class_of(thing) + 1     # 0 is the background
-                rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
-                if len(rows):
-                    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-                    sample.objects.append({"box": box, "category": self.class_of(thing), "mask": visible,
-                                           "crowd": False})
+                ys, xs = visible.nonzero()
+                if len(ys):
+                    box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
+                    sample.objects.append(dict(box=box, category=self.class_of(thing), mask=visible, crowd=False))
         return sample
 
 
 def shapes_options(text: str) -> dict:
     """What follows "shapes:" in a SPEC, or "": "train=20000,objects=1-4" -> {"train": 20000, "objects": (1, 4)}."""
-    whole, share = r"\d{1,9}", r"0?\.\d+|[01](\.0*)?"
-    pattern = dict(train=whole, val=whole, size=whole, seed=whole, objects=r"\d-\d", single=share, unsaid=share,
-                   forms="[01]")
+    def pair(value):
+        low, high = value.split("-")
+        return int(low), int(high)
+    kinds = dict(train=int, val=int, size=int, seed=int, objects=pair, single=float, unsaid=float, forms=int)
     options = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
-        if key not in pattern:
-            raise UserError(f"the Shapes world has no option {key!r}; it has {', '.join(pattern)}")
-        if not re.fullmatch(pattern[key], value, re.ASCII):
+        try:
+            options[key] = kinds[key](value)
+        except (KeyError, ValueError):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
-                            "seed=0, objects=1-4, single=0.7, unsaid=0.2 (these two from 0 to 1), forms=1 (or 0)")
-        options[key] = (tuple(map(int, value.split("-"))) if key == "objects" else
-                        float(value) if pattern[key] == share else int(value))
+                            "seed=0, objects=1-4, single=0.7, unsaid=0.2 (these two from 0 to 1), forms=1 (or 0)") from None
     return options
 
 
+def shapes(text, split, task, size, **_):
+    """The world as a data set: any split but "train" is held out, and what a task asks for is the default."""
+    defaults = dict(train=20000, val=1024, size=size or 64, objects=(1, 1) if task == "classes" else (1, 4),
+                    forms=task == "detection")
+    options = defaults | shapes_options(text)
+    counts = dict(train=options.pop("train"), val=options.pop("val"))
+    split = "train" if split == "train" else "val"
+    return ShapesWorld(split, counts[split], dense=task in ("segmentation", "detection"), **options)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Data sets on disk
+# Loading: from (seed, step) to a batch, the same whatever the number of processes and workers
 #
 # A data set has  len(),  name(i): a stable id,  read(i): a Sample, or BadRecord,  classes: list of names or None,  and
-# notes: lines that tell what was left out and why.  In memory are only names, captions and places in files, so that a
-# list of 15 million records fits.
+# notes: lines that tell what was left out and why.
 # ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class Records:
+    """Reads, decodes and augments single records.  An item is asked for by (epoch, index, *spares).
+
+    transform(sample, rng) makes a dict of arrays and strings; rng is seeded by (seed, epoch, index), so that an image
+    is augmented alike in every process and after every resume.  A bad record is named in "bad" and a spare takes its
+    place; without a spare left the item is only its "bad" list.
+    """
+    data: object
+    transform: Callable
+    seed: int = 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict:
+        epoch, *candidates = key
+        bad = []
+        for index in candidates:
+            try:
+                rng = np.random.default_rng((self.seed, epoch, index))
+                return dict(self.transform(self.data.read(index), rng), index=index, bad=bad)
+            except BadRecord as error:
+                bad.append((self.data.name(index), str(error)))
+        return dict(bad=bad)
+
+
+def collate(items: list[dict]) -> dict:
+    """Items of Records -> one batch: tensors are stacked, numbers become a tensor, the rest lists; "bad" is joined."""
+    batch = {"bad": [bad for item in items for bad in item["bad"]]}
+    items = [item for item in items if "index" in item]
+    for key in items[0] if items else ():
+        values = [item[key] for item in items]
+        if key != "bad":
+            batch[key] = (torch.stack(values) if torch.is_tensor(values[0]) else
+                          torch.tensor(values) if isinstance(values[0], (int, float)) else values)
+    return batch
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) the order in which an epoch visits the records."""
+    return np.random.default_rng((seed, epoch, n)).permutation(n)
+
+
+@dataclass(eq=False)
+class TrainBatches:
+    """For each step the keys of this process's share of the global batch.
+
+    An epoch is a permutation cut into n // batch_size global batches; process r takes the r-th slice of each, so every
+    process has the same number of steps and no record comes twice in an epoch.  What the cut leaves over are the spares
+    that stand in for bad records; a stand-in may come twice, as processes do not ask each other who took which.
+    """
+    n: int
+    batch_size: int
+    seed: int
+    steps: range
+    rank: int = 0
+    world: int = 1
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        per_epoch, share, current = self.n // self.batch_size, self.batch_size // self.world, None
+        for step in self.steps:
+            epoch, i = divmod(step, per_epoch)
+            if epoch != current:
+                order, current = epoch_order(self.n, self.seed, epoch), epoch
+                left_over = order[per_epoch * self.batch_size:]
+            start = i * self.batch_size + self.rank * share
+            yield [(epoch, int(order[k]), *self.spares_of(k, left_over if len(left_over) else order))
+                   for k in range(start, start + share)]
+
+    @staticmethod
+    def spares_of(k: int, pool: np.ndarray) -> list[int]:
+        """Ten records of the pool that may take the place of the epoch's k-th."""
+        return [int(pool[(k + j) % len(pool)]) for j in range(1, 11)]
+
+
+class DataLoader(torch.utils.data.DataLoader):
+    """torch's, which tells of a worker's death in one line."""
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(f"a loader process died ({one_line(error)}): with too little memory, lower --workers; the "
+                            f"same command goes on from the last checkpoint") from None
+
+
+def leave_signals_to_parent(worker: int):
+    """SIGTERM from Slurm and Ctrl-C reach every process of a run; the loader's end when their parent says so."""
+    def listen():
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    signals = {signal.SIGTERM, signal.SIGINT}
+    if hasattr(signal, "sigwaitinfo"):                          # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=listen, daemon=True).start()
+
+
+def train_loader(data, transform, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1,
+                 workers: int = 0, collate=collate):
+    """An iterator over the batches of `steps`; batch_size is global, each batch holds this process's share of it."""
+    batches = TrainBatches(len(data), batch_size, seed, steps, rank, world)
+    return DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_parent)
+
+
+def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0, collate=collate,
+                seed: int = 0):
+    """Every record once and in order: process r reads records r, r + world, ...  Bad ones are left out and named."""
+    indices = range(rank, len(data), world)
+    batches = [[(0, i) for i in indices[k:k + batch_size]] for k in range(0, len(indices), batch_size)]
+    return DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available())
+
+
+# =====================================================================================================================
+# Data sets on disk.  In memory are only names, captions and places in files, so that a list of 15 million records fits.
+# =====================================================================================================================
 
 EXTENSIONS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"}
 MAX_FILE = 1 << 28           # bytes of one image or caption file
@@ -976,190 +1167,203 @@ LONGEST_FIELD = 1 << 22      # characters of one csv field: more means a quote t
 
 
 class Packed:
-    """Many byte strings in two arrays, which forked workers share; of a list of str each worker would end up with a
-    copy of its own, as reading an object changes its reference count."""
+    """Many byte strings as one, which forked workers share; of a list of str each worker would end up with a copy of
+    its own, as reading an object changes its reference count."""
 
-    def __init__(self, strings: Iterable[bytes] = ()):
-        self.blob, self.ends = bytearray(), array("q")
-        for string in strings:
-            self.append(string)
+    def __init__(self, strings: Iterable[bytes]):
+        strings = list(strings)
+        self.blob, self.ends = b"".join(strings), np.cumsum([0, *map(len, strings)])
 
-    def append(self, string: bytes):
-        self.blob += string
-        self.ends.append(len(self.blob))
+    def __len__(self):
+        return len(self.ends) - 1
 
-    def extend(self, other: "Packed"):
-        ends = np.array(other.ends, dtype=np.int64) + len(self.blob)
-        self.blob += other.blob
-        self.ends.frombytes(ends.tobytes())
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, i: int) -> bytes:
-        return bytes(self.blob[self.ends[i - 1] if i else 0:self.ends[i]])
+    def __getitem__(self, i):
+        return self.blob[self.ends[i]:self.ends[i + 1]]
 
 
-def clean_caption(raw: bytes) -> str:
-    try:
-        text = raw.decode().removeprefix("\ufeff").strip()
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"caption is not UTF-8: {error.reason} at byte {error.start}") from None
+def clean_caption(text: str) -> str:
+    text = text.removeprefix("\ufeff").strip()
+    with refusing("caption is not UTF-8"):       # a stray byte was kept as a surrogate; or half a pair from JSON
+        text.encode()
     if not text:
         raise BadRecord("empty caption")
     return text
 
 
-def as_bytes(text: str) -> bytes:
-    """UTF-8; a stray byte, or half a surrogate pair from JSON, stays as wrong as it was, for clean_caption to see."""
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
+def archive_and_member(path: str) -> tuple[str, str]:
+    """a/val.zip@3/17.png -> a/val.zip, 3/17.png;  a/17.png -> a/17.png, "" """
+    archive, at, member = path.partition(".zip@")
+    return (archive + ".zip", member) if at else (path, "")
 
 
-def pick_caption(sample: Sample, rng: np.random.Generator) -> str:
-    """One of the captions at random, as training sees an image that has several."""
-    if not sample.captions:
-        raise BadRecord("no caption")
-    return sample.captions[rng.integers(len(sample.captions))]
+@functools.lru_cache(maxsize=4)
+def open_zip(path: str, process: int) -> zipfile.ZipFile:
+    """process: os.getpid(), because an open file that a fork inherits has one position for both."""
+    return zipfile.ZipFile(path)
 
 
-def progress(items: Iterable, total: int, what: str, speaks: bool = True) -> Iterator:
-    """The items as they come, with a line on standard error every five seconds, however long one of them takes."""
-    items = iter(items)                         # before the thread: a loader's processes are forked here
-    done, started, finished = 0, time.monotonic(), threading.Event()
+def read_file(path: str) -> bytes:
+    """The bytes of a file, or of ARCHIVE.zip@MEMBER."""
+    archive, member = archive_and_member(path)
+    with refusing(f"unreadable file: {path!r}"):
+        if member:
+            zipped = open_zip(archive, os.getpid())
+            size, read = zipped.getinfo(member).file_size, partial(zipped.read, member)
+        else:
+            size, read = os.path.getsize(path), Path(path).read_bytes
+        if size > MAX_FILE:
+            raise ValueError(f"{size:,} bytes are too many")
+        return read()
 
-    def speak():
-        while not finished.wait(5):
-            left = (time.monotonic() - started) / max(done, 1) * (total - done)
-            say(f"{what}: {done:,} of {total:,}" + f", {left:,.0f} s left" * bool(done), file=sys.stderr)
-    if speaks:
-        threading.Thread(target=speak, daemon=True).start()
-    try:
-        for item in items:
-            yield item
-            done += 1
-    finally:
-        finished.set()
+
+def read_lines(path: str | Path, what: str) -> list[str]:
+    """The lines of a text file, without those that are empty."""
+    with reading(f"the {what} in {path}"):
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"{path} should hold {what}, one a line, but is empty")
+    return lines
+
+
+def read_json(path: str) -> dict:
+    with reading(path), open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def want(entry, key: str, kind: type, where: str):
+    """entry[key] of JSON, which must be of this kind: int, str, list; object for anything, None if it is not there."""
+    if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+        raise UserError(f"{where}: wanted an object with {key!r} of type {kind.__name__}, got {json.dumps(entry)[:80]}")
+    return entry.get(key)
+
+
+def entries(content, key, path, **kinds):
+    """For each object in the list content[key] of a JSON file: where it stands, and its values of these keys."""
+    listed = want(content, key, list, path)
+    for k, entry in enumerate(progress(listed, len(listed), f"{key} of {path} read")):
+        where = f"{path}, {key}[{k}]"
+        yield where, *(want(entry, name, kind, where) for name, kind in kinds.items())
+
+
+def note_counts(counts: dict[str, int]) -> list[str]:
+    return [f"{count:,} {what}" for what, count in counts.items() if count]
 
 
 # ---- shards: tar files of images and captions -----------------------------------------------------------------------
 
 def expand_braces(pattern: str) -> list[str]:
-    """The shell's braces, here with ranges in lists too: "{000..002}", "{a,b}/{0..9}", "{00..07,12}"."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
-        if "{" in pattern or "}" in pattern:
-            raise UserError(f"unbalanced braces in {pattern}: wanted PATH-{{00000..00999}}.tar")
+    """PATH-{00000..00999}.tar -> the names it stands for, as a shell has it."""
+    found = re.fullmatch(r"([^{}*]*)\{(\d+)\.\.(\d+)\}([^{}*]*)", pattern)
+    if found:
+        before, low, high, after = found.groups()
+        if int(low) <= int(high) < int(low) + 1_000_000:
+            return [f"{before}{n:0{len(low)}}{after}" for n in range(int(low), int(high) + 1)]
+    elif not re.search("[{}*]", pattern) and not isdir(pattern):
         return [pattern]
-    before, after = pattern[:found.start()], pattern[found.end():]
-    if "{" in before or not re.search(r",|\.\.", found[1]):
-        raise UserError(f"cannot expand the braces in {pattern}: wanted {{00000..00999}} or {{a,b}}, not nested")
-    choices = []
-    for item in found[1].split(","):
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", item)
-        if not numbers and ".." in item:
-            raise UserError(f"cannot expand {{{item}}}: wanted a range of numbers such as {{00000..00999}}")
-        if numbers:
-            first, last = int(numbers[1]), int(numbers[2])
-            if not first <= last < first + 1_000_000:
-                raise UserError(f"range {{{item}}} does not count up, or holds more than a million shards")
-            padded = any(end.startswith("0") and len(end) > 1 for end in numbers.groups())
-            width = max(map(len, numbers.groups())) if padded else 0
-            choices += [str(n).zfill(width) for n in range(first, last + 1)]
-        else:
-            choices.append(item)
-    return [before + choice + rest for choice, rest in itertools.product(choices, expand_braces(after))]
+    raise UserError(f"cannot read shards:{pattern}: wanted the names of the tars with a range in braces, "
+                    f"shards:PATH-{{00000..00999}}.tar, so that a missing one is noticed")
 
 
-class Tar:
-    """An open tar file, read by offset only: reads share no position, so threads and forked processes can share it."""
+def tar_members(path):
+    """The members of a tar, in order.  An exception tells where and why the walk ended too early."""
+    total = os.path.getsize(path)
+    with tarfile.open(path, "r:", encoding="utf-8") as tar:
+        for member in tar:
+            end = member.offset_data + member.size
+            if member.size < 0 or end > total:
+                raise ValueError(f"cut short: has {total:,} bytes, the member at {member.offset:,} ends at {end:,}")
+            yield member
+        tar.fileobj.seek(tar.offset)                     # tarfile stops at a damaged header as at an end
+        header = tar.fileobj.read(512)
+        if len(header) < 512 or any(header):
+            raise ValueError(f"damaged or cut short at byte {tar.offset:,} of {total:,}")
+        if total - tar.offset > 1 << 20:
+            raise ValueError(f"has its end mark at byte {tar.offset:,} of {total:,}; what follows is not read")
 
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self.size = os.fstat(self.descriptor).st_size
-        self.close = os.close           # when the interpreter ends, the module may be gone before this object
-
-    def __del__(self):
-        if hasattr(self, "descriptor"):
-            self.close(self.descriptor)
-
-    def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self.descriptor, size, offset)
-
-    def members(self) -> Iterator[tuple[bytes, int, int]]:
-        """(name, offset, size) of each regular file, in order; links, devices and sparse files as (name, -1, 0).
-
-        A header of 512 bytes (name, size in octal, checksum, kind) stands before each member, whose bytes are padded to
-        a multiple of 512; zeros end the file.  Headers of kind L (GNU) and x (POSIX) tell more of the one that follows.
-        ValueError: where and why the walk ended too early.  Several times as fast as tarfile: it matters for millions.
-        """
-        at, long_name, more = 0, None, {}
-        while True:
-            header = self.read(at, 512)
-            if len(header) < 512:
-                raise ValueError(f"ends at byte {at:,} without an end mark")
-            if header.count(0) == 512:
-                if self.size - at > 1 << 20:
-                    raise ValueError(f"has its end mark at byte {at:,} of {self.size:,}; what follows is not read")
-                return
-            kind, data = header[156:157], at + 512
-            if sum(header) - sum(header[148:156]) + 8 * ord(" ") != tar_number(header[148:156]):
-                raise ValueError(f"is damaged at byte {at:,} of {self.size:,}")
-            size = int(more.get(b"size", tar_number(header[124:136])))
-            if kind in b"123456":                        # links, devices, folders, pipes have no data, whatever is said
-                size = 0
-            if kind == b"S":                             # sparse: its map may go on in further blocks
-                goes_on = header[482]
-                while goes_on:
-                    goes_on, data = self.read(data, 512)[504:505] == b"\1", data + 512
-            if data + size > self.size:
-                raise ValueError(f"is cut short: has {self.size:,} bytes, the member at {at:,} ends at {data + size:,}")
-            at = data + -(-size // 512) * 512
-            if kind == b"L":
-                long_name = self.read(data, min(size, 1 << 16)).rstrip(b"\0")
-            elif kind == b"x":
-                more = pax_records(self.read(data, min(size, 1 << 20)))
-            elif kind not in (b"K", b"g"):
-                name = header[:100].split(b"\0")[0]
-                if header[257:263] == b"ustar\0" and header[345]:
-                    name = header[345:500].split(b"\0")[0] + b"/" + name
-                name = more.get(b"path") or long_name or name
-                regular = kind in (b"0", b"\0", b"7") and not any(key.startswith(b"GNU.sparse") for key in more)
-                if kind != b"5" and not name.endswith(b"/"):
-                    yield (name, data, size) if regular else (name, -1, 0)
-                long_name, more = None, {}
-
-
-def tar_number(field: bytes) -> int:
-    if field[0] == 0x80:                                 # GNU: binary, for sizes of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    digits = field.split(b"\0")[0].strip()
-    if digits.strip(b"01234567"):
-        raise ValueError(f"has {field!r} where a header should have a number")
-    return int(digits or b"0", 8)
-
-
-def pax_records(data: bytes) -> dict[bytes, bytes]:
-    """The lines "LENGTH key=value\\n" of a POSIX extended header; LENGTH counts all of the line."""
-    records = {}
-    while data.strip(b"\0"):
-        length = data.split(b" ")[0]
-        if not (length.isdigit() and len(length) < int(length) <= len(data)):
-            raise ValueError(f"has a malformed extended header: {data[:40]!r}")
-        key, _, value = data[len(length) + 1:int(length)].rstrip(b"\n").partition(b"=")
-        records[key], data = value, data[int(length):]
-    if not records.get(b"size", b"0").isdigit():
-        raise ValueError(f"has a malformed size in an extended header: {records[b'size'][:40]!r}")
-    return records
-
-
-open_tar = functools.lru_cache(maxsize=64)(Tar)          # in each process; what drops out closes once nobody reads it
 
 # Where the image and the caption of a pair are: "json" if the caption is the entry "caption" of a .json file.
-PAIR = np.dtype([("shard", "<i4"), ("json", "?"), ("image", "<i8"), ("image_size", "<i8"), ("caption", "<i8"),
-                 ("caption_size", "<i8")])
+def index_tar(path):
+    """Where the pairs of a tar are:
+
+    keys     their names
+    pairs    (n, 5) int64: whether the caption is in a .json; offset and size of the image, offset and size of the caption
+    counts   what was left out;  cut: why the walk ended too early, or ""
+    """
+    files, counts, cut = defaultdict(dict), Counter(), ""        # files: key -> {"image", "txt", "json": (offset, size)}
+    try:
+        for member in tar_members(path):
+            name = member.name.removeprefix("./")
+            key, _, extension = name.rpartition(".")
+            kind = "image" if is_image(name) else extension.lower()
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse() or name.startswith("/") or ".." in name.split("/"):
+                counts["links, devices, sparse files or paths that leave the folder, not read"] += 1
+            elif kind in ("image", "txt", "json") and key and not os.path.basename(key).startswith("."):
+                counts["members repeat a name, the last one is read"] += kind in files[key]
+                files[key][kind] = member.offset_data, member.size
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:                           # tarfile raises nearly everything on hostile bytes
+        cut = one_line(error)
+    keys, pairs = [], []
+    for key, members in files.items():
+        caption = members.get("txt") or members.get("json")
+        if "image" in members and caption:
+            keys.append(key)
+            pairs.append(["txt" not in members, *members["image"], *caption])
+        counts["images without a caption"] += not caption
+        counts["captions without an image"] += "image" not in members
+    return dict(keys=keys, pairs=np.array(pairs, dtype=np.int64).reshape(-1, 5), counts=counts, cut=cut)
+
+
+def load_index(path, cache):
+    """index_tar(path), from the folder `cache` if it is there and the tar has its size and time of then."""
+    if cache is None:
+        return index_tar(path)
+    path = os.path.abspath(path)
+    status = os.stat(path)
+    stamp = [2, path, status.st_size, status.st_mtime_ns]                                   # 2: version of the index
+    file = Path(cache) / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.npz"
+    with contextlib.suppress(Exception):                 # no such file, or one of the many ways of being damaged
+        with np.load(file) as saved:
+            index = json.loads(saved["index"].item())
+            if index["stamp"] == stamp:
+                return dict(index, pairs=saved["pairs"])
+    index = dict(index_tar(path), stamp=stamp)
+    temporary = f"{file}.{os.getpid()}-{threading.get_ident()}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as out:
+            np.savez(out, pairs=index["pairs"], index=json.dumps(dict(index, pairs=None)).encode())
+        os.replace(temporary, file)
+    except OSError as error:
+        index["counts"][f"indices were not stored in {cache} ({error.strerror})"] += 1
+    return index
+
+
+# Open tars of each process, read by offset: reads share no position, so threads and forked processes can share a file.
+open_tar = functools.lru_cache(maxsize=64)(partial(open, mode="rb", buffering=0))
+
+
+def read_member(path, offset, size):
+    with refusing("unreadable shard"):
+        if size > MAX_FILE:
+            raise ValueError(f"{size:,} bytes are too many")
+        content = os.pread(open_tar(path).fileno(), size, offset)
+        if len(content) < size:
+            raise ValueError(f"{path} ends before byte {offset + size:,}: it changed after it was indexed")
+        return content
+
+
+def json_caption(content):
+    with refusing("corrupt json"):
+        record = json.loads(content)
+    caption = record.get("caption") if isinstance(record, dict) else None
+    if not isinstance(caption, str):
+        raise BadRecord("no caption: neither a .txt nor a text \"caption\" in the .json")
+    return caption
 
 
 class Shards:
@@ -1176,289 +1380,168 @@ class Shards:
     """
     classes = None
 
-    def __init__(self, pattern: str, cache: str | Path | None = None):
-        if "*" in pattern or os.path.isdir(pattern):
-            raise UserError(f"cannot read shards:{pattern}: wanted the names of the tars with a range in braces, "
-                            f"shards:PATH-{{00000..00999}}.tar, so that a missing one is noticed")
+    def __init__(self, pattern: str, cache: str | Path | None = None, **_):
         self.paths = expand_braces(pattern)
-        missing = [path for path in self.paths if not os.path.isfile(path)]
+        missing = [path for path in self.paths if not isfile(path)]
         if missing:
             raise UserError(f"{len(missing)} of {len(self.paths)} shards are missing, the first is {missing[0]}")
-        self.stems = [os.path.basename(path).removesuffix(".tar") for path in self.paths]
         open_tar.cache_clear()                           # a tar may be another one since it was opened
-        self.keys, pairs, counts, cuts, empty = Packed(), [], Counter(), [], []
         with ThreadPoolExecutor(8) as pool:              # threads, because on a network disk the time goes in waiting
-            indices = pool.map(functools.partial(load_index, cache=cache), self.paths)
-            for path, index in zip(self.paths, progress(indices, len(self.paths), "shards indexed")):
-                index["pairs"]["shard"] = len(pairs)
-                pairs.append(index["pairs"])
-                self.keys.extend(index["keys"])
-                counts.update(index["counts"])
-                cuts += [f"{path} {index['cut']}"] if index["cut"] else []
-                empty += [path] if not len(index["pairs"]) else []
-        self.pairs = np.concatenate(pairs)
-        self.shard = self.pairs["shard"]
-        self.notes = [f"{count:,} {what}" for what, count in counts.items()] + cuts[:10]
-        if len(cuts) > 10:
-            self.notes.append(f"{len(cuts) - 10} more shards are damaged or cut short")
-        if empty:
-            self.notes.append(f"{len(empty)} of {len(self.paths)} shards hold no pair, the first is {empty[0]}")
-        if not len(self.pairs):
+            walks = pool.map(partial(load_index, cache=cache), self.paths)
+            indices = list(progress(walks, len(self.paths), "shards indexed"))
+        self.keys = Packed(os.fsencode(key) for index in indices for key in index["keys"])
+        self.pairs = np.concatenate([index["pairs"] for index in indices])                      # see index_tar
+        self.shard = np.repeat(np.arange(len(indices)), [len(index["keys"]) for index in indices])
+        counts = Counter()
+        for index in indices:
+            counts.update(index["counts"])
+            counts[f"of {len(indices)} shards hold no pair"] += not index["keys"]
+        cuts = [f"{path}: {index['cut']}" for path, index in zip(self.paths, indices) if index["cut"]]
+        self.notes = note_counts(counts) + cuts[:10]
+        if not len(self.keys):
             raise UserError(f"no image with a caption in {pattern}: {'; '.join(self.notes)}")
 
-    def __len__(self) -> int:
-        return len(self.pairs)
+    def __len__(self):
+        return len(self.keys)
 
     def name(self, i: int) -> str:
-        return f"{self.stems[self.shard[i]]}/{self.keys[i].decode('utf-8', 'replace')}"
+        stem = os.path.basename(self.paths[self.shard[i]]).removesuffix(".tar")
+        return f"{stem}/{self.keys[i].decode('utf-8', 'replace')}"
 
     def read(self, i: int) -> Sample:
-        shard, is_json, image, image_size, caption, caption_size = self.pairs[i].item()
-        text = read_member(self.paths[shard], caption, caption_size)
-        text = clean_caption(json_caption(text) if is_json else text)
-        return Sample(open_image(read_member(self.paths[shard], image, image_size)), (text,))
+        path = self.paths[self.shard[i]]
+        is_json, image, image_size, caption, caption_size = self.pairs[i].tolist()
+        text = read_member(path, caption, caption_size)
+        text = clean_caption(json_caption(text) if is_json else text.decode(errors="surrogateescape"))
+        return Sample(open_image(read_member(path, image, image_size)), (text,))
 
 
-def read_member(path: str, offset: int, size: int) -> bytes:
-    if size > MAX_FILE:
-        raise BadRecord(f"file too large: {size:,} bytes")
-    try:
-        data = open_tar(path).read(offset, size)
-    except OSError as error:
-        raise BadRecord(f"unreadable shard: {one_line(error)}") from None
-    if len(data) < size:
-        raise BadRecord(f"unreadable shard: {path} ends before byte {offset + size:,}: it changed after it was indexed")
-    return data
-
-
-def json_caption(data: bytes) -> bytes:
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"corrupt json: {one_line(error)}") from None
-    caption = record.get("caption") if isinstance(record, dict) else None
-    if not isinstance(caption, str):
-        raise BadRecord("no caption: neither a .txt nor a text \"caption\" in the .json")
-    return as_bytes(caption)
-
-
-def index_tar(path: str) -> dict:
-    """{"pairs": (n,) PAIR, "keys": Packed, "counts": what was left out, "cut": why the walk ended too early, or ""}."""
-    files, counts, cut = {}, Counter(), ""               # files: key -> {"image" | "txt" | "json": (offset, size)}
-    try:
-        for name, offset, size in Tar(path).members():
-            if offset < 0 or name.startswith(b"/") or b".." in name.split(b"/"):
-                counts["links, devices, sparse files or paths that leave the folder, not read"] += 1
-                continue
-            key, _, extension = name.removeprefix(b"./").rpartition(b".")
-            extension = extension.lower().decode("latin-1")
-            kind = "image" if extension in EXTENSIONS else extension
-            if kind not in ("image", "txt", "json") or key.rpartition(b"/")[2].startswith(b".") or not key:
-                continue
-            members = files.setdefault(key, {})
-            counts["members repeat a name, the last one is read"] += kind in members
-            members[kind] = (offset, size)
-    except ValueError as error:
-        cut = str(error)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    keys, pairs = Packed(), []
-    for key, members in files.items():
-        caption = members.get("txt") or members.get("json")
-        if "image" in members and caption:
-            keys.append(key)
-            pairs.append((0, "txt" not in members, *members["image"], *caption))
-        counts["images without a caption"] += not caption
-        counts["captions without an image"] += "image" not in members
-    return dict(pairs=np.array(pairs, dtype=PAIR), keys=keys, counts=+counts, cut=cut)      # +counts drops zeros
-
-
-def load_index(path: str, cache: str | Path | None) -> dict:
-    """index_tar(path), from the folder `cache` if it is there and the tar has its size and time of then."""
-    if cache is None:
-        return index_tar(path)
-    path = os.path.abspath(path)
-    status = os.stat(path)
-    stamp = json.dumps([1, path, status.st_size, status.st_mtime_ns])                       # 1: version of the index
-    file = Path(cache) / f"{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npz"
-    try:
-        with np.load(file) as saved:
-            if saved["stamp"].item() == stamp:
-                keys = Packed()
-                keys.blob, keys.ends = bytearray(saved["blob"]), array("q", saved["ends"].tobytes())
-                return dict(pairs=saved["pairs"], keys=keys, **json.loads(saved["rest"].item()))
-    except Exception:                                    # no such file, or one of the many ways of being damaged
-        pass
-    index = index_tar(path)
-    temporary = f"{file}.{os.getpid()}-{threading.get_ident()}"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as out:
-            np.savez(out, stamp=stamp, pairs=index["pairs"], blob=np.frombuffer(index["keys"].blob, np.uint8),
-                     ends=np.array(index["keys"].ends, np.int64),
-                     rest=json.dumps(dict(counts=index["counts"], cut=index["cut"])))
-        os.replace(temporary, file)
-    except OSError as error:
-        index["counts"][f"indices were not stored in {cache} ({error.strerror})"] += 1
-    return index
-
-
-# ---- image files below a folder -------------------------------------------------------------------------------------
+# ---- files with captions or a class ---------------------------------------------------------------------------------
 
 class ImageFiles:
-    """Images as files, with captions or a class each: what csv, folder, coco and flickr30k come to.
+    """Images as files, with what is known of each: what csv, folder, coco, flickr30k and icinw come to.
 
     source     where the list comes from, for messages
     root       folder that the files are named from
-    files      path of each of the n images, or ARCHIVE.zip@MEMBER
-    captions   of all images, in order; image i has those from first[i] to first[i + 1]
-    labels     (n,) index into `classes`
+    listed     (file, fields of its Sample: captions, label or objects) of each; the file may be ARCHIVE.zip@MEMBER
+    classes    what the labels mean
     """
-    def __init__(self, source, root, files: Packed, captions: Packed | None = None, first=None, labels=None,
-                 classes: list[str] | None = None, notes: tuple[str, ...] = ()):
-        self.root, self.files, self.captions, self.first = root, files, captions, first
-        self.labels, self.classes, self.notes = labels, classes, list(notes)
-        if not len(files):
+    def __init__(self, source, root, listed, classes=None):
+        self.root, self.classes, self.notes = root, classes, []
+        self.records = Packed(json.dumps(record).encode() for record in listed)
+        if not len(self):
             raise UserError(f"{source} holds no images")
-        probe = [self.path(i) for i in range(min(len(files), 100))]
-        if not any(os.path.isfile(archive_and_member(path)[0]) for path in probe):
+        probe = [self.path(i) for i in range(min(len(self), 100))]
+        if not any(isfile(archive_and_member(path)[0]) for path in probe):
             raise UserError(f"none of the first {len(probe)} images of {source} exists: looked for {probe[0]}")
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, i: int) -> str:
-        return self.files[i].decode("utf-8", "replace")
+    def __len__(self):
+        return len(self.records)
 
     def path(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.files[i]))
+        return os.path.join(self.root, json.loads(self.records[i])[0])
+
+    def name(self, i: int) -> str:
+        return os.fsencode(json.loads(self.records[i])[0]).decode("utf-8", "replace")
 
     def read(self, i: int) -> Sample:
-        captions, problem = [], BadRecord("no caption")
-        if self.captions is not None:
-            for k in range(self.first[i], self.first[i + 1]):
-                try:
-                    captions.append(clean_caption(self.captions[k]))
-                except BadRecord as error:
-                    problem = error
-            if not captions:                             # one good caption of several is enough
-                raise problem
-        image = open_image(read_file(self.path(i)))
-        return Sample(image, tuple(captions), -1 if self.labels is None else int(self.labels[i]))
+        _, known = json.loads(self.records[i])
+        if "captions" in known:
+            known["captions"] = good_captions(known["captions"])
+        return Sample(open_image(read_file(self.path(i))), **known)
 
 
-def archive_and_member(path: str) -> tuple[str, str]:
-    """a/val.zip@3/17.png -> a/val.zip, 3/17.png;  a/17.png -> a/17.png, "" """
-    archive, at, member = path.partition(".zip@")
-    return (archive + ".zip", member) if at else (path, "")
+def good_captions(captions: list[str]) -> tuple[str, ...]:
+    """The captions that can be used; a BadRecord only if none of them can."""
+    good = []
+    for k, caption in enumerate(captions, 1):
+        try:
+            good.append(clean_caption(caption))
+        except BadRecord:
+            if k == len(captions) and not good:
+                raise
+    return tuple(good)
 
 
-@functools.lru_cache(maxsize=4)
-def open_zip(path: str, process: int) -> zipfile.ZipFile:
-    """process: os.getpid(), because an open file that a fork inherits has one position for both."""
-    return zipfile.ZipFile(path)
+def captioned(source, root, listed):
+    """ImageFiles of (file, captions); images without captions are left out and counted."""
+    files = ImageFiles(source, root, ((file, dict(captions=captions)) for file, captions in listed if captions))
+    files.notes = note_counts({f"images of {source} have no caption": len(listed) - len(files)})
+    return files
 
 
-def read_zipped(path: str, member: str) -> bytes:
-    try:
-        archive = open_zip(path, os.getpid())
-        size = archive.getinfo(member).file_size
-        if size > MAX_FILE:
-            raise BadRecord(f"file too large: {size:,} bytes")
-        return archive.read(member)                      # no more than that size, whatever it unpacks to
-    except KeyError:
-        raise BadRecord(f"unreadable file: no {member!r} in {path}") from None
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-        raise BadRecord(f"unreadable file: {member!r} in {path}: {one_line(error)}") from None
-
-
-def read_file(path: str) -> bytes:
-    archive, member = archive_and_member(path)
-    if member:
-        return read_zipped(archive, member)
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE:
-                raise BadRecord(f"file too large: {size:,} bytes")
-            return file.read()
-    except (OSError, ValueError) as error:               # ValueError: a zero byte in the name
-        raise BadRecord(f"unreadable file: {getattr(error, 'strerror', error)}: {path!r}") from None
-
-
-def csv_file(path: str, image: str = "filepath", caption: str = "title") -> ImageFiles:
-    """A table as open_clip reads it; its separator (tab, comma or semicolon) is found from the first line.
+def csv_file(spec, **_):
+    """A table as open_clip reads it; its separator is the one that finds both columns in the first line.
 
         csv:FILE                              filepath,title                  paths are relative to FILE's folder
         csv:FILE,image=COLUMN,caption=COLUMN  a/0001.jpg,"A cat, asleep"      quotes around separators and line ends
     """
-    files, captions, folded, long = Packed(), Packed(), 0, 0
+    path, *columns = re.split(r",(?=image=|caption=)", spec)
+    named = dict(image="filepath", caption="title") | dict(column.split("=", 1) for column in columns)
+    counts = Counter()
+    files = ImageFiles(path, os.path.dirname(path), csv_rows(path, *named.values(), counts))
+    files.notes = note_counts(counts)
+    return files
+
+
+def csv_rows(path, image, caption, counts):
+    """The rows of a table, as ImageFiles wants them; what looks wrong is counted."""
     csv.field_size_limit(LONGEST_FIELD)
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            line = file.readline(LONGEST_FIELD)
-            headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in "\t,;"}
-            separator = max(headers, key=lambda s: (len({image, caption} & {*headers[s]}), len(headers[s])))
-            header = headers[separator]
-            for column in (image, caption):
-                if column not in header:
-                    raise UserError(f"{path} has no column {column!r}, only {', '.join(map(repr, header))}: "
-                                    f"name yours with csv:FILE,image=COLUMN,caption=COLUMN")
-            at_image, at_caption = header.index(image), header.index(caption)
-            rows = csv.reader(file, delimiter=separator)
-            for row in filter(None, rows):
-                row += [""] * (len(header) - len(row))   # a short row will read as a bad record
-                long += any(row[len(header):])
-                files.append(as_bytes(row[at_image]))
-                captions.append(as_bytes(row[at_caption]))
-                folded += "\n" in row[at_caption]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except csv.Error as error:
-        raise UserError(f"{path}, record {len(files) + 1}: {error}; is there a quote that is never closed?") from None
-    notes = [f"{count:,} {what}" for count, what in (
-        (folded, "captions go over several lines: if they should not, look for stray quotes"),
-        (long, f"rows have more fields than the header: captions with a {separator!r} need quotes")) if count]
-    return ImageFiles(path, os.path.dirname(path), files, captions, range(len(files) + 1), notes=notes)
+    with reading(path), open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        line = file.readline(LONGEST_FIELD)
+        headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in ",\t;"}
+        separator, header = max(headers.items(), key=lambda item: len({image, caption} & {*item[1]}))
+        if not {image, caption} <= {*header}:
+            raise UserError(f"{path} wants columns {image!r} and {caption!r}, has {', '.join(map(repr, header))[:200]}: "
+                            f"name yours with csv:FILE,image=COLUMN,caption=COLUMN")
+        try:
+            for row in csv.DictReader(file, header, delimiter=separator, restval=""):
+                counts["captions go over several lines: look for stray quotes"] += "\n" in row[caption]
+                counts[f"rows have too many fields: captions with a {separator!r} need quotes"] += None in row
+                yield row[image], dict(captions=[row[caption]])      # of a short row the caption is empty
+        except csv.Error as error:
+            raise UserError(f"{path}: {error}; is there a quote that is never closed?") from None
 
 
-def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1][1:].lower() in EXTENSIONS
-
-
-def folder(root: str, split: str) -> ImageFiles:
+def folder(root, split, **_):
     """One folder per class; labels follow the sorted names of the folders, over all splits.
 
         folder:DIR     DIR/train/CLASS/**/*.jpg     or DIR/CLASS/**/*.jpg, the same for every split
                        DIR/val/CLASS/**/*.jpg
                        DIR/classnames.txt           optional, lines "CLASS<TAB>name"; without it _ becomes a space
     """
-    splits = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
+    splits = [name for name in ("train", "val", "test") if isdir(f"{root}/{name}")]
     if splits and split not in splits:
         raise UserError(f"{root} has no folder {split!r}, only {', '.join(splits)}")
-    try:
-        entries = [entry for home in splits or [""] for entry in os.scandir(os.path.join(root, home))]
-    except OSError as error:
-        raise UserError(f"cannot read {root}: {error.strerror}") from None
-    folders = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
-    if not folders:
-        raise UserError(f"{root} holds no images in folders: wanted one for each class, DIR/CLASS/*.jpg, or "
-                        f"DIR/train/CLASS/*.jpg")
-    files, labels, home = Packed(), array("q"), os.path.join(root, split if splits else "")
+    with reading(root):
+        inside = [entry for part in splits or ["."] for entry in os.scandir(f"{root}/{part}")]
+    folders = sorted({entry.name for entry in inside if entry.is_dir() and not entry.name.startswith(".")})
+    listed, home = [], f"{root}/{split}" if splits else root
     for label, name in enumerate(folders):
-        for where, below, names in os.walk(os.path.join(home, name)):
+        for where, below, names in os.walk(f"{home}/{name}"):
             below.sort()                                 # os.walk goes on in this order
-            where = os.path.relpath(where, root)
             if re.fullmatch(r"\d{5}", name) and any(file.endswith(".txt") for file in names):
-                raise UserError(f"{os.path.join(root, where)} holds pairs as img2dataset leaves them, no class: let it "
-                                f"write --output_format webdataset, and give that as shards:")
-            for file in sorted(filter(is_image, names)):
-                files.append(os.fsencode(os.path.join(where, file)))
-                labels.append(label)
-    if not files and any(map(is_image, os.listdir(home))):
-        raise UserError(f"{home} holds images that lie in no folder of their class: sort them, as docs/DATA.md says of "
-                        f"ImageNet's validation images")
-    return ImageFiles(root, root, files, labels=labels, classes=class_names(root, folders))
+                raise UserError(f"{where} holds pairs as img2dataset leaves them, no class: let it write "
+                                f"--output_format webdataset, and give that as shards:")
+            where = os.path.relpath(where, root)
+            listed += [(f"{where}/{file}", dict(label=label)) for file in sorted(filter(is_image, names))]
+    return ImageFiles(f"{home}, sorted into a folder for each class as docs/DATA.md says,", root, listed,
+                      class_names(root, folders))
+
+
+def is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def class_names(root, folders):
+    path = f"{root}/classnames.txt"
+    if not isfile(path):
+        return [folder.replace("_", " ") for folder in folders]
+    names = dict(line.split("\t", 1) for line in read_lines(path, "lines CLASS<TAB>name") if "\t" in line)
+    for folder in folders:
+        if folder not in names:
+            raise UserError(f"{path} has no line {folder}<TAB>name")
+    return [names[folder].strip() for folder in folders]
 
 
 def want_names(data, spec: str):
@@ -1468,76 +1551,32 @@ def want_names(data, spec: str):
                         f"into {data.root}/classnames.txt, lines CLASS<TAB>name (docs/DATA.md says where they come from)")
 
 
-def class_names(root: str, folders: list[str]) -> list[str]:
-    path = os.path.join(root, "classnames.txt")
-    if not os.path.exists(path):
-        return [folder.replace("_", " ") for folder in folders]
-    names = {}
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            folder, tab, name = line.strip().partition("\t")
-            if line.strip() and not (tab and name.strip()):
-                raise UserError(f"{path}, line {number}: wanted CLASS<TAB>name, got {line.strip()[:60]!r}")
-            names[folder] = name.strip()
-    for folder in folders:
-        if folder not in names:
-            raise UserError(f"{path} has no line for the folder {folder!r}")
-    return [names[folder] for folder in folders]
+def coco_file(root, what, split):
+    """DIR/annotations/WHAT_SPLIT2017.json, or 2014: its path, the folder of its images, and its content."""
+    for part in (f"{split}2017", f"{split}2014"):
+        path = f"{root}/annotations/{what}_{part}.json"
+        if isfile(path):
+            return path, part, read_json(path)
+    raise UserError(f"no {what} of the split {split!r} in {root}: wanted {root}/annotations/{what}_{split}2017.json "
+                    f"(COCO has train and val)")
 
 
-def read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}") from None
-
-
-def want(entry, key: str, kind: type, where: str):
-    """entry[key], which must be of this kind."""
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, kind):
-        raise UserError(f"{where}: wanted an object with {key!r} of type {kind.__name__}, got {json.dumps(entry)[:80]}")
-    return value
-
-
-def pack(source: str, root: str, records: list[tuple[str, list[str]]]) -> ImageFiles:
-    """(path, captions) of each image -> ImageFiles; images without captions are left out and counted."""
-    full = [(file, captions) for file, captions in records if captions]
-    first = np.cumsum([0] + [len(captions) for _, captions in full])
-    notes = [f"{len(records) - len(full):,} images of {source} have no caption"] if len(full) < len(records) else []
-    return ImageFiles(source, root, Packed(as_bytes(file) for file, _ in full),
-                      Packed(as_bytes(caption) for _, captions in full for caption in captions), first, notes=notes)
-
-
-def coco(root: str, split: str) -> ImageFiles:
+def coco_captions(root, split):
     """COCO's captions, about five an image.
 
         coco:DIR       DIR/annotations/captions_{train,val}2017.json      or 2014
                        DIR/{train,val}2017/*.jpg
     """
-    tried = [os.path.join(root, "annotations", f"captions_{split}{year}.json") for year in ("2017", "2014")]
-    path = next(filter(os.path.isfile, tried), None)
-    if path is None:
-        raise UserError(f"no captions of the split {split!r} in {root}: wanted {tried[0]} (COCO has train and val)")
-    content = read_json(path)
-    captions = {}
-    for k, image in enumerate(want(content, "images", list, path)):
-        where = f"{path}, images[{k}]"
-        captions[want(image, "id", int, where)] = (want(image, "file_name", str, where), [])
-    for k, annotation in enumerate(want(content, "annotations", list, path)):
-        where = f"{path}, annotations[{k}]"
-        image = want(annotation, "image_id", int, where)
-        if image not in captions:
-            raise UserError(f"{where}: there is no image {image}")
-        captions[image][1].append(want(annotation, "caption", str, where))
-    year = path[-len("2017.json"):-len(".json")]
-    return pack(path, os.path.join(root, split + year), list(captions.values()))
+    path, part, content = coco_file(root, "captions", split)
+    captions = {i: (file, []) for _, i, file in entries(content, "images", path, id=int, file_name=str)}
+    for where, i, caption in entries(content, "annotations", path, image_id=int, caption=str):
+        if i not in captions:
+            raise UserError(f"{where}: there is no image {i}")
+        captions[i][1].append(caption)
+    return captioned(path, f"{root}/{part}", captions.values())
 
 
-def karpathy(path: str, images: str, split: str) -> ImageFiles:
+def karpathy(path, images, split):
     """Karpathy's splits for retrieval, five captions an image or more; "train" has "restval" too.
 
         coco:DIR       DIR/dataset_coco.json          DIR/{train,val}2014/*.jpg        as the file's "filepath" says
@@ -1545,216 +1584,195 @@ def karpathy(path: str, images: str, split: str) -> ImageFiles:
 
     The file: {"images": [{"filename", "filepath", "split": "test", "sentences": [{"raw": "A cat."}, ...]}, ...]}
     """
-    records, found = [], Counter()
-    for k, image in enumerate(want(read_json(path), "images", list, path)):
-        where = f"{path}, images[{k}]"
-        part = want(image, "split", str, where)
+    listed, found = [], Counter()
+    for where, part, sentences, below, file in entries(read_json(path), "images", path, split=str, sentences=list,
+                                                       filepath=object, filename=str):
         found[part] += 1
         if part == split or (part, split) == ("restval", "train"):
-            sentences = want(image, "sentences", list, where)
-            file = os.path.join(str(image.get("filepath", "")), want(image, "filename", str, where))
-            records.append((file, [want(sentence, "raw", str, where) for sentence in sentences]))
-    if not records:
+            captions = [want(sentence, "raw", str, where) for sentence in sentences]
+            listed.append((f"{below}/{file}" if below else file, captions))
+    if not listed:
         raise UserError(f"{path} has no image of the split {split!r}, only {dict(found)}")
-    return pack(path, images, records)
+    return captioned(path, images, listed)
 
 
-# ---- all data sets --------------------------------------------------------------------------------------------------
-
-class Mixed:
-    """Several data sets one after the other: an epoch sees each record once, so they mix in proportion to size."""
-
-    def __init__(self, parts: list):
-        self.parts = parts
-        self.ends = list(itertools.accumulate(map(len, parts)))
-        self.classes = parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None
-        self.notes = [note for part in parts for note in getattr(part, "notes", ())]
-        self.names_classes = any(getattr(part, "names_classes", False) for part in parts)
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def place(self, i: int) -> tuple:
-        k = bisect.bisect_right(self.ends, i)
-        return self.parts[k], i - (self.ends[k - 1] if k else 0)
-
-    def name(self, i: int) -> str:
-        part, k = self.place(i)
-        return part.name(k)
-
-    def read(self, i: int) -> Sample:
-        part, k = self.place(i)
-        return part.read(k)
-
-
-class NamedClasses:
-    """A labeled data set as pairs, for UniCL: the captions of an image are its class's name in each of the templates.
-
-    first_label    what the label of class 0 is over all data sets
-    """
-    names_classes = True
-
-    def __init__(self, data, first_label: int, templates: tuple[str, ...]):
-        self.data, self.first_label, self.templates = data, first_label, templates
-        self.name, self.classes, self.notes = data.name, data.classes, data.notes
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def read(self, i: int) -> Sample:
-        sample = self.data.read(i)
-        names = self.classes[sample.label].split("\t")
-        captions = tuple(template.format(name) for template in self.templates for name in names)
-        return replace(sample, captions=captions, text_label=self.first_label + sample.label)
-
-
-def name_classes(parts: list) -> list:
-    """Folders of classes among the data sets become NamedClasses; those with one list of classes share its labels."""
-    first, total = {}, 0
-    labeled = [data for data in parts if getattr(data, "labels", None) is not None]
-    for data in labeled:
-        want_names(data, f"folder:{data.root}")
-        if tuple(data.classes) not in first:
-            first[tuple(data.classes)] = total
-            total += len(data.classes)
-    return [NamedClasses(data, first[tuple(data.classes)], TEMPLATES_80) if data in labeled else data for data in parts]
-
-
-def hash_names(data) -> str:
-    """sha256 of the names of all records, in order: the same list of names, whatever pixels and captions they have."""
-    digest = hashlib.sha256()
-    for i in progress(range(len(data)), len(data), "names hashed"):
-        digest.update(f"{data.name(i)}\n".encode())
-    return digest.hexdigest()
-
-
-def fingerprint(words: Iterable[str]) -> str:
-    """Eight digits that tell one list of class names or templates from another."""
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
-
-
-OPENS = {       # what can be opened for each task
-    "captions": "shapes, shards:PATH-{00000..00999}.tar, csv:FILE, folder:DIR, coco:DIR, flickr30k:DIR",
-    "retrieval": "shapes, shards:PATH-{00000..00999}.tar, csv:FILE, coco:DIR, flickr30k:DIR",
-    "classes": "shapes, folder:DIR",
-    "segmentation": "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR, voc:DIR",
-    "detection": "shapes, coco:DIR"}
-
-
-def open_data(spec: str, split: str | None = None, task: str = "captions", size: int | None = None,
-              cache: str | Path | None = None):
-    """The data set that `spec` names, one of OPENS[task].
-
-    split   "train", "val" or "test", where the data has splits; default "test" for retrieval, else "train"
-    size    side in pixels of images that are drawn, if spec does not say
-    cache   folder for the indices of shards
-    """
-    kind, _, rest = spec.partition(":")
-    if kind not in [name.partition(":")[0] for name in OPENS[task].split(", ")]:
-        raise UserError(f"cannot open {spec!r} for {task}: wanted {OPENS[task]}")
-    root = os.path.expanduser(rest)
-    split = split or ("test" if task == "retrieval" else "train")
-    if kind == "shapes":
-        options = shapes_options(rest)
-        held_out = split != "train"
-        counts = options.pop("train", 20000), options.pop("val", 1024)
-        options.setdefault("size", size or 64)
-        if task == "classes":
-            options.setdefault("objects", (1, 1))
-        if task == "detection":
-            options.setdefault("forms", 1)
-        return ShapesWorld(split="val" if held_out else "train", count=counts[held_out],
-                           dense=task in ("segmentation", "detection"), **options)
-    if task == "segmentation":
-        return LabelMaps(kind, root, split)
+def coco(root, split, task, **_):
+    """COCO's objects for detection; Karpathy's split for retrieval and to test on; else the captions."""
     if task == "detection":
         return CocoInstances(root, split)
-    if kind == "shards":
-        return Shards(root, cache)
-    if kind == "csv":
-        path, *columns = re.split(r",(?=image=|caption=)", root)
-        return csv_file(path, **dict(column.split("=", 1) for column in columns))
-    if kind == "folder":
-        return folder(root, split)
-    if kind == "coco":
-        split_file = os.path.join(root, "dataset_coco.json")
-        if task == "captions" and (split != "test" or not os.path.isfile(split_file)):
-            return coco(root, split)
-        return karpathy(split_file, root, split)
-    if kind == "flickr30k":
-        return karpathy(os.path.join(root, "dataset_flickr30k.json"), os.path.join(root, "flickr30k-images"), split)
-    raise AssertionError(f"OPENS has {kind} for {task}, but nothing opens it")
+    path = f"{root}/dataset_coco.json"
+    if task == "retrieval" or split == "test" and isfile(path):
+        return karpathy(path, root, split)
+    return coco_captions(root, split)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts: the sentences that stand around a class name, and class names
-# ---------------------------------------------------------------------------------------------------------------------
-
-def split_templates(text: str) -> tuple[str, ...]:
-    return tuple(" ".join(text.split()).split(" | "))
+def flickr30k(root, split, **_):
+    return karpathy(f"{root}/dataset_flickr30k.json", f"{root}/flickr30k-images", split)
 
 
-# the paper's seven for zero-shot ImageNet, OpenAI's 80, and for segmentation five more
-TEMPLATES_7 = split_templates("""
-    itap of a {}. | a bad photo of the {}. | a origami {}. | a photo of the large {}. | a {} in a video game. |
-    art of the {}. | a photo of the small {}.""")
-TEMPLATES_80 = split_templates("""
-    a bad photo of a {}. | a photo of many {}. | a sculpture of a {}. | a photo of the hard to see {}. |
-    a low resolution photo of the {}. | a rendering of a {}. | graffiti of a {}. | a bad photo of the {}. |
-    a cropped photo of the {}. | a tattoo of a {}. | the embroidered {}. | a photo of a hard to see {}. |
-    a bright photo of a {}. | a photo of a clean {}. | a photo of a dirty {}. | a dark photo of the {}. |
-    a drawing of a {}. | a photo of my {}. | the plastic {}. | a photo of the cool {}. | a close-up photo of a {}. |
-    a black and white photo of the {}. | a painting of the {}. | a painting of a {}. |
-    a pixelated photo of the {}. | a sculpture of the {}. | a bright photo of the {}. | a cropped photo of a {}. |
-    a plastic {}. | a photo of the dirty {}. | a jpeg corrupted photo of a {}. | a blurry photo of the {}. |
-    a photo of the {}. | a good photo of the {}. | a rendering of the {}. | a {} in a video game. |
-    a photo of one {}. | a doodle of a {}. | a close-up photo of the {}. | a photo of a {}. | the origami {}. |
-    the {} in a video game. | a sketch of a {}. | a doodle of the {}. | a origami {}. |
-    a low resolution photo of a {}. | the toy {}. | a rendition of the {}. | a photo of the clean {}. |
-    a photo of a large {}. | a rendition of a {}. | a photo of a nice {}. | a photo of a weird {}. |
-    a blurry photo of a {}. | a cartoon {}. | art of a {}. | a sketch of the {}. | a embroidered {}. |
-    a pixelated photo of a {}. | itap of the {}. | a jpeg corrupted photo of the {}. | a good photo of a {}. |
-    a plushie {}. | a photo of the nice {}. | a photo of the small {}. | a photo of the weird {}. |
-    the cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the large {}. |
-    a black and white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. |
-    graffiti of the {}. | a toy {}. | itap of my {}. | a photo of a cool {}. | a photo of a small {}. |
-    a tattoo of the {}.""")
-TEMPLATES_85 = TEMPLATES_80 + split_templates("""
-    there is a {} in the scene. | there is the {} in the scene. | this is a {} in the scene. |
-    this is the {} in the scene. | this is one {} in the scene.""")
+# ---- a class for each pixel -----------------------------------------------------------------------------------------
+
+# COCO-Stuff's files hold category - 1 in 0..181; eleven of these do not occur, and the 171 others close up
+COCO_STUFF_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+COCO_STUFF_LABEL = np.full(256, 255, dtype=np.uint8)
+COCO_STUFF_LABEL[np.setdiff1d(np.arange(182), COCO_STUFF_GAPS)] = np.arange(171)
 
 
-def read_lines(path: str | Path, what: str) -> list[str]:
-    """The lines of a text file, without those that are empty."""
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the {what} in {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} should be a text file with {what}, but is not UTF-8") from None
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
-        raise UserError(f"{path} should hold {what}, one a line, but is empty")
-    return lines
+class LabelMaps:
+    """Images (.jpg) with a class for each pixel (.png of the same name), in the folders of the archives they come in.
+
+        ade20k:DIR           DIR/images/{training,validation}/*.jpg       DIR/annotations/{training,validation}/*.png
+        coco-stuff:DIR       DIR/images/{train,val}2017/*.jpg             DIR/annotations/{train,val}2017/*.png
+        pascal-context:DIR   DIR/JPEGImages/*.jpg, those that             DIR/SegmentationClassContext/*.png
+                             DIR/ImageSets/SegmentationContext/{train,val}.txt names
+        voc:DIR              DIR/JPEGImages/*.jpg, those that             DIR/SegmentationClass/*.png
+                             DIR/ImageSets/Segmentation/{train,val}.txt names
+                             DIR/class_names.txt: a name a line, for labels 0, 1, ...
+
+    DIR or the folder above it.  COCO-Stuff's labels are those of stuffthingmaps_trainval2017.zip; Pascal Context's
+    those mmsegmentation makes from trainval_merged.json: 0 background, 1 to 59 the classes in alphabetical order.
+
+    above               the folder above
+    parts               what the format calls train and val, for {} in the paths
+    images, maps        where the images and the label maps are
+    listing             file with the names of the images; without one it is all images
+    classes             their names; without them of class_names.txt
+    reduce_zero_label   label 0 belongs to no class: they start with label 1
+    label_of            (256,) the label of each value in the files, where they differ
+    """
+    def __init__(self, root, split, above, parts, images, maps, listing="", classes=None, reduce_zero_label=False,
+                 label_of=np.arange(256, dtype=np.uint8), **_):
+        if split not in ("train", "val"):
+            raise UserError(f"{root} has no split {split!r}; use train or val")
+        root = f"{root}/{above}" if isdir(f"{root}/{above}") else root
+        self.part, self.label_of, self.reduce_zero_label = parts[split == "val"], label_of, reduce_zero_label
+        self.images, self.maps, source = (f"{root}/{where.format(self.part)}" for where in (images, maps, listing or images))
+        for path in (self.images, self.maps, source):
+            if not os.path.exists(path):
+                raise UserError(f"{path} is not there: unpack the archive as it comes, and name the folder {above} or "
+                                f"the one above it")
+        names = read_lines(source, "names of images") if listing else sorted(os.listdir(source))
+        self.stems = [name.removesuffix(".jpg") for name in names if listing or name.endswith(".jpg")]
+        if not self.stems:
+            raise UserError(f"{source} holds no images")
+        self.classes = classes or [name.strip("_") for name in read_lines(f"{root}/class_names.txt", "names of classes")]
+
+    def __len__(self):
+        return len(self.stems)
+
+    def name(self, i: int) -> str:
+        return f"{self.part}/{self.stems[i]}"
+
+    def read(self, i: int) -> Sample:
+        image = open_image(read_file(f"{self.images}/{self.stems[i]}.jpg"))
+        label = open_image(read_file(f"{self.maps}/{self.stems[i]}.png"))
+        if label.mode not in ("L", "P"):
+            raise BadRecord(f"not a label map: mode {label.mode}, wanted one byte a pixel")
+        if label.size != upright_size(image):
+            raise BadRecord(f"label map of another size: {label.size}, the image has {upright_size(image)}")
+        with refusing("corrupt label map"):
+            label_map = self.label_of[np.array(label)]                          # (H, W); of a palette image the indices
+        largest = int(label_map[label_map < 255].max(initial=0))
+        if largest >= len(self.classes) + self.reduce_zero_label:
+            raise BadRecord(f"label out of range: {largest}, with {len(self.classes)} classes")
+        return Sample(image, label_map=label_map)
 
 
-def find_templates(text: str) -> tuple[str, ...]:
-    """What --templates says: 7, 80, 85, a file with a template a line, or one template such as "a photo of a {}."."""
-    known = {"7": TEMPLATES_7, "80": TEMPLATES_80, "85": TEMPLATES_85}
-    if text in known:
-        return known[text]
-    return checked_templates((text,) if "{" in text else read_lines(text, "templates"))
+# ---- a box, a category and a mask for each object -------------------------------------------------------------------
+
+MIN_TRAINED_SIDE = 32        # of images to train on, pixels (mmdetection)
 
 
-def checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
-    for template in templates:
-        if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
-            raise UserError(f"template {template!r} must have one {{}}, where the class name goes, and no other brace")
-    return tuple(templates)
+class CocoInstances(ImageFiles):
+    """COCO's objects, in the folders of its archives.
+
+        coco:DIR       DIR/annotations/instances_{train,val}2017.json     or 2014
+                       DIR/{train,val}2017/*.jpg
+
+    classes are the categories by rising id, category_ids these ids (COCO's 80 are between 1 and 90), image_ids those of
+    the images.  read(i) gives objects {"box": (x1, y1, x2, y2), "category": index into classes, "area": of the mask,
+    "crowd": bool, "mask"}, with the mask as the file has it: polygons [[x1, y1, x2, y2, ...], ...], or RLE {"size":
+    [h, w], "counts": list or str}.  As in mmdetection, images that are small or without objects are not trained on.
+    What is left out is counted in notes; the first malformed entry ends with a UserError that names it.
+    """
+    def __init__(self, root, split):
+        path, part, content = coco_file(root, "instances", split)
+        names = {i: name for _, i, name in entries(content, "categories", path, id=int, name=str)}
+        self.category_ids, counts = sorted(names), Counter()
+        images = {i: image for _, i, *image in entries(content, "images", path, id=int, file_name=str, width=int,
+                                                       height=int)}              # id: [file, width, height]
+        objects = {i: [] for i in images}
+        for where, i, category, box, area, mask, crowd in entries(
+                content, "annotations", path, image_id=int, category_id=int, bbox=list, area=object,
+                segmentation=object, iscrowd=object):
+            if i not in images:
+                raise UserError(f"{where}: there is no image {i}")
+            file, *size = images[i]
+            check_object(f"{where}, of image {file}", box, area, mask, *size)
+            if category not in names:
+                counts["objects left out, whose category_id is not among the categories"] += 1
+                continue
+            x, y, w, h = box
+            box = x, y, x + w, y + h
+            counts["objects under a pixel wide or high, not trained on"] += not has_area(box, *size)
+            objects[i].append(dict(box=box, category=self.category_ids.index(category), area=area, mask=mask,
+                                   crowd=bool(crowd)))
+        kept = [i for i in images if split != "train" or objects[i] and min(images[i][1:]) >= MIN_TRAINED_SIDE]
+        if images and not kept:
+            raise UserError(f"{path} holds no image that can be trained on, of {len(images)}")
+        super().__init__(path, root, ((f"{part}/{images[i][0]}", dict(objects=objects[i])) for i in kept),
+                         [names[i] for i in self.category_ids])
+        left_out = {f"images left out: no object, or a side under {MIN_TRAINED_SIDE} pixels": len(images) - len(kept)}
+        self.notes = [f"{path}: {note}" for note in note_counts(left_out | counts)]
+        self.image_ids, self.sizes = np.array(kept), np.array([images[i][1:] for i in kept])      # (n,) and (n, 2)
+
+    def read(self, i: int) -> Sample:
+        sample, wanted = super().read(i), tuple(self.sizes[i].tolist())
+        if upright_size(sample.image) != wanted:
+            raise BadRecord(f"image of another size: {upright_size(sample.image)}, the annotations are for {wanted}")
+        return sample
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The suite of "Image Classification in the Wild": 20 data sets below one folder
+def has_area(box: tuple, width: int, height: int) -> bool:
+    """Whether a box (x1, y1, x2, y2) has a pixel or more each way inside an image of width x height."""
+    x1, y1, x2, y2 = box
+    return min(x2, width) - max(x1, 0) >= 1 and min(y2, height) - max(y1, 0) >= 1
+
+
+def check_object(where, box, area, mask, width, height):
+    """UserError if an object of an image of width x height has a malformed box, area or mask."""
+    problem = None
+    if len(box) != 4 or not are_numbers(box):
+        problem = f"a bbox [x, y, width, height], got {json.dumps(box)[:80]}"
+    if not are_numbers([area]):
+        problem = f"an area, a number of pixels, got {json.dumps(area)[:80]}"
+    if not (are_polygons(mask) if isinstance(mask, list) else is_rle(mask, width, height)):
+        problem = (f"a segmentation of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or an RLE of size "
+                   f"[{height}, {width}], got {json.dumps(mask)[:80]}")
+    if problem:
+        raise UserError(f"{where}: wanted {problem}")
+
+
+def are_numbers(values):
+    """Whether all are finite numbers."""
+    return set(map(type, values)) <= {int, float} and abs(sum(values)) < 1e12
+
+
+def are_polygons(mask):
+    return bool(mask) and all(isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and
+                              are_numbers(points) for points in mask)
+
+
+def is_rle(mask, width, height):
+    """Whether this is an RLE for an image of this size; if its counts are a string, whoever reads it will see."""
+    if not isinstance(mask, dict) or mask.get("size") != [height, width]:
+        return False
+    counts = mask.get("counts")
+    return isinstance(counts, str) or (isinstance(counts, list) and set(map(type, counts)) <= {int} and
+                                       min(counts, default=0) >= 0 and sum(counts) == width * height)
+
+
+# ---- the suite of "Image Classification in the Wild": 20 data sets below one folder ---------------------------------
 #
 #   icinw:DIR      DIR/classification/FOLDER, or DIR/FOLDER, as the ELEVATER toolkit has them; FOLDER and LIST from the
 #                  table below
@@ -1769,7 +1787,6 @@ def checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
 #                  DIR/NAME/templates.txt           a prompt a line, with {} for the class name
 #                  DIR/NAME/test/labels.txt         in place of folders where an image can be of several classes:
 #                                                   lines "FILE<TAB>CLASS CLASS ...", FILE below DIR/NAME/test
-# ---------------------------------------------------------------------------------------------------------------------
 
 ICINW = {  # name in the ELEVATER toolkit: folder, list, classes, test images, metric
     "caltech-101": ("caltech_101_20211007", "test.txt", 102, 6084, "mean per class"),
@@ -1816,128 +1833,173 @@ class IcinwTask:
     notes: list[str]
 
 
-def icinw(root: str) -> tuple[list[IcinwTask], list[str]]:
+def icinw(root: str, **_) -> tuple[list[IcinwTask], list[str]]:
     """The suite's data sets that are there, and the names of the others."""
     root = os.path.expanduser(root)
-    found = {}
+    names, templates = toolkit_prompts(f"{root}/prompts.py")
+    tasks, missing = [], []
     for name, (published, *_) in ICINW.items():
-        homes = [os.path.join(root, below) for below in (name, f"classification/{published}", published)]
-        if home := next(filter(os.path.isdir, homes), None):
-            found[name] = home
-    if not found:
+        homes = [f"{root}/{name}", f"{root}/classification/{published}", f"{root}/{published}"]
+        if home := next(filter(isdir, homes), None):
+            tasks.append(icinw_task(name, home, names.get(name), templates.get(name)))
+        else:
+            missing.append(name)
+    if not tasks:
         raise UserError(f"{root} has no folder of the ICinW suite; wanted one or more of classification/"
                         f"{ICINW['caltech-101'][0]} ..., or of {', '.join(ICINW)}")
-    names, templates = toolkit_prompts(os.path.join(root, "prompts.py"))
-    return ([icinw_task(name, home, names.get(name), templates.get(name)) for name, home in found.items()],
-            [name for name in ICINW if name not in found])
+    return tasks, missing
 
 
-def icinw_task(name: str, home: str, names: list[str] | None, templates: tuple[str, ...] | None) -> IcinwTask:
+def icinw_task(name, home, names, templates):
     """names, templates: the toolkit's, where there are any"""
     published, listing, classes, images, metric = ICINW[name]
-    is_published, is_multi_label, is_class, notes = home.endswith(published), metric == "11-point mAP", None, []
-    if is_published:
-        data, is_class = listed_files(home, listing, is_multi_label)
-    elif is_multi_label:
-        data, is_class = multi_label_files(home)
+    is_multi_label, is_class, notes = metric == "11-point mAP", None, []
+    if not home.endswith(published):
+        templates = find_templates(f"{home}/templates.txt")
+        data, is_class = own_list(home) if is_multi_label else (folder(home, "test"), None)
     else:
-        data = folder(home, "test")
-    if not is_published:
-        templates = find_templates(os.path.join(home, "templates.txt"))
-    elif names and templates:
-        if len(names) != len(data.classes):
+        data, is_class = toolkit_list(home, f"{home}/{listing}", is_multi_label)
+        if names and len(names) != len(data.classes):
             raise UserError(f"prompts.py names {len(names)} classes of {name}, {home} has {len(data.classes)}")
-        data.classes = names
-    else:
-        templates = TEMPLATES_80
-        notes += ["without the toolkit's prompts.py: names as in the data, OpenAI's 80 templates"]
-    notes += [f"{count:,} {what}, the published test set has {wanted:,}"
-              for what, count, wanted in (("images", len(data), images), ("classes", len(data.classes), classes))
-              if count != wanted]
+        if names and templates:
+            data.classes = names
+        else:
+            templates = TEMPLATES_80
+            notes = ["without the toolkit's prompts.py: names as in the data, OpenAI's 80 templates"]
+    for what, count, wanted in ("images", len(data), images), ("classes", len(data.classes), classes):
+        if count != wanted:
+            notes.append(f"{count:,} {what}, the published test set has {wanted:,}")
     # the nearest car may stand at the margin: the toolkit, too, does not cut out the centre of these images
-    return IcinwTask(name, data, templates, metric, is_class, squash=name == "kitti-distance",
-                     notes=data.notes + notes)
+    return IcinwTask(name, data, templates, metric, is_class, squash=name == "kitti-distance", notes=data.notes + notes)
 
 
-def toolkit_prompts(path: str) -> tuple[dict, dict]:
+def toolkit_prompts(path):
     """class_map and template_map of the toolkit's prompts.py, {data set: list}; both empty if there is no such file."""
-    if not os.path.exists(path):
+    if not isfile(path):
         return {}, {}
-    values = {}
-
-    def literal(node):
-        if isinstance(node, ast.Name):
-            return values[node.id]
-        if isinstance(node, ast.List):
-            return [literal(item) for item in node.elts]
-        if isinstance(node, ast.Dict):
-            return {literal(key): literal(value) for key, value in zip(node.keys, node.values)}
-        return ast.literal_eval(node)
+    values = {}                                          # of the names in the file
+    substitute = ast.NodeTransformer()
+    substitute.visit_Name = lambda node: ast.Constant(values[node.id])
     try:
         for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):      # of what is no plain list
-                values[node.targets[0].id] = literal(node.value)
+                name = node.targets[0].id
+                values[name] = ast.literal_eval(substitute.visit(node.value))
         names = {name: ["\t".join([one] if isinstance(one, str) else one) for one in classes]
-                 for name, classes in values["class_map"].items() if name in ICINW}
-        templates = {name: checked_templates(some) for name, some in values["template_map"].items() if name in ICINW}
-        return names, templates
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as why:
-        raise UserError(f"{path} is not the toolkit's vision_benchmark/datasets/prompts.py: {one_line(why)}") from None
+                 for name, classes in values["class_map"].items()}
+        templates = values["template_map"]
+        return names, {name: checked_templates(templates[name]) for name in ICINW if name in templates}
+    except UserError:
+        raise
+    except Exception as error:                           # of any file
+        raise UserError(f"{path} is not the toolkit's vision_benchmark/datasets/prompts.py: {one_line(error)}") from None
 
 
-def listed_files(home: str, listing: str, is_multi_label: bool) -> tuple[ImageFiles, np.ndarray | None]:
-    """A data set of the toolkit: images, and with several classes an image is_class as in multi_label_files."""
-    path, rows = os.path.join(home, listing), []                # rows: (file, its classes)
-    if listing.endswith(".json"):
+def toolkit_list(home, path, is_multi_label):
+    """A data set of the toolkit: what `labeled` makes of its list."""
+    listed = []
+    if path.endswith(".json"):
         content = read_json(path)
-        categories = sorted((want(one, "id", int, path), want(one, "name", str, path))
-                            for one in want(content, "categories", list, path))
-        classes, place = [name for _, name in categories], {number: c for c, (number, _) in enumerate(categories)}
-        of_image = defaultdict(list)
-        for one in want(content, "annotations", list, path):
-            of_image[want(one, "image_id", int, path)].append(place.get(want(one, "category_id", int, path), -1))
-        for image in want(content, "images", list, path):
-            file = want(image, "file_name", str, path)
-            rows.append((f"{image['zip_file']}@{file}" if "zip_file" in image else file, of_image[image.get("id")]))
+        names = dict(sorted((i, name) for _, i, name in entries(content, "categories", path, id=int, name=str)))
+        classes, labels = list(names.values()), defaultdict(list)
+        for _, i, category in entries(content, "annotations", path, image_id=int, category_id=int):
+            labels[i].append([*names, category].index(category))
+        for _, i, archive, file in entries(content, "images", path, id=int, zip_file=object, file_name=str):
+            listed.append((f"{archive}@{file}" if archive else file, labels[i]))
     else:
-        names = [os.path.join(home, name) for name in ("labels.txt", "labelmap.txt")]
-        classes = read_lines(next(filter(os.path.isfile, names), names[0]), "names of classes")
+        labels = f"{home}/labels.txt"
+        classes = read_lines(labels if isfile(labels) else f"{home}/labelmap.txt", "names of classes")
         for number, line in enumerate(read_lines(path, "lines FILE CLASS"), 1):
-            file, _, numbers = line.rpartition(" ")
-            if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", numbers):
+            file, _, labels = line.rpartition(" ")
+            if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", labels):
                 raise UserError(f"{path}, line {number}: wanted FILE CLASS or FILE CLASS,CLASS..., got {line[:60]!r}")
-            rows.append((file, [int(one) for one in numbers.split(",")]))
-    for file, own in rows:
-        if not all(0 <= c < len(classes) for c in own):
-            raise UserError(f"{path}: {file} is of class {max(own)}, with {len(classes)} classes")
-    kept = rows if is_multi_label else [(file, own) for file, own in rows if len(own) == 1]
-    data = ImageFiles(path, home, Packed(as_bytes(unpacked(home, file)) for file, _ in kept), classes=classes,
-                      labels=array("q", [-1 if is_multi_label else own[0] for _, own in kept]),
-                      notes=[f"{len(rows) - len(kept):,} images without one class"] if len(kept) < len(rows) else [])
-    return data, np.array([np.isin(np.arange(len(classes)), own) for _, own in kept]) if is_multi_label else None
+            listed.append((file, [int(label) for label in labels.split(",")]))
+    return labeled(path, home, classes, listed, is_multi_label)
 
 
-def unpacked(home: str, file: str) -> str:
+def own_list(home):
+    """test/labels.txt, where an image can be of several classes."""
+    path = f"{home}/test/labels.txt"
+    lines = [line.partition("\t") for line in read_lines(path, "labels, lines FILE<TAB>CLASS CLASS ...")]
+    folders = sorted({name for _, _, names in lines for name in names.split()})
+    listed = [(file, [folders.index(name) for name in names.split()]) for file, _, names in lines]
+    return labeled(path, f"{home}/test", class_names(home, folders), listed, True)
+
+
+def labeled(path, root, classes, listed, is_multi_label):
+    """(file, its labels) of each image -> ImageFiles; and with several labels an image is_class (n, classes) bool."""
+    for file, labels in listed:
+        if max(labels, default=0) >= len(classes):
+            raise UserError(f"{path}: {file} is of class {max(labels)}, with {len(classes)} classes")
+    kept = [(file, labels) for file, labels in listed if is_multi_label or len(labels) == 1]
+    data = ImageFiles(path, root, ((unpacked(root, file), {} if is_multi_label else dict(label=labels[0]))
+                                   for file, labels in kept), classes)
+    data.notes = note_counts({"images without one class": len(listed) - len(kept)})
+    is_class = np.array([np.isin(np.arange(len(classes)), labels) for _, labels in kept])
+    return data, is_class if is_multi_label else None
+
+
+def unpacked(home, file):
     """val.zip@3/17.png, or where that lies if there is no val.zip any more: val/3/17.png or 3/17.png"""
     archive, member = archive_and_member(file)
-    if not member or os.path.isfile(os.path.join(home, archive)):
+    if not member or isfile(f"{home}/{archive}"):
         return file
-    below = os.path.join(archive.removesuffix(".zip"), member)
-    return below if os.path.isfile(os.path.join(home, below)) else member
+    below = f"{archive.removesuffix('.zip')}/{member}"
+    return below if isfile(f"{home}/{below}") else member
 
 
-def multi_label_files(root: str) -> tuple[ImageFiles, np.ndarray]:
-    """test/labels.txt -> images, and (n, classes) bool, True where an image is of a class."""
-    path = os.path.join(root, "test", "labels.txt")
-    rows = [line.partition("\t") for line in read_lines(path, "labels, lines FILE<TAB>CLASS CLASS ...")]
-    folders = sorted({one for _, _, several in rows for one in several.split()})
-    is_class = np.array([[one in several.split() for one in folders] for _, _, several in rows])
-    files = ImageFiles(path, os.path.join(root, "test"), Packed(as_bytes(file) for file, _, _ in rows),
-                       labels=array("q", [-1] * len(rows)), classes=class_names(root, folders))
-    return files, is_class
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts: the sentences that stand around a class name, and class names
+# ---------------------------------------------------------------------------------------------------------------------
+
+def split_templates(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(text.split()).split(" | "))
 
 
-# ---- photographs with a class for each pixel ------------------------------------------------------------------------
+# the paper's seven for zero-shot ImageNet, OpenAI's 80, and for segmentation five more
+TEMPLATES_7 = split_templates("""
+    itap of a {}. | a bad photo of the {}. | a origami {}. | a photo of the large {}. | a {} in a video game. |
+    art of the {}. | a photo of the small {}.""")
+TEMPLATES_80 = split_templates("""
+    a bad photo of a {}. | a photo of many {}. | a sculpture of a {}. | a photo of the hard to see {}. |
+    a low resolution photo of the {}. | a rendering of a {}. | graffiti of a {}. | a bad photo of the {}. |
+    a cropped photo of the {}. | a tattoo of a {}. | the embroidered {}. | a photo of a hard to see {}. |
+    a bright photo of a {}. | a photo of a clean {}. | a photo of a dirty {}. | a dark photo of the {}. |
+    a drawing of a {}. | a photo of my {}. | the plastic {}. | a photo of the cool {}. | a close-up photo of a {}. |
+    a black and white photo of the {}. | a painting of the {}. | a painting of a {}. |
+    a pixelated photo of the {}. | a sculpture of the {}. | a bright photo of the {}. | a cropped photo of a {}. |
+    a plastic {}. | a photo of the dirty {}. | a jpeg corrupted photo of a {}. | a blurry photo of the {}. |
+    a photo of the {}. | a good photo of the {}. | a rendering of the {}. | a {} in a video game. |
+    a photo of one {}. | a doodle of a {}. | a close-up photo of the {}. | a photo of a {}. | the origami {}. |
+    the {} in a video game. | a sketch of a {}. | a doodle of the {}. | a origami {}. |
+    a low resolution photo of a {}. | the toy {}. | a rendition of the {}. | a photo of the clean {}. |
+    a photo of a large {}. | a rendition of a {}. | a photo of a nice {}. | a photo of a weird {}. |
+    a blurry photo of a {}. | a cartoon {}. | art of a {}. | a sketch of the {}. | a embroidered {}. |
+    a pixelated photo of a {}. | itap of the {}. | a jpeg corrupted photo of the {}. | a good photo of a {}. |
+    a plushie {}. | a photo of the nice {}. | a photo of the small {}. | a photo of the weird {}. |
+    the cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the large {}. |
+    a black and white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. |
+    graffiti of the {}. | a toy {}. | itap of my {}. | a photo of a cool {}. | a photo of a small {}. |
+    a tattoo of the {}.""")
+TEMPLATES_85 = TEMPLATES_80 + split_templates("""
+    there is a {} in the scene. | there is the {} in the scene. | this is a {} in the scene. |
+    this is the {} in the scene. | this is one {} in the scene.""")
+
+
+def find_templates(text: str) -> tuple[str, ...]:
+    """What --templates says: 7, 80, 85, a file with a template a line, or one template such as "a photo of a {}."."""
+    known = {"7": TEMPLATES_7, "80": TEMPLATES_80, "85": TEMPLATES_85}
+    if text in known:
+        return known[text]
+    return checked_templates((text,) if "{" in text else read_lines(text, "templates"))
+
+
+def checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
+    for template in templates:
+        if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
+            raise UserError(f"template {template!r} must have one {{}}, where the class name goes, and no other brace")
+    return tuple(templates)
+
 
 # Class names in the order of the labels, in the words of DenseCLIP's protocol (github.com/chongzhou96/MaskCLIP,
 # tools/maskclip_utils/prompt_engineering.py).  Others, such as "wall-brick" or "tvmonitor", move the result by points.
@@ -1973,384 +2035,195 @@ COCO_STUFF = (
     "brick wall,concrete wall,wall,panel wall,stone wall,tile wall,wood wall,water,waterdrops,blind window,window,"
     "wood").split(",")
 
-# COCO-Stuff's files hold category - 1 in 0..181; eleven of these do not occur, and the 171 others close up
-COCO_STUFF_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-COCO_STUFF_LABEL = np.full(256, 255, dtype=np.uint8)
-COCO_STUFF_LABEL[np.setdiff1d(np.arange(182), COCO_STUFF_GAPS)] = np.arange(171)
 
-LAYOUTS = {
-    # format: folder above, its names for train and val, where images, labels and the list of images are; classes; and
-    # whether label 0 belongs to none of them, so that they start with label 1
-    "ade20k": ("ADEChallengeData2016", ("training", "validation"), "images/{}", "annotations/{}", None, ADE20K, True),
-    "coco-stuff": ("coco_stuff164k", ("train2017", "val2017"), "images/{}", "annotations/{}", None, COCO_STUFF, False),
-    "pascal-context": ("VOC2010", ("train", "val"), "JPEGImages", "SegmentationClassContext",
-                       "ImageSets/SegmentationContext/{}.txt", PASCAL_CONTEXT, True),
-    "voc": ("VOC2012", ("train", "val"), "JPEGImages", "SegmentationClass", "ImageSets/Segmentation/{}.txt", None,
-            False),
+def fingerprint(words: Iterable[str]) -> str:
+    """Eight digits that tell one list of class names or templates from another."""
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All data sets: one line of FORMATS each, and how several become one
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Format(NamedTuple):
+    """A kind of data set: how its SPEC is written; for which tasks it is there, the one that shows most of it first;
+    and the function of what follows KIND: in a SPEC, with split, task, size and cache as open_data has them."""
+    spec: str
+    tasks: tuple[str, ...]
+    open: Callable
+
+
+FORMATS = {
+    "shapes": Format("shapes", ("captions", "retrieval", "classes", "segmentation", "detection"), shapes),
+    "shards": Format("shards:PATH-{00000..00999}.tar", ("captions", "retrieval"), Shards),
+    "csv": Format("csv:FILE", ("captions", "retrieval"), csv_file),
+    "folder": Format("folder:DIR", ("captions", "classes"), folder),
+    "coco": Format("coco:DIR", ("captions", "retrieval", "detection"), coco),
+    "flickr30k": Format("flickr30k:DIR", ("captions", "retrieval"), flickr30k),
+    "ade20k": Format("ade20k:DIR", ("segmentation",), partial(
+        LabelMaps, above="ADEChallengeData2016", parts=("training", "validation"), images="images/{}",
+        maps="annotations/{}", classes=ADE20K, reduce_zero_label=True)),
+    "pascal-context": Format("pascal-context:DIR", ("segmentation",), partial(
+        LabelMaps, above="VOC2010", parts=("train", "val"), images="JPEGImages", maps="SegmentationClassContext",
+        listing="ImageSets/SegmentationContext/{}.txt", classes=PASCAL_CONTEXT, reduce_zero_label=True)),
+    "coco-stuff": Format("coco-stuff:DIR", ("segmentation",), partial(
+        LabelMaps, above="coco_stuff164k", parts=("train2017", "val2017"), images="images/{}", maps="annotations/{}",
+        classes=COCO_STUFF, label_of=COCO_STUFF_LABEL)),
+    "voc": Format("voc:DIR", ("segmentation",), partial(
+        LabelMaps, above="VOC2012", parts=("train", "val"), images="JPEGImages", maps="SegmentationClass",
+        listing="ImageSets/Segmentation/{}.txt")),
+    "icinw": Format("icinw:DIR", ("icinw",), icinw),
 }
 
 
-class LabelMaps:
-    """Images (.jpg) with a class for each pixel (.png of the same name), in the folders of the archives they come in.
+def specs(task: str | None = None) -> str:
+    """ "shapes, shards:PATH-{00000..00999}.tar, ...": what can be opened for a task, or at all."""
+    return ", ".join(format.spec for format in FORMATS.values() if task in (None, *format.tasks))
 
-        ade20k:DIR           DIR/images/{training,validation}/*.jpg       DIR/annotations/{training,validation}/*.png
-        coco-stuff:DIR       DIR/images/{train,val}2017/*.jpg             DIR/annotations/{train,val}2017/*.png
-        pascal-context:DIR   DIR/JPEGImages/*.jpg, those that             DIR/SegmentationClassContext/*.png
-                             DIR/ImageSets/SegmentationContext/{train,val}.txt names
-        voc:DIR              DIR/JPEGImages/*.jpg, those that             DIR/SegmentationClass/*.png
-                             DIR/ImageSets/Segmentation/{train,val}.txt names
-                             DIR/class_names.txt: a name a line, for labels 0, 1, ...
 
-    DIR or the folder above it.  COCO-Stuff's labels are those of stuffthingmaps_trainval2017.zip; Pascal Context's
-    those mmsegmentation makes from trainval_merged.json: 0 background, 1 to 59 the classes in alphabetical order.
+def kind_of(spec: str) -> str:
+    """The name in FORMATS of what `spec` names."""
+    kind = spec.partition(":")[0]
+    if kind not in FORMATS:
+        raise UserError(f"cannot open {spec!r}: wanted {specs()}")
+    return kind
+
+
+def open_data(spec: str, split: str | None = None, task: str = "captions", size: int | None = None,
+              cache: str | Path | None = None):
+    """The data set that `spec` names, of a format that has the task.
+
+    split   "train", "val" or "test", where the data has splits; default "test" for retrieval, else "train"
+    size    side in pixels of images that are drawn, if spec does not say
+    cache   folder for the indices of shards
     """
-    def __init__(self, kind: str, root: str, split: str):
-        above, parts, images, labels, listing, classes, self.reduce_zero_label = LAYOUTS[kind]
-        if split not in ("train", "val"):
-            raise UserError(f"{kind}:{root} has no split {split!r}; use train or val")
-        if os.path.isdir(os.path.join(root, above)):
-            root = os.path.join(root, above)
-        self.part, self.is_coco = parts[split == "val"], kind == "coco-stuff"
-        self.images, self.labels, source = (os.path.join(root, where.format(self.part))
-                                            for where in (images, labels, listing or images))
-        for path in (self.images, self.labels, source):
-            if not os.path.exists(path):
-                raise UserError(f"{kind}:{root} wants {path}, which is not there: unpack the archive as it comes, and "
-                                f"name the folder {above} or the one above it")
-        names = read_lines(source, "names of images") if listing else sorted(os.listdir(source))
-        self.stems = [name.removesuffix(".jpg") for name in names if listing or name.endswith(".jpg")]
-        if not self.stems:
-            raise UserError(f"{source} holds no images")
-        self.classes = classes or [name.strip("_") for name in
-                                   read_lines(os.path.join(root, "class_names.txt"), "names of classes")]
+    kind, _, rest = spec.partition(":")
+    if kind not in FORMATS or task not in FORMATS[kind].tasks:
+        raise UserError(f"cannot open {spec!r} for {task}: wanted {specs(task)}")
+    split = split or ("test" if task == "retrieval" else "train")
+    return FORMATS[kind].open(os.path.expanduser(rest), split=split, task=task, size=size, cache=cache)
 
-    def __len__(self) -> int:
-        return len(self.stems)
 
-    def name(self, i: int) -> str:
-        return f"{self.part}/{self.stems[i]}"
-
-    def read(self, i: int) -> Sample:
-        image = open_image(read_file(os.path.join(self.images, self.stems[i] + ".jpg")))
-        label = open_image(read_file(os.path.join(self.labels, self.stems[i] + ".png")))
-        if label.mode not in ("L", "P"):
-            raise BadRecord(f"not a label map: mode {label.mode}, wanted one byte a pixel")
-        if label.size != upright_size(image):
-            raise BadRecord(f"label map of another size: {label.size}, the image has {upright_size(image)}")
+def open_for_reading(spec: str, split: str) -> list:
+    """What `spec` names, for the first of its tasks that it can be opened for: a list, as icinw: is many data sets."""
+    problems = []
+    for task in FORMATS[kind_of(spec)].tasks:
         try:
-            label_map = np.array(label)                                         # (H, W); of a palette image the indices
-        except Exception as error:
-            raise BadRecord(f"corrupt label map: {one_line(error)}") from None
-        if self.is_coco:
-            label_map = COCO_STUFF_LABEL[label_map]
-        largest = int(label_map[label_map < 255].max(initial=0))
-        if largest >= len(self.classes) + self.reduce_zero_label:
-            raise BadRecord(f"label out of range: {largest}, with {len(self.classes)} classes")
-        return Sample(image, label_map=label_map)
+            data = open_data(spec, split, task)
+            return [one.data for one in data[0]] if task == "icinw" else [data]
+        except UserError as error:
+            problems.append(error)
+    raise problems[0]
 
 
-# ---- photographs with a box, a category and a mask for each object --------------------------------------------------
+class Mixed:
+    """Several data sets one after the other: an epoch sees each record once, so they mix in proportion to size."""
 
-MIN_TRAINED_SIDE = 32        # of images to train on, pixels (mmdetection)
-
-
-class CocoInstances:
-    """COCO's objects, in the folders of its archives.
-
-        coco:DIR       DIR/annotations/instances_{train,val}2017.json     or 2014
-                       DIR/{train,val}2017/*.jpg
-
-    classes are the categories by rising id, category_ids these ids (COCO's 80 are between 1 and 90), image_ids those of
-    the images.  read(i) gives objects {"box": (x1, y1, x2, y2), "category": index into classes, "area": of the mask,
-    "crowd": bool, "mask"}, with the mask as the file has it: polygons [[x1, y1, x2, y2, ...], ...], or RLE {"size":
-    [h, w], "counts": list or str}.  As in mmdetection, images that are small or without objects are not trained on.
-    What is left out is counted in notes; the first malformed entry ends with a UserError that names it.
-    """
-    def __init__(self, root: str, split: str):
-        tried = [os.path.join(root, "annotations", f"instances_{split}{year}.json") for year in ("2017", "2014")]
-        path = next(filter(os.path.isfile, tried), None)
-        if path is None:
-            raise UserError(f"no objects of the split {split!r} in {root}: wanted {tried[0]} (COCO has train and val)")
-        content, names, files, sizes = read_json(path), {}, {}, {}
-        for k, category in enumerate(want(content, "categories", list, path)):
-            where = f"{path}, categories[{k}]"
-            names[want(category, "id", int, where)] = want(category, "name", str, where)
-        for k, image in enumerate(want(content, "images", list, path)):
-            where = f"{path}, images[{k}]"
-            i = want(image, "id", int, where)
-            files[i] = want(image, "file_name", str, where)
-            sizes[i] = want(image, "width", int, where), want(image, "height", int, where)
-        self.category_ids, objects, unknown, no_area = sorted(names), {i: [] for i in files}, 0, 0
-        self.classes = [names[i] for i in self.category_ids]
-        index = {category_id: k for k, category_id in enumerate(self.category_ids)}
-        annotations = want(content, "annotations", list, path)
-        for k, annotation in enumerate(progress(annotations, len(annotations), f"objects of {path} read")):
-            where = f"{path}, annotations[{k}]"
-            i = want(annotation, "image_id", int, where)
-            if i not in objects:
-                raise UserError(f"{where}: there is no image {i}")
-            thing = checked_object(annotation, *sizes[i], f"{where}, of image {files[i]}")
-            if annotation["category_id"] in index:
-                objects[i].append(dict(thing, category=index[annotation["category_id"]]))
-                no_area += not has_area(thing["box"], *sizes[i])
-            else:
-                unknown += 1
-        kept = [i for i in files if split != "train" or objects[i] and min(sizes[i]) >= MIN_TRAINED_SIDE]
-        if not kept:
-            raise UserError(f"{path} holds no image" + (f" that can be trained on, of {len(files)}" if files else ""))
-        self.root, self.part = root, split + path[-len("2017.json"):-len(".json")]
-        self.files = Packed(as_bytes(files[i]) for i in kept)
-        self.objects = Packed(json.dumps(objects[i]).encode() for i in kept)    # as text they take the least memory
-        self.image_ids, self.sizes = np.array(kept), np.array([sizes[i] for i in kept])      # (n,) and (n, 2)
-        self.notes = [f"{path}: {count:,} {what}" for count, what in (
-            (len(files) - len(kept), f"images left out: no object, or a side under {MIN_TRAINED_SIDE} pixels"),
-            (unknown, "objects left out, whose category_id is not among the categories"),
-            (no_area, "objects under a pixel wide or high, not trained on")) if count]
+    def __init__(self, parts: list):
+        self.parts = parts
+        self.ends = list(itertools.accumulate(map(len, parts)))
+        self.classes = parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None
+        self.notes = [note for part in parts for note in getattr(part, "notes", ())]
+        self.names_classes = any(getattr(part, "names_classes", False) for part in parts)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return self.ends[-1]
+
+    def place(self, i: int) -> tuple:
+        k = bisect.bisect_right(self.ends, i)
+        return self.parts[k], i - self.ends[k] + len(self.parts[k])
 
     def name(self, i: int) -> str:
-        return f"{self.part}/{self.files[i].decode('utf-8', 'replace')}"
+        part, k = self.place(i)
+        return part.name(k)
 
     def read(self, i: int) -> Sample:
-        image = open_image(read_file(os.path.join(self.root, self.part, os.fsdecode(self.files[i]))))
-        wanted = tuple(self.sizes[i].tolist())
-        if upright_size(image) != wanted:
-            raise BadRecord(f"image of another size: {upright_size(image)}, the annotations are for {wanted}")
-        return Sample(image, objects=json.loads(self.objects[i]))
+        part, k = self.place(i)
+        return part.read(k)
 
 
-def has_area(box: tuple, width: int, height: int) -> bool:
-    """Whether a box (x1, y1, x2, y2) has a pixel or more each way inside an image of width x height."""
-    x1, y1, x2, y2 = box
-    return min(x2, width) - max(x1, 0) >= 1 and min(y2, height) - max(y1, 0) >= 1
+class NamedClasses:
+    """A labeled data set as pairs, for UniCL: the captions of an image are its class's name in each of the templates.
 
-
-def checked_object(annotation: dict, width: int, height: int, where: str) -> dict:
-    """An entry of a COCO file, for an image of width x height, as CocoInstances.read returns it, less the category."""
-    want(annotation, "category_id", int, where)
-    box, area, mask = want(annotation, "bbox", list, where), annotation.get("area"), annotation.get("segmentation")
-    if len(box) != 4 or not are_numbers(box):
-        raise UserError(f"{where}: wanted a bbox [x, y, width, height], got {json.dumps(box)[:80]}")
-    if not are_numbers([area]):
-        raise UserError(f"{where}: wanted an area, a number of pixels, got {json.dumps(area)[:80]}")
-    if not (are_polygons(mask) if isinstance(mask, list) else is_rle(mask, width, height)):
-        raise UserError(f"{where}: wanted a segmentation of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or an RLE of "
-                        f"size [{height}, {width}], got {json.dumps(mask)[:80]}")
-    x, y, w, h = box
-    return dict(box=(x, y, x + w, y + h), area=area, mask=mask, crowd=bool(annotation.get("iscrowd", 0)))
-
-
-def are_numbers(values: list) -> bool:
-    """Whether all are finite numbers."""
-    return set(map(type, values)) <= {int, float} and abs(sum(values)) < 1e12
-
-
-def are_polygons(mask: list) -> bool:
-    return bool(mask) and all(isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and
-                              are_numbers(points) for points in mask)
-
-
-def is_rle(mask, width: int, height: int) -> bool:
-    """Whether this is an RLE for an image of this size; if its counts are a string, whoever reads it will see."""
-    if not isinstance(mask, dict) or mask.get("size") != [height, width]:
-        return False
-    counts = mask.get("counts")
-    return isinstance(counts, str) or (isinstance(counts, list) and set(map(type, counts)) <= {int} and
-                                       min(counts, default=0) >= 0 and sum(counts) == width * height)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading: from (seed, step) to a batch, the same whatever the number of processes and workers
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Records(torch.utils.data.Dataset):
-    """Reads, decodes and augments single records.  An item is asked for by (epoch, index, *spares).
-
-    transform(sample, rng) makes a dict of arrays and strings; rng is seeded by (seed, epoch, index), so that an image
-    is augmented alike in every process and after every resume.  A bad record is named in "bad" and a spare takes its
-    place; without a spare left the item is only its "bad" list.
+    offset    what the label of class 0 is over all data sets
     """
-    def __init__(self, data, transform, seed: int = 0):
-        self.data, self.transform, self.seed = data, transform, seed
+    names_classes = True
 
-    def __len__(self):
+    def __init__(self, data: ImageFiles, offset: int, templates: tuple[str, ...]):
+        self.data, self.offset, self.templates = data, offset, templates
+        self.name, self.classes, self.notes = data.name, data.classes, data.notes
+
+    def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: tuple[int, ...]) -> dict:
-        epoch, *candidates = key
-        bad = []
-        for index in candidates:
-            try:
-                rng = np.random.default_rng((self.seed, epoch, index))
-                return dict(self.transform(self.data.read(index), rng), index=index, bad=bad)
-            except BadRecord as error:
-                bad.append((self.data.name(index), str(error)))
-        return dict(bad=bad)
+    def read(self, i: int) -> Sample:
+        sample = self.data.read(i)
+        names = self.classes[sample.label].split("\t")
+        captions = tuple(template.format(name) for template in self.templates for name in names)
+        return replace(sample, captions=captions, text_label=self.offset + sample.label)
 
 
-def collate(items: list[dict]) -> dict:
-    """Items of Records -> one batch: tensors are stacked, numbers become a tensor, the rest lists; "bad" is joined."""
-    batch = {"bad": [bad for item in items for bad in item["bad"]]}
-    items = [item for item in items if "index" in item]
-    for key in items[0] if items else ():
-        values = [item[key] for item in items]
-        if key != "bad":
-            batch[key] = (torch.stack(values) if torch.is_tensor(values[0]) else
-                          torch.tensor(values) if isinstance(values[0], (int, float)) else values)
-    return batch
+def name_classes(parts: list) -> list:
+    """Folders of classes among the data sets become NamedClasses; those with one list of classes share its labels."""
+    offsets, total, named = {}, 0, []
+    for data in parts:
+        if isinstance(data, ImageFiles) and data.classes:
+            want_names(data, f"folder:{data.root}")
+            if tuple(data.classes) not in offsets:
+                offsets[tuple(data.classes)] = total
+                total += len(data.classes)
+            data = NamedClasses(data, offsets[tuple(data.classes)], TEMPLATES_80)
+        named.append(data)
+    return named
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """(n,) the order in which an epoch visits the records."""
-    return np.random.default_rng((seed, epoch, n)).permutation(n)
-
-
-class TrainBatches:
-    """For each step the keys of this process's rows of the global batch.
-
-    An epoch is a permutation cut into n // batch_size global batches; process r takes the r-th slice of each, so every
-    process has the same number of steps and no record comes twice in an epoch.  What the cut leaves over are the spares
-    that stand in for bad records; a stand-in may come twice, as processes do not ask each other who took which.
-    """
-    def __init__(self, n: int, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1):
-        self.n, self.batch_size, self.seed, self.steps, self.rank, self.world = n, batch_size, seed, steps, rank, world
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self):
-        per_epoch, share, current = self.n // self.batch_size, self.batch_size // self.world, None
-        for step in self.steps:
-            epoch, i = divmod(step, per_epoch)
-            if epoch != current:
-                order, current = epoch_order(self.n, self.seed, epoch), epoch
-                spares = order[per_epoch * self.batch_size:]
-            first = i * self.batch_size + self.rank * share
-            yield [(epoch, int(order[row]), *self.spares_of(row, order, spares)) for row in range(first, first + share)]
-
-    @staticmethod
-    def spares_of(row: int, order: np.ndarray, spares: np.ndarray) -> list[int]:
-        """Ten records that may take this row's place; other rows of the epoch when the cut left nothing over."""
-        pool = spares if len(spares) else order
-        return [int(pool[(row + k) % len(pool)]) for k in range(1, 11)]
-
-
-class DataLoader(torch.utils.data.DataLoader):
-    """torch's, which tells of a worker's death in one line."""
-    def __iter__(self):
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise UserError(f"a loader process died ({one_line(error)}): with too little memory, lower --workers; the "
-                            f"same command goes on from the last checkpoint") from None
-
-
-def leave_signals_to_parent(worker: int):
-    """SIGTERM from Slurm and Ctrl-C reach every process of a run; the loader's end when their parent says so."""
-    def listen():
-        while signal.sigwaitinfo(signals).si_pid != os.getppid():
-            pass
-        os._exit(0)
-    signals = {signal.SIGTERM, signal.SIGINT}
-    if hasattr(signal, "sigwaitinfo"):                          # Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        threading.Thread(target=listen, daemon=True).start()
-
-
-def train_loader(data, transform, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1,
-                 workers: int = 0, collate=collate):
-    """An iterator over the batches of `steps`; batch_size is global, each batch holds this process's share of it."""
-    batches = TrainBatches(len(data), batch_size, seed, steps, rank, world)
-    return DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_parent)
-
-
-def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0, collate=collate,
-                seed: int = 0):
-    """Every record once and in order: process r reads records r, r + world, ...  Bad ones are left out and named."""
-    indices = range(rank, len(data), world)
-    batches = [[(0, i) for i in indices[k:k + batch_size]] for k in range(0, len(indices), batch_size)]
-    return DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      pin_memory=torch.cuda.is_available())
+def hash_names(data) -> str:
+    """sha256 of the names of all records, in order: the same list of names, whatever pixels and captions they have."""
+    digest = hashlib.sha256()
+    for i in progress(range(len(data)), len(data), "names hashed"):
+        digest.update(f"{data.name(i)}\n".encode())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking at data: `python data.py preview` draws a contact sheet, `python data.py check` reads everything
 # ---------------------------------------------------------------------------------------------------------------------
 
-CELL, LINES, LINE = 224, 4, 18      # of the contact sheet: side of a picture; lines of a caption, and their height
-
-
-def wrap(text: str, width: int, font) -> list[str]:
-    """Lines of at most `width` pixels; a word that is wider is broken."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-            continue
-        lines.append("")
-        for character in word:
-            if font.getlength(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
-    return [line for line in lines if line]
+CELL, GAP, LINES, LINE = 224, 8, 4, 18      # of the contact sheet: picture, gap; lines of a caption, and their height
 
 
 def preview(data, out: str, rows: int = 4, columns: int = 6, seed: int = 0):
     """Writes a contact sheet of records drawn at random: picture, and below it caption or class, or why it is bad."""
-    font = PIL.ImageFont.load_default(14)
-    gap = 8
-    across, down = CELL + gap, CELL + LINES * LINE + gap
-    sheet = PIL.Image.new("RGB", (columns * across + gap, rows * down + gap), "white")
-    draw = PIL.ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    across, down = CELL + GAP, CELL + LINES * LINE + GAP
+    sheet = Image.new("RGB", (columns * across + GAP, rows * down + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
     rng = np.random.default_rng(seed)
-    for cell, i in enumerate(rng.choice(len(data), min(rows * columns, len(data)), replace=False)):
-        x, y = gap + cell % columns * across, gap + cell // columns * down
+    for cell, i in enumerate(rng.choice(len(data), min(rows * columns, len(data)), replace=False).tolist()):
+        x, y = GAP + cell % columns * across, GAP + cell // columns * down
         try:
-            sample = data.read(int(i))
+            sample = data.read(i)
             picture = decode(sample.image)
             scale = CELL / max(picture.size)
-            picture = picture.resize([max(1, round(side * scale)) for side in picture.size], BICUBIC)
-            sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
+            sheet.paste(picture.resize([max(1, round(side * scale)) for side in picture.size], BICUBIC), (x, y))
             text = (pick_caption(sample, rng) if sample.captions else
-                    data.classes[sample.label] if sample.label >= 0 else data.name(int(i)))
+                    data.classes[sample.label] if sample.label >= 0 else data.name(i))
         except BadRecord as error:
             draw.rectangle((x, y, x + CELL, y + CELL), fill="lightgray")
-            text = f"BAD {data.name(int(i))}: {error}"
-        for k, line in enumerate(wrap(text[:400], CELL, font)[:LINES]):
+            text = f"BAD {data.name(i)}: {error}"
+        for k, line in enumerate(textwrap.wrap(text, CELL // 8)[:LINES]):
             draw.text((x, y + CELL + k * LINE), line, "black", font)
     sheet.save(out)
 
 
-class Inspector(torch.utils.data.Dataset):
-    """Item i: what `check` wants to know of record i, after a full read.
-
-    (name, reason or None, (width, height), captions' words, captions' tokens)
-    """
-    def __init__(self, data, tokenizer):
-        self.data, self.tokenizer = data, tokenizer
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> tuple:
-        name = self.data.name(i)
-        try:
-            sample = self.data.read(i)
-            size = decode(sample.image).size
-            words = [len(caption.split()) for caption in sample.captions]
-            tokens = [self.tokenizer.length(caption) for caption in sample.captions] if self.tokenizer else []
-            return name, None, size, words, tokens
-        except BadRecord as error:
-            return name, str(error), (0, 0), [], []
+def inspect(sample: Sample, rng: np.random.Generator, tokenizer: BytePairTokenizer | None) -> dict:
+    """What `check` wants to know of a record, after a full read."""
+    width, height = decode(sample.image).size
+    tokens = [tokenizer.length(caption) for caption in sample.captions] if tokenizer else []
+    return dict(width=[width], height=[height], words=[len(caption.split()) for caption in sample.captions], tokens=tokens)
 
 
-def check(data, tokenizer=None, context_length: int = 77, workers: int = 0) -> dict:
+def check(data, tokenizer: BytePairTokenizer | None = None, context_length: int = 77, workers: int = 0) -> dict:
     """Reads and decodes every record, prints a report and returns it:
 
     records, bad: how many;  reasons: {reason: count};  bad_records: [(name, reason)] of the first 20
@@ -2358,34 +2231,21 @@ def check(data, tokenizer=None, context_length: int = 77, workers: int = 0) -> d
     captions: how many;  truncated: how many captions have more than `context_length` tokens
     classes: how many, 0 if there are none;  sample_hash: see hash_names;  notes: the data set's own
     """
-    loader = torch.utils.data.DataLoader(Inspector(data, tokenizer), 64, num_workers=workers, collate_fn=list)
-    sizes, words, tokens = (array("q"), array("q")), array("q"), array("q")
-    reasons, bad_records = Counter(), []
-    for name, reason, size, some_words, some_tokens in progress(itertools.chain.from_iterable(loader), len(data),
-                                                                "records checked"):
-        if reason:
-            reasons[reason.split(":")[0]] += 1
-            if len(bad_records) < 20:
-                bad_records.append((name, reason))
-            continue
-        sizes[0].append(size[0])
-        sizes[1].append(size[1])
-        words.extend(some_words)
-        tokens.extend(some_tokens)
-
-    def spread(values: array) -> list[int]:
-        return [int(f(values)) for f in (np.min, np.median, np.max)] if values else []
-
-    report = dict(records=len(data), bad=sum(reasons.values()), reasons=dict(reasons), bad_records=bad_records,
-                  width=spread(sizes[0]), height=spread(sizes[1]), captions=len(words), words=spread(words),
-                  tokens=spread(tokens), truncated=sum(n > context_length for n in tokens),
-                  classes=len(data.classes or ()), sample_hash=hash_names(data), notes=list(getattr(data, "notes", ())))
+    loader = eval_loader(data, partial(inspect, tokenizer=tokenizer), 64, workers=workers, collate=list)
+    found = dict(width=[], height=[], words=[], tokens=[], bad=[])
+    for item in progress(itertools.chain.from_iterable(loader), len(data), "records checked"):
+        for key, values in found.items():
+            values += item.get(key, ())
+    bad = found.pop("bad")
+    spread = {key: np.quantile(values, (0, 0.5, 1)).tolist() if values else [] for key, values in found.items()}
+    report = dict(records=len(data), bad=len(bad), reasons=Counter(reason.split(":")[0] for _, reason in bad), **spread,
+                  captions=len(found["words"]), truncated=sum(n > context_length for n in found["tokens"]),
+                  classes=len(data.classes or ()), sample_hash=hash_names(data))
     for key, value in report.items():
-        if key in ("bad_records", "notes"):
-            for item in value:
-                print(f"{key.rstrip('s').replace('_', ' ')}: {item if key == 'notes' else ': '.join(item)}")
-        else:
-            print(f"{key.replace('_', ' ')}: {value}")
+        say(f"{key.replace('_', ' ')}: {dict(value) if key == 'reasons' else value}")
+    report |= dict(bad_records=bad[:20], notes=list(getattr(data, "notes", ())))
+    for line in [f"bad record: {name}: {reason}" for name, reason in bad[:20]] + report["notes"]:
+        say(printable(line))
     return report
 
 
@@ -2400,24 +2260,20 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def check_folder_of(option: str, path: str):
     """For a file that will be written when the work is done: UserError now if there is no folder for it."""
-    if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path)))):
+    if path and (isdir(path) or not isdir(os.path.dirname(os.path.abspath(path)))):
         raise UserError(f"{option} {path} cannot be written: wanted the name of a file in a folder that exists")
 
 
-def open_for_reading(spec: str, split: str) -> list:
-    """What `spec` names, for whatever it is used: a list because icinw: is many data sets."""
-    kind, _, rest = spec.partition(":")
-    if kind == "icinw":
-        return [task.data for task in icinw(rest)[0]]
-    if kind in LAYOUTS:
-        return [open_data(spec, split, "segmentation")]
-    has_captions = glob.glob(os.path.join(os.path.expanduser(rest), "annotations", "captions_*.json"))
-    if kind == "coco" and split != "test" and not has_captions:
-        return [open_data(spec, split, "detection")]
-    return [open_data(spec, split)]
+OPTIONS = {         # of the commands: name, default, help
+    "preview": [("--out", "grid.png", "the picture to write"), ("--rows", 4, "rows of the sheet"),
+                ("--columns", 6, "columns of the sheet"), ("--seed", 0, "another seed shows other records")],
+    "check": [("--context-length", 77, "tokens; longer captions count as truncated"),
+              ("--workers", 0, "loader processes"), ("--json", "", "file for the report as one JSON object")],
+    "bpe": [],
+}
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = cli.add_subparsers(dest="command", required=True)
     for name, help in (("preview", "draw a contact sheet of samples with captions"),
@@ -2425,32 +2281,19 @@ def main(argv=None):
                        ("bpe", "learn byte-pair merges from the captions and show how a text is cut")):
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         command.add_argument("--data", action="append", metavar="SPEC",
-                             help=f"{OPENS['captions']}, or one of those for evaluation, ade20k:DIR, icinw:DIR ...; "
-                                  f"may be repeated (default: shapes)")
-        command.add_argument("--split", default="train", help="train, val or test, where the data has splits")
-        command.add_argument("--bpe", default="", help="CLIP's merges file (default: learn merges from the captions)")
-        command.add_argument("--vocab-size", type=int, default=1024,
-                             help="entries that are learned where no --bpe is given (default: 1024)")
-        if name == "preview":
-            command.add_argument("--out", default="grid.png", help="the picture to write (default: grid.png)")
-            command.add_argument("--rows", type=at_least(1), default=4, help="rows of the sheet (default: 4)")
-            command.add_argument("--columns", type=at_least(1), default=6, help="default: 6")
-            command.add_argument("--seed", type=at_least(0), default=0,
-                                 help="another seed shows other records (default: 0)")
-        if name == "check":
-            command.add_argument("--context-length", type=at_least(3), default=77,
-                                 help="tokens; longer captions count as truncated (default: 77)")
-            command.add_argument("--workers", type=at_least(0), default=0, help="loader processes (default: 0)")
-            command.add_argument("--json", default="", help="file for the report as one JSON object")
-        if name == "bpe":
-            command.add_argument("text", nargs="*", help="texts to cut (default: a few captions)")
+                             help=f"{specs()}; may be repeated (default: shapes)")
+        command.add_argument("text", nargs="*", help="texts to cut (default: a few captions)") if name == "bpe" else None
+        for option, default, meaning in [
+                ("--split", "train", "train, val or test, where the data has splits"),
+                ("--bpe", "", "CLIP's merges file; without one merges are learned from the captions"),
+                ("--vocab-size", 1024, "entries that are learned"), *OPTIONS[name]]:
+            command.add_argument(option, default=default, type=str if isinstance(default, str) else at_least(min(default, 1)),
+                                 help=f"{meaning} (default: {default})" if default != "" else meaning)
     o = cli.parse_args(argv)
     check_folder_of("--out", getattr(o, "out", ""))
     check_folder_of("--json", getattr(o, "json", ""))
-    if o.command == "preview":
-        kind = PIL.Image.registered_extensions().get(Path(o.out).suffix.lower())
-        if kind not in PIL.Image.SAVE:
-            raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
+    if o.command == "preview" and Path(o.out).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
     parts = [part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)]
     data = parts[0] if len(parts) == 1 else Mixed(parts)
     if o.command == "preview":
@@ -2487,9 +2330,4 @@ def learn_tokenizer(data, vocab_size: int) -> BytePairTokenizer:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")           # names from files may hold what a terminal cannot show
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

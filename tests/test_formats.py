@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 
 import data
-from data import BadRecord, Mixed, Shards, Tar, UserError, expand_braces, hash_names, open_data
+from data import BadRecord, Mixed, Shards, UserError, expand_braces, hash_names, open_data
 
 PAIRS = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "pairs"
 
@@ -69,46 +69,25 @@ def gray(sample) -> int:
     ("{098..100}", ["098", "099", "100"]),
     ("{5..5}", ["5"]),
     ("{0..1}", ["0", "1"]),                              # a single 0 does not ask for padding
-    ("{a,b}.tar", ["a.tar", "b.tar"]),
-    ("{a,}.tar", ["a.tar", ".tar"]),
-    ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),       # the last one runs fastest, as in a shell
-    ("x{1..2}y{3,4}z", ["x1y3z", "x1y4z", "x2y3z", "x2y4z"]),
-    ("{00..02,07}.tar", ["00.tar", "01.tar", "02.tar", "07.tar"]),            # a range in a list: not in a shell
 ])
 def test_braces(pattern, want):
     assert expand_braces(pattern) == want
 
 
 @pytest.mark.parametrize("pattern", ["{0..2", "0..2}", "{a}", "{}", "{3..1}", "{a..c}", "{0..}", "{{0..2},7}",
-                                     "{0..9999999999}", "{0..4..2}", "}{"])
+                                     "{0..9999999999}", "{0..4..2}", "}{", "{a,b}", "{0..1}{0..1}"])
 def test_braces_that_cannot_be_meant(pattern):
     with pytest.raises(UserError):
         expand_braces(pattern)
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@pytest.mark.parametrize("names", [
-    ["a.jpg", "b.txt"],
-    ["./a.jpg", "folder/b.txt", "folder/" * 16 + "long.jpg"],                 # 116 characters: split in two in USTAR
-    ["x" * 99 + ".jpg", "y" * 100, "z/" * 60 + "w" * 30],
-    ["ü" * 20 + ".jpg", "name with spaces.txt", "a=b\nc.json"],
-])
-@pytest.mark.parametrize("info", [{}, {"mtime": 1700000000.5}, {"uname": "ü", "uid": 3_000_000}])   # PAX says more
-def test_members_are_those_of_tarfile(tmp_path, format, names, info):
-    long = any(len(name) > 100 and "/" not in name for name in names)
-    if format == tarfile.USTAR_FORMAT and (long or "uid" in info):
-        pytest.skip("USTAR cannot hold this")
-    path = make_tar(tmp_path / "t.tar", [(name, b"x" * (k * 511)) for k, name in enumerate(names)], format, **info)
-    with tarfile.open(path) as tar:
-        want = [(os.fsencode(m.name), m.offset_data, m.size) for m in tar]
-    assert list(Tar(path).members()) == want
-
-
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_longer_than_a_header(tmp_path, format):
-    names = ["n" * length + ".jpg" for length in (96, 97, 150, 255, 5000)]
-    path = make_tar(tmp_path / "t.tar", [(name, b"1234") for name in names], format)
-    assert [(name.decode(), size) for name, _, size in Tar(path).members()] == [(name, 4) for name in names]
+    names = ["n" * length for length in (96, 97, 150, 255, 5000)] + ["folder/" * 16 + "ü", "z/" * 60 + "w" * 30, "a=b\nc"]
+    members = [member for name in names for member in ((f"{name}.jpg", jpeg()), (f"{name}.txt", b"x"))]
+    shards = Shards(str(make_tar(tmp_path / "t.tar", members, format, mtime=1700000000.5, uname="ü", uid=3_000_000)))
+    assert [shards.name(i) for i in range(len(shards))] == [f"t/{name}" for name in names]
+    assert captions(shards) == [("x",)] * len(names)
 
 
 @pytest.mark.skipif(not PAIRS.exists(), reason="needs ../shared/data/pairs")
@@ -147,7 +126,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert captions(shards)[1] == ("again",), "of two members of one name tar leaves the last"
     assert sorted(shards.notes) == sorted([
         "1 images without a caption", "3 captions without an image", "1 members repeat a name, the last one is read",
-        f"1 of 3 shards hold no pair, the first is {tmp_path}/1.tar"])
+        "1 of 3 shards hold no pair"])
 
 
 def special(name: str, kind: bytes, **more) -> tarfile.TarInfo:
@@ -167,7 +146,7 @@ def special(name: str, kind: bytes, **more) -> tarfile.TarInfo:
     special("9.txt", tarfile.BLKTYPE, devmajor=8),
     special("9.txt", tarfile.GNUTYPE_SPARSE),
     special("9.txt", b"Z"),                                        # no kind that anybody knows
-    special("9.txt", tarfile.REGTYPE, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+    special("9.txt", tarfile.REGTYPE, pax_headers={"GNU.sparse.size": "0"}),
     ("/etc/passwd.txt", b"x"),
     ("../9.txt", b"x"),
     ("a/../../9.jpg", b"x"),
@@ -201,17 +180,15 @@ def header_of(tar: bytes, member: int) -> int:
 
 
 @pytest.mark.parametrize("damage, note", [
-    (lambda tar, at: tar[:at + 100], "without an end mark"),                          # cut in a header
-    (lambda tar, at: tar[:at], "without an end mark"),                                # cut between two members
-    (lambda tar, at: tar[:at + 512 + 50], "is cut short"),                            # cut in an image
-    (lambda tar, at: tar[:at + 9] + b"?" + tar[at + 10:], "is damaged"),              # the checksum is wrong
-    (lambda tar, at: tar[:at] + bytes(range(256)) * 2 + tar[at + 512:], "header should"),     # overwritten
-    (lambda tar, at: with_header(tar, at, size=(124, b"77777777777\0")), "is cut short"),            # claims 8 GiB
-    (lambda tar, at: with_header(tar, at, size=(124, b"\x80" + b"\x7f" * 11)), "is cut short"),      # claims 2 ** 87
-    (lambda tar, at: with_header(tar, at, size=(124, b"\xff" * 12)), "header should have a number"),  # claims -1
-    (lambda tar, at: with_header(tar, at, size=(124, b"-0000000600\0")), "header should have a number"),
-    (lambda tar, at: with_header(tar, at, size=(124, b"1_0\0        ")), "header should have a number"),
-    (lambda tar, at: with_header(tar, at, kind=(156, b"x")), "malformed extended header"),
+    (lambda tar, at: tar[:at + 100], "cut short at byte"),                            # cut in a header
+    (lambda tar, at: tar[:at], "cut short"),                                          # cut between two members
+    (lambda tar, at: tar[:at + 512 + 50], "cut short: has"),                          # cut in an image
+    (lambda tar, at: tar[:at + 9] + b"?" + tar[at + 10:], "damaged"),                 # the checksum is wrong
+    (lambda tar, at: tar[:at] + bytes(range(256)) * 2 + tar[at + 512:], "damaged"),   # overwritten
+    (lambda tar, at: with_header(tar, at, size=(124, b"77777777777\0")), "cut short: has"),         # claims 8 GiB
+    (lambda tar, at: with_header(tar, at, size=(124, b"\x80" + b"\x7f" * 11)), "cut short: has"),   # claims 2 ** 87
+    (lambda tar, at: with_header(tar, at, size=(124, b"\xff" * 12)), "cut short: has"),             # claims -1
+    (lambda tar, at: with_header(tar, at, size=(124, b"-0000000600\0")), "cut short: has"),
     (lambda tar, at: tar[:at] + b"\0" * (2 << 20) + tar[at:], "has its end mark"),    # zeros in the middle
 ])
 def test_records_before_the_damage_are_used(tmp_path, damage, note):
@@ -219,7 +196,7 @@ def test_records_before_the_damage_are_used(tmp_path, damage, note):
     (tmp_path / "s.tar").write_bytes(damage(tar, header_of(tar, 4)))
     shards = Shards(str(tmp_path / "s.tar"))
     assert captions(shards) == [("picture 0",), ("picture 1",)]
-    assert len(shards.notes) == 1 and shards.notes[0].startswith(f"{tmp_path}/s.tar ") and note in shards.notes[0]
+    assert len(shards.notes) == 1 and shards.notes[0].startswith(f"{tmp_path}/s.tar: ") and note in shards.notes[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 10240, b"garbage" * 1000, gzip.compress(b"x" * 5000), b"<html>"])
@@ -230,7 +207,7 @@ def test_a_shard_without_pairs(tmp_path, content):
     make_tar(tmp_path / "1.tar", pairs(1))
     shards = Shards(str(tmp_path / "{0..1}.tar"))
     assert captions(shards) == [("picture 0",)]
-    assert f"1 of 2 shards hold no pair, the first is {tmp_path}/0.tar" in shards.notes
+    assert "1 of 2 shards hold no pair" in shards.notes
 
 
 def test_any_damage_to_a_shard_ends_in_pairs_or_one_line(tmp_path):
@@ -251,8 +228,8 @@ def test_any_damage_to_a_shard_ends_in_pairs_or_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("files, message", [
-    ([("1.txt", b"\xff\xfe caption")], "caption is not UTF-8: invalid start byte at byte 0"),
-    ([("1.txt", b"cut \xe2\x82")], "caption is not UTF-8: unexpected end of data at byte 4"),
+    ([("1.txt", b"\xff\xfe caption")], "caption is not UTF-8"),
+    ([("1.txt", b"cut \xe2\x82")], "caption is not UTF-8"),
     ([("1.txt", b"")], "empty caption"),
     ([("1.txt", " \u00a0\n\t".encode())], "empty caption"),
     ([("1.json", b'{"caption": "half a pair \\ud83d"}')], "caption is not UTF-8"),
@@ -368,15 +345,8 @@ def test_forked_processes_read_from_the_files_of_their_parent(tmp_path):
 
 def test_fifteen_million_pairs_fit_in_memory(tmp_path):
     shards = Shards(str(make_tar(tmp_path / "s.tar", pairs(200))))
-    size = shards.pairs.nbytes + len(shards.keys.blob) + shards.keys.ends.itemsize * len(shards.keys.ends)
+    size = shards.pairs.nbytes + shards.shard.nbytes + len(shards.keys.blob) + shards.keys.ends.nbytes
     assert size / len(shards) * 15e6 < 1e9
-
-
-def test_packed():
-    packed = data.Packed([b"a", b"", b"bcd"])
-    packed.extend(data.Packed())
-    packed.extend(data.Packed([b"", b"\xff"]))
-    assert [packed[i] for i in range(len(packed))] == [b"a", b"", b"bcd", b"", b"\xff"]
 
 
 # ---- csv ------------------------------------------------------------------------------------------------------------
@@ -419,9 +389,9 @@ def test_csv_with_other_columns(tmp_path):
     (b"0.jpg,", "empty caption"),
     (b"0.jpg,  ", "empty caption"),
     (b"0.jpg,caf\xe9", "caption is not UTF-8"),            # Latin-1
-    (b"nowhere.jpg,x", "unreadable file: No such file"),
-    (b"a\0b.jpg,x", "unreadable file: embedded null"),
-    (b",x", "unreadable file: Is a directory"),
+    (b"nowhere.jpg,x", "unreadable file: "),
+    (b"a\0b.jpg,x", "unreadable file: "),
+    (b",x", "unreadable file: "),
 ])
 def test_bad_rows_of_a_csv(tmp_path, row, message):
     table = open_data(make_csv(tmp_path, b"filepath,title\n" + row + b"\n1.jpg,good\n"))
@@ -432,13 +402,13 @@ def test_bad_rows_of_a_csv(tmp_path, row, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("path,title\n0.jpg,x\n", "has no column 'filepath', only 'path', 'title'"),
-    ("filepath|title\n0.jpg|x\n", "has no column 'filepath', only 'filepath|title'"),
-    ("filepath,caption\n0.jpg,x\n", "has no column 'title', only 'filepath', 'caption'"),
-    ("", "has no column 'filepath'"),
+    ("path,title\n0.jpg,x\n", "wants columns 'filepath' and 'title', has 'path', 'title'"),
+    ("filepath|title\n0.jpg|x\n", "has 'filepath|title'"),
+    ("filepath,caption\n0.jpg,x\n", "has 'filepath', 'caption'"),
+    ("", "wants columns 'filepath'"),
     ("filepath,title\n", "holds no images"),
     ("filepath,title\nx/0.jpg,a\nx/1.jpg,b\n", "none of the first 2 images"),
-    ('filepath,title\n0.jpg,x\n1.jpg,"never closed\n' + "2.jpg,filler filler filler\n" * 170_000, "record 2"),
+    ('filepath,title\n0.jpg,x\n1.jpg,"never closed\n' + "2.jpg,filler filler filler\n" * 170_000, "a quote that is never closed"),
 ])
 def test_csv_that_cannot_be_used(tmp_path, text, message):
     with pytest.raises(UserError) as error:
@@ -452,9 +422,8 @@ def test_captions_over_several_lines_are_noted(tmp_path):
 
 
 def test_captions_cut_by_a_separator_are_noted(tmp_path):
-    unquoted = "filepath;title\n0.jpg;a cat; asleep\n1.jpg;a dog;\n2.jpg;a bird\n"
-    assert open_data(make_csv(tmp_path, unquoted)).notes == [
-        "1 rows have more fields than the header: captions with a ';' need quotes"]
+    unquoted = "filepath;title\n0.jpg;a cat; asleep\n1.jpg;a dog\n2.jpg;a bird\n"
+    assert open_data(make_csv(tmp_path, unquoted)).notes == ["1 rows have too many fields: captions with a ';' need quotes"]
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
@@ -512,14 +481,14 @@ def test_folder_with_class_names(tmp_path):
 @pytest.mark.parametrize("files, names, message", [
     ([], None, "cannot read"),
     (["a/notes.txt", "b/notes.txt"], None, "holds no images"),
-    (["1.jpg", "2.jpg"], None, "holds no images in folders"),
+    (["1.jpg", "2.jpg"], None, "sorted into a folder for each class as docs/DATA.md says, holds no images"),
     (["train/n01440764/1.JPEG", "train/n01443537/1.JPEG", "val/ILSVRC2012_val_00000001.JPEG"], None,
-     "val holds images that lie in no folder of their class: sort them"),
+     "val, sorted into a folder for each class as docs/DATA.md says, holds no images"),
     (["00000/000000000.jpg", "00000/000000000.txt", "00001/000010000.jpg", "00001/000010000.txt"], None,
      "00000 holds pairs as img2dataset leaves them"),
     (["val/a/1.jpg"], None, "has no folder 'train', only val"),
-    (["a/1.jpg", "b/1.jpg"], "a great white shark\n", "line 1: wanted CLASS<TAB>name"),
-    (["a/1.jpg", "b/1.jpg"], "a\tcat\n", "has no line for the folder 'b'"),
+    (["a/1.jpg", "b/1.jpg"], "a great white shark\n", "has no line a<TAB>name"),
+    (["a/1.jpg", "b/1.jpg"], "a\tcat\n", "has no line b<TAB>name"),
 ])
 def test_folder_that_cannot_be_used(tmp_path, files, names, message):
     spec = make_folder(tmp_path / "root", files)
@@ -565,7 +534,7 @@ def without(entry: dict, key: str) -> dict:
     (lambda c: without(c, "images"), "captions_train2017.json: wanted an object with 'images'"),
     (lambda c: dict(c, annotations=None), "captions_train2017.json: wanted an object with 'annotations'"),
     (lambda c: dict(c, images=[c["images"][0], {"id": 2}]), "images[1]: wanted an object with 'file_name' of type str"),
-    (lambda c: dict(c, images=["4.jpg"]), "images[0]: wanted an object with 'file_name'"),
+    (lambda c: dict(c, images=["4.jpg"]), "images[0]: wanted an object with 'id'"),
     (lambda c: dict(c, annotations=[{"image_id": 99, "caption": "x"}]), "annotations[0]: there is no image 99"),
     (lambda c: dict(c, annotations=[{"image_id": 4, "caption": 5}]), "annotations[0]: wanted an object with 'caption'"),
     (lambda c: dict(c, annotations=[]), "holds no images"),
@@ -581,7 +550,7 @@ def test_malformed_coco(tmp_path, change, message):
 def test_coco_that_is_not_json(tmp_path, content):
     spec = make_coco(tmp_path, "2017")
     (tmp_path / "annotations" / "captions_train2017.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match="captions_train2017.json is not JSON"):
+    with pytest.raises(UserError, match="cannot read .*captions_train2017.json"):
         open_data(spec)
 
 
@@ -620,7 +589,7 @@ def test_karpathy_splits(tmp_path, coco, split, want):
 @pytest.mark.parametrize("change, message", [
     (lambda image: without(image, "split"), "images[0]: wanted an object with 'split'"),
     (lambda image: dict(image, split="dev"), "has no image of the split 'test', only {'dev': 5}"),
-    (lambda image: without(image, "filename"), "images[3]: wanted an object with 'filename'"),
+    (lambda image: without(image, "filename"), "images[0]: wanted an object with 'filename'"),
     (lambda image: dict(image, sentences=["x"]), "images[3]: wanted an object with 'raw'"),
     (lambda image: "0.jpg", "images[0]: wanted an object with 'split'"),
 ])
@@ -633,13 +602,16 @@ def test_malformed_karpathy(tmp_path, change, message):
 
 # ---- all data sets --------------------------------------------------------------------------------------------------
 
-def test_every_task_says_what_it_opens():
-    for task, text in data.OPENS.items():
-        for kind in [name.partition(":")[0] for name in text.split(", ")]:
-            try:
-                open_data(f"{kind}:nowhere" if kind != "shapes" else kind, "train", task)
-            except UserError as error:
-                assert "nowhere" in str(error) and "cannot open" not in str(error)
+def test_each_format_is_opened_by_its_line_of_the_table():
+    for kind, format in data.FORMATS.items():
+        assert data.kind_of(format.spec) == kind and format.spec in data.specs() and format.tasks
+        for task in format.tasks:
+            assert format.spec in data.specs(task)
+            if kind != "shapes":
+                with pytest.raises(UserError, match="nowhere"):
+                    open_data(f"{kind}:nowhere", "train", task)
+    with pytest.raises(UserError, match="wanted shapes, shards:PATH-{00000..00999}.tar, csv:FILE, "):
+        data.kind_of("tar:x.tar")
 
 
 @pytest.mark.parametrize("spec, split, task, message", [
@@ -773,28 +745,11 @@ def test_options_that_cannot_be_are_refused_before_any_work(wrong, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
-def test_progress_speaks_within_an_item_too(monkeypatch, capsys):
-    class Hurried(threading.Event):
-        def wait(self, seconds=None):
-            return super().wait(seconds and seconds / 100)
-    monkeypatch.setattr(data.threading, "Event", Hurried)
-    for item in data.progress("ab", 2, "letters"):
-        time.sleep(0.2)
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "letters: 0 of 2" and said[-1].startswith("letters: 1 of 2, 0 s left"), said
-    assert list(data.progress(iter("ab"), 2, "letters", speaks=False)) == ["a", "b"]
-    time.sleep(0.2)
-    assert not capsys.readouterr().err, "and is silent when it is done, or told to be"
 
 
-@pytest.mark.parametrize("text, want", [
-    ("", []),
-    ("a cat", ["a cat"]),
-    ("aaa bbb ccc", ["aaa bbb", "ccc"]),
-    ("abcdefghijklmnop", ["abcdefgh", "ijklmnop"]),        # a word wider than the line
-    ("a abcdefghij b", ["a", "abcdefgh", "ij b"]),
-])
-def test_wrap(text, want):
-    class Monospaced:
-        getlength = staticmethod(len)
-    assert data.wrap(text, 8, Monospaced()) == want
+def test_progress_speaks_every_five_seconds(monkeypatch, capsys):
+    clock = iter(range(0, 100, 3))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
+    assert list(data.progress(iter("abcd"), 4, "letters")) == [*"abcd"]
+    assert capsys.readouterr().err == "letters: 1 of 4, 18 s left\nletters: 3 of 4, 4 s left\n"
+    assert list(data.progress("abcd", 4, "letters", speaks=False)) == [*"abcd"] and not capsys.readouterr().err

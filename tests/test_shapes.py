@@ -103,9 +103,7 @@ INSIDE = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_masks_equal_a_supersampled_drawing(shape, size, thing_size, angle):
     thing = Thing(shape, "red", 0.53, 0.46, thing_size, angle, (200.0, 20.0, 20.0))
-    rows, columns, share = coverage(thing, size)
-    ours = np.zeros((size, size))
-    ours[rows, columns] = share
+    ours = coverage(thing, size)
 
     fine = 8                                                     # samples per pixel and axis
     t = (np.arange(size * fine) + 0.5) / (size * fine)
@@ -339,13 +337,14 @@ def test_options(text, want):
     ("sise=64", ["sise", "size", "train", "unsaid"]),     # an unknown key: what there is
     ("size", ["size"]),                                   # no value
     ("size=big", ["size=big", "size=64"]),                # not a number: what it looks like
-    ("train=-1", ["train=-1"]),
+    ("train=-1", ["count", "-1"]),
     ("objects=4", ["objects=4", "objects=1-4"]),
-    ("single=1.5", ["single=1.5", "0 to 1"]),
+    ("single=1.5", ["single", "1.5", "0 to 1"]),
+    ("unsaid=nan", ["unsaid", "nan"]),
 ])
 def test_bad_options(text, names):
     with pytest.raises(UserError) as error:
-        shapes_options(text)
+        data.open_data(f"shapes:{text}")
     assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)
 
 
