@@ -134,34 +134,36 @@ class Ours:
         self.core = model.build(o, tokenizer.eot).to(DEVICE).train()
         self.net = torch.compile(self.core) if compile else self.core
         self.collate = train.PairCollate(tokenizer, o.context_length, 8 if compile else 1)
-        has_teacher = model.METHODS[o.method]["target"] == "teacher"
+        has_teacher = model.METHODS[o.method]["predicts"] == "teacher"
         self.teacher = model.Teacher(self.core).to(DEVICE) if has_teacher else None
         self.optimizer = torch.optim.AdamW(train.param_groups(self.core, o.weight_decay), lr=1e-5,
-                                           betas=(0.9, o.beta2), eps=o.eps, fused=True)
-        self.weights = dict(distillation=o.distillation_weight, mlm=o.mlm_weight)
+                                           betas=(0.9, o.beta2), fused=True)
         self.runtime = replace(RUNTIME, rank=dist.get_rank(), world=dist.get_world_size()) if dist.is_initialized() \
             else RUNTIME
 
     def step(self, images: torch.Tensor, captions: list[str], number: int = 0):
         o, runtime = self.options, self.runtime
-        batch = dict(images=images, tokens=self.collate.tokens(captions))
-        batch = train.hide(batch, self.core, self.collate.tokenizer.sot, number + 1, o, runtime.rank, runtime.world)
-        parts = train.micro_batches(batch, 1, DEVICE)
+        batch = dict(images=images, tokens=self.tokens(captions))
+        batch = train.hide(batch, self.core, self.collate.tokenizer.sot, number + 1, o.seed, runtime.rank, runtime.world)
+        batch = train.micro_batches(batch, 1, DEVICE)[0]
         self.optimizer.zero_grad()
-        terms, targets = train.backward(self.net, self.core, self.teacher, parts, self.weights, o.temp_t, runtime)
-        norm = nn.utils.clip_grad_norm_(self.core.parameters(), float("inf"))
+        terms, answers = train.backward(self.net, self.core, self.teacher, batch, runtime)
+        norm = train.clip_gradient(self.core.parameters(), o.clip_grad)
         losses.mean_over_processes(torch.stack([*terms.values(), norm])).tolist()
         self.optimizer.step()
-        with torch.no_grad():
-            self.core.logit_scale.clamp_(0, np.log(100))
+        self.core.after_update()
         if self.teacher:
             self.teacher.update(self.core, o.momentum)
-            for target in targets:
-                self.teacher.update_center(target, o.center_momentum)
+            self.teacher.update_center(answers, o.center_momentum)
+
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """(B, L), as long as the longest caption"""
+        ids = self.collate.tokenizer(captions, self.options.context_length)
+        return data.trim(ids, self.collate.tokenizer.eot, self.collate.multiple)
 
     def flops(self, captions: list[str]) -> float:
         """Useful ones, with captions as long as the longest of the batch"""
-        return len(captions) * model.step_flops(self.options, self.collate.tokens(captions).shape[1])
+        return len(captions) * model.costs(self.options, self.tokens(captions).shape[1])[-1].step_flops
 
 
 class OpenClip:
@@ -239,7 +241,7 @@ def step(o) -> list[Row]:
         return lambda: theirs.step(images, captions)
     took = race(dict(ours=ours(clip), open_clip=open_clip, peak=lambda i: peak.products), o)
     captions = [pairs.batch(i, B)[1] for i in range(o.rounds)]
-    longest = [clip.collate.tokens(c).shape[1] for c in captions]
+    longest = [clip.tokens(c).shape[1] for c in captions]
     reached = over([clip.flops(c) for c in captions], took["ours"])
     note = f"batch {B}, longest captions of {min(longest)} to {max(longest)} tokens"
     rows = [row("CLIP step, ViT-B/16", "open_clip", ">= 1.15", over(took["open_clip"], took["ours"]), note),
@@ -273,15 +275,15 @@ def memory_child(o, method: str) -> dict:
 
 
 def step_peak(config: model.Config, tokenizer, images, captions: list[str]) -> dict[str, float]:
-    """Bytes: the peak of two steps over what was there before, what model.step_memory says, activations kept."""
+    """Bytes: the peak of two steps over what was there before, what train.step_memory says, activations kept."""
     # a process loads libraries when it first computes
     Ours(replace(config, depth=1, text_depth=1, text_decoder_depth=1), tokenizer).step(images[:2], captions[:2])
     before = memory_now()
     net = Ours(config, tokenizer)
     for number in range(2):
         net.step(images, captions, number)
-    words = net.collate.tokens(captions).shape[1]
-    need = model.step_memory(config, len(captions), words, RUNTIME.bf16)
+    words = net.tokens(captions).shape[1]
+    need = train.step_memory(config, len(captions), model.costs(config, words, RUNTIME.bf16), RUNTIME.bf16)
     return dict(peak=peak_bytes() - before, formula=sum(need.values()), kept=need["activations"])
 
 
@@ -380,7 +382,7 @@ def loader(o) -> list[Row]:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         options = train.TrainOptions(**asdict(model.PAPER))
-        transform, collate = train.PairTransform(options), train.PairCollate(tokenizer, 77, 1)
+        transform, collate = train.PairTransform(options, data.Shards(path)), train.PairCollate(tokenizer, 77, 1)
         crop = T.Compose([T.RandomResizedCrop(224, scale=(0.5, 1.0), interpolation=T.InterpolationMode.BICUBIC),
                           T.ToTensor(), T.Normalize(data.MEAN, data.STD)])
 

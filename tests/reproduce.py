@@ -21,6 +21,7 @@ epochs pays for, by the seconds a step that both took with equal steps, seed 0.
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -41,12 +42,24 @@ import PIL.ImageFont
 from conftest import ROOT
 
 from data import ShapesWorld, say
-from train import duration, ticks
 
 CELLS, PAGE, PICTURE = (ROOT / "docs" / f"reproduction.{kind}" for kind in ("jsonl", "md", "png"))
 FIGURE = ROOT / "docs" / "reproduction-words.png"
 PAIRS, EPOCHS, BATCH = 2000, 25, 64
 QUICK_STEPS = 8
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high: 1, 2 or 5 times a power of ten apart, three to six of them."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    apart = max(power * m for m in (1, 2, 5) if power * m <= (high - low) / 3 * (1 + 1e-9))
+    return [i * apart for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05'"""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
