@@ -2192,6 +2192,22 @@ def hash_names(data) -> str:
 CELL, GAP, LINES, LINE = 224, 8, 4, 18      # of the contact sheet: picture, gap; lines of a caption, and their height
 
 
+def sheet(rows: list[list[tuple[str, Image.Image]]], height: int, line: int = 18, gap: int = 6) -> Image.Image:
+    """Rows of (text, picture): each picture, made `height` pixels high, with the lines of its text above it."""
+    rows = [[(text, picture.resize((max(1, round(height * picture.width / picture.height)), height),
+                                   Image.Resampling.NEAREST)) for text, picture in row] for row in rows]
+    head = line * max(text.count("\n") + 1 for row in rows for text, _ in row)
+    width = gap + max(picture.width for row in rows for _, picture in row)
+    page = Image.new("RGB", (width * max(map(len, rows)), (head + height + gap) * len(rows)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    for i, row in enumerate(rows):
+        for j, (text, picture) in enumerate(row):
+            x, y = j * width, i * (head + height + gap) + head
+            pen.multiline_text((x, y - 3), text, "black", font, anchor="ld")
+            page.paste(picture, (x, y))
+    return page
+
+
 def preview(data, out: str, rows: int = 4, columns: int = 6, seed: int = 0):
     """Writes a contact sheet of records drawn at random: picture, and below it caption or class, or why it is bad."""
     font = ImageFont.load_default(14)

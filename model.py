@@ -708,13 +708,16 @@ class MaskCLIP(nn.Module):
 
         word_count: what masked_language_loss divides by
         """
-        x = self.text_decoder(x, before_end(tokens, self.eot) | (tokens == self.eot), chosen)   # (n, D)
-        words = tokens.flatten()[chosen]                                                        # (n,)
+        x, words = self.word_features(x, tokens, chosen), tokens.flatten()[chosen]              # (n, D), (n,)
 
         def word_loss(x, words, table, bias):
             return losses.masked_language_loss(F.linear(x, table, bias), words, word_count)
         return losses.sum_in_chunks(word_loss, losses.LOGIT_ROWS, x, words, self.text.token_embedding.weight,
                                     self.text_decoder.bias)
+
+    def word_features(self, x: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """What the text decoder makes of (B, L, D) at the chosen places: (n, D)"""
+        return self.text_decoder(x, before_end(tokens, self.eot) | (tokens == self.eot), chosen)
 
     @torch.no_grad()
     def after_update(self):

@@ -17,6 +17,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -30,6 +31,7 @@ import PIL.ImageFont
 import torch
 import torch.distributed as dist
 import torch.distributed.nn     # before init_process_group: its functions keep the group of their import as a default
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,7 +39,7 @@ import data as data_module
 from data import BytePairTokenizer, UserError, run, say
 from losses import LOGIT_ROWS, mean_over_processes, patchify, similarity
 from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, Teacher, build, costs, initialize, load_checkpoint, load_state,
-                   mask_words, momentum_at, opt, preset_for, random_mask, read_merges, save_atomically, save_checkpoint)
+                   mask_words, momentum_at, opt, preset_for, random_mask, read_merges, save_atomically, save_checkpoint, take)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,6 +326,9 @@ def finish(o: TrainOptions, core: MaskCLIP, teacher, tokenizer: BytePairTokenize
     say(f"done: {o.out}/last.pt" + (f", {bad_count} bad records skipped" if bad_count else ""))
     core.eval()
     show("curves.png", o.out, draw_curves, Path(o.out) / "metrics.jsonl")
+    if core.predicts:
+        records = data_module.Records(data, PairTransform(o, data), o.seed)
+        show("step.png", o.out, draw_step, core, teacher, tokenizer, records, o)
     if all(data_module.kind_of(spec) == "shapes" for spec in o.data):
         count = 1024 if o.image_size < 100 else 128         # a large tower needs a second an image on a CPU
         accuracy = zeroshot_accuracy(core, tokenizer, runtime, count)
@@ -879,35 +884,87 @@ def show(name: str, out: str | Path, draw, *arguments):
         say(f"warning: no {name}: {data_module.one_line(error)}", file=sys.stderr)
 
 
-def draw_curves(log: Path, columns: int = 4, width: int = 400, height: int = 240) -> PIL.Image.Image:
+def draw_curves(log: Path, columns: int = 4) -> PIL.Image.Image:
     """metrics.jsonl as a picture: a panel for each number against the step, gray as logged, blue its running mean over
     a twentieth of the run."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    names = [name for name in lines[-1] if name not in ("step", "epoch", "samples_per_second")]
-    sheet = PIL.Image.new("RGB", (columns * width, -(-len(names) // columns) * height), "white")
-    pen, font, last = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(13), lines[-1]["step"] + 1
-    for k, name in enumerate(names):
+    panels = []
+    for name in lines[-1]:
         points = [(line["step"] + 1, line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
-        if not points:
-            continue
-        values, half = [value for _, value in points], len(points) // 40
-        around = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
-        means = [sum(some) / len(some) for some in around]
-        low, high = min(values), max(values)
-        left, top = k % columns * width + 68, k // columns * height + 30
-        right, bottom = left + width - 90, top + height - 62
+        if points and name not in ("step", "epoch", "samples_per_second"):
+            panels.append((f"{name}, steps to {points[-1][0]}", draw_curve(points)))
+    return data_module.sheet([panels[i:i + columns] for i in range(0, len(panels), columns)], 190)
 
-        def place(step, value):
-            share = (value - low) / (high - low) if high > low else 0.5
-            return left + (right - left) * step / last, bottom - (bottom - top) * share
-        pen.text((left - 6, top), f"{high:.4g}", "#444444", font, anchor="rm")
-        pen.text((left - 6, bottom), f"{low:.4g}", "#444444", font, anchor="rm")
-        pen.text((right, bottom + 6), f"step {last}", "#444444", font, anchor="rt")
-        pen.text((left, top - 8), f"{name}   last {means[-1]:.4g}", "black", font, anchor="ls")
-        pen.line([place(*point) for point in points], "#b8b8b8")
-        pen.line([place(step, mean) for (step, _), mean in zip(points, means)], "#1f5fbf", 2)
-        pen.rectangle([left, top, right, bottom], outline="#888888")
-    return sheet
+
+def draw_curve(points: list[tuple[int, float]], width: int = 380, height: int = 190) -> PIL.Image.Image:
+    """A panel: (step, value) points, their running mean, and the least, greatest and last value."""
+    values, half = [value for _, value in points], len(points) // 40
+    around = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
+    means = [sum(some) / len(some) for some in around]
+    low, high = min(values), max(values)
+
+    def place(step: int, value: float) -> tuple[float, float]:
+        share = (value - low) / (high - low) if high > low else 0.5
+        return 60 + (width - 120) * step / points[-1][0], (height - 20) - (height - 40) * share
+    panel = PIL.Image.new("RGB", (width, height), "white")
+    pen, font = PIL.ImageDraw.Draw(panel), PIL.ImageFont.load_default(12)
+    pen.rectangle([60, 20, width - 60, height - 20], outline="#bbbbbb")
+    pen.line([place(*point) for point in points], "#b8b8b8")
+    pen.line([place(step, mean) for (step, _), mean in zip(points, means)], "#1f5fbf", 2)
+    for y, value in ((height - 20, low), (20, high)):
+        pen.text((55, y), f"{value:.4g}", "#444444", font, anchor="rm")
+    pen.text((width - 55, place(points[-1][0], means[-1])[1]), f"{means[-1]:.4g}", "#1f5fbf", font, anchor="lm")
+    return panel
+
+
+@torch.no_grad()
+def draw_step(core: MaskCLIP, teacher: Teacher | None, tokenizer: BytePairTokenizer, records, o: TrainOptions,
+              count: int = 4) -> PIL.Image.Image:
+    """What the masked branches do with a few pairs: the image; what the student sees of it; at hidden patches the
+    teacher's codes and the student's guess, a color a code, or the pixels guessed; the caption, and the words guessed.
+
+    records: data.Records, whose items are those of a training batch
+    """
+    items = [records[0, i, i + count] for i in range(count)]
+    batch = hide(PairCollate(tokenizer, o.context_length, 1)(items), core, tokenizer.sot, 0, o.seed)
+    part = micro_batches(batch, 1, core.logit_scale.device)[0]
+    patches, hidden = patchify(batch["images"].float(), o.patch_size), batch["hidden"]          # (B, N, 3*p*p), (B, M)
+
+    def fill(background: Tensor, values: Tensor) -> Tensor:
+        """background with values (B, M, 3*p*p) at hidden patches"""
+        return background.scatter(1, hidden[..., None].expand_as(values), values)
+    columns = {"image": patches, "seen by the student": fill(patches, torch.full_like(take(patches, hidden), 128.0))}
+    x = core.fill_in(part["images"], part["keep"], part["hidden"])                              # (B, M, D)
+    if core.predicts == "pixels":
+        true = take(patches, hidden)
+        pixels = core.predict(x).cpu() * true.std(dim=-1, keepdim=True) + true.mean(dim=-1, keepdim=True)
+        columns["guessed"] = fill(patches, pixels)
+    if core.predicts == "codes":
+        answer, colors = teacher(part["images"], part["hidden"]), 255 * torch.rand(o.n_codes, 3)
+        for name, logits in (("teacher's codes", answer["features"] @ answer["codes"].T - answer["center"]),
+                             ("student's guess", core.quantizer(x))):
+            code = logits.argmax(dim=-1).cpu()                                                  # (B, M)
+            columns[name] = fill(patches / 4, colors[code].repeat_interleave(o.patch_size ** 2, dim=-1))
+    rows, shape = [], (core.config.grid, core.config.grid, 3, o.patch_size, o.patch_size)
+    for i, caption in enumerate(guessed_words(core, part, tokenizer)):
+        row = [(name, x[i].clamp(0, 255).byte().view(shape).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2))
+               for name, x in columns.items()]                                                  # (H, W, 3)
+        row[0] = f"{textwrap.fill(caption, 18 * len(columns))}\nimage", row[0][1]
+        rows.append([(text, PIL.Image.fromarray(pixels.numpy())) for text, pixels in row])
+    return data_module.sheet(rows, 144)
+
+
+def guessed_words(core: MaskCLIP, part: dict, tokenizer: BytePairTokenizer) -> list[str]:
+    """The captions of a batch; for each masked word, what is guessed in its place: a red [circle: square]"""
+    words = [[tokenizer.decode([i]).strip() for i in row] for row in part["tokens"].tolist()]
+    if METHODS[core.config.method]["mlm"]:
+        x = core.word_features(core.text(part["corrupted"], core.eot), part["tokens"], part["chosen"])       # (n, D)
+        guess = F.linear(x, core.text.token_embedding.weight, core.text_decoder.bias).argmax(dim=-1).tolist()
+        for place, i in zip(part["chosen"].tolist(), guess):
+            row, column = divmod(place, part["tokens"].shape[1])
+            words[row][column] = f"[{words[row][column]}: {tokenizer.decode([i]).strip()}]"
+    end = tokenizer.decode([core.eot])
+    return [" ".join(row[1:row.index(end)]) for row in words]
 
 
 # ---- data sets, and features of a whole one ---------------------------------------------------------------------------
