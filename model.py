@@ -26,6 +26,7 @@ import os
 import re
 import sys
 import weakref
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -480,13 +481,13 @@ class TextTransformer(nn.Module):
         self.causal = causal
         self.mask_id = vocab_size                               # one past the last word, and never in a caption
         self.token_embedding = nn.Embedding(vocab_size, width)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(width)) if masked_words else None
         self.pos_embed = nn.Parameter(torch.empty(context_length, width))
         self.blocks = nn.ModuleList([Block(width, heads, eps=1e-5, quick_gelu=quick_gelu) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         init_text_blocks(self.blocks)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(width)) if masked_words else None     # last: see own_stream
 
     def forward(self, tokens: Tensor, eot: int) -> Tensor:
         """(B, L) ids -> (B, L, D) normalized features; L may be any length up to the context length."""
@@ -601,6 +602,23 @@ class TextDecoder(nn.Module):
 # The model and its teacher
 # ---------------------------------------------------------------------------------------------------------------------
 
+def own_stream(name: str, make: Callable, *arguments, **more):
+    """make(*arguments), with random numbers that follow from torch's seed and this name alone.
+
+    Each part of a model is drawn from a stream of its own, so what two methods share starts alike in both.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2 ** 63)
+        return make(*arguments, **more)
+
+
+def projection(width: int, embed_dim: int) -> nn.Linear:
+    """From a tower's width to the joint embedding"""
+    linear = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(linear.weight, std=width ** -0.5)
+    return linear
+
+
 class MaskCLIP(nn.Module):
     """CLIP's two towers, and the branches that config.method trains beside them.
 
@@ -614,25 +632,24 @@ class MaskCLIP(nn.Module):
         c = self.config = config
         method = METHODS[c.method]
         self.eot, self.trained_on = eot, ()
-        self.visual = image_tower(c, c.drop_path, c.init)
-        self.text = TextTransformer(c.vocab_size, c.context_length, c.text_width, c.text_depth, c.text_heads, c.causal,
-                                    masked_words=method["mlm"], quick_gelu=c.dialect == "openai")
-        self.image_proj = nn.Linear(c.width, c.embed_dim, bias=False)
-        self.text_proj = nn.Linear(c.text_width, c.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        nn.init.normal_(self.image_proj.weight, std=c.width ** -0.5)
-        nn.init.normal_(self.text_proj.weight, std=c.text_width ** -0.5)
-
         self.predicts = c.target if method["predicts"] == "teacher" else method["predicts"]
+        self.visual = own_stream("visual", image_tower, c, c.drop_path, c.init)
+        self.text = own_stream("text", TextTransformer, c.vocab_size, c.context_length, c.text_width, c.text_depth,
+                               c.text_heads, c.causal, masked_words=method["mlm"], quick_gelu=c.dialect == "openai")
+        self.image_proj = own_stream("image_proj", projection, c.width, c.embed_dim)
+        self.text_proj = own_stream("text_proj", projection, c.text_width, c.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if self.predicts:
-            self.decoder = ImageDecoder(c.width, c.decoder_depth, c.heads, c.grid)
+            self.decoder = own_stream("decoder", ImageDecoder, c.width, c.decoder_depth, c.heads, c.grid)
         if self.predicts == "codes":
-            self.quantizer = Quantizer(c.width, c.quantizer_hidden, c.quantizer_bottleneck, c.n_codes)
+            self.quantizer = own_stream("quantizer", Quantizer, c.width, c.quantizer_hidden, c.quantizer_bottleneck,
+                                        c.n_codes)
         elif self.predicts:
             self.predict = nn.Linear(c.width, 3 * c.patch_size ** 2 if self.predicts == "pixels" else c.width)
-            init_linear(self.predict)
+            own_stream("predict", init_linear, self.predict)
         if method["mlm"]:
-            self.text_decoder = TextDecoder(c.text_width, c.text_decoder_depth, c.text_heads, c.vocab_size)
+            self.text_decoder = own_stream("text_decoder", TextDecoder, c.text_width, c.text_decoder_depth,
+                                           c.text_heads, c.vocab_size)
 
     # ---- one step of training ---------------------------------------------------------------------------------------
 
@@ -894,7 +911,7 @@ class SLIP(MaskCLIP):
 
     def __init__(self, config: Config, eot: int):
         super().__init__(config, eot)
-        self.head = mlp_head(config.width, config.slip_hidden, config.slip_hidden, 256)
+        self.head = own_stream("head", mlp_head, config.width, config.slip_hidden, config.slip_hidden, 256)
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch holds view1, view2 (B,3,H,W) besides; so does what is returned, (B, D) each."""
@@ -954,11 +971,12 @@ class DeCLIP(MaskCLIP):
     def __init__(self, config: Config, eot: int):
         super().__init__(config, eot)
         E, S = config.embed_dim, config.simsiam_hidden
-        self.text_decoder = nn.Linear(config.text_width, config.vocab_size)     # in place of the paper's
-        self.projector = mlp_head(E, S, S, S, norm_last=True)
-        self.predictor = mlp_head(S, S // 2, S)
+        self.text_decoder = None                                                # in its place:
+        self.word_classifier = own_stream("word_classifier", nn.Linear, config.text_width, config.vocab_size)
+        self.projector = own_stream("projector", mlp_head, E, S, S, S, norm_last=True)
+        self.predictor = own_stream("predictor", mlp_head, S, S // 2, S)
         # until texts have filled it, the rest are random directions, which are rarely nearest
-        self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, E), dim=-1))
+        self.register_buffer("queue", F.normalize(own_stream("queue", torch.randn, config.queue_size, E), dim=-1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
     def towers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -978,7 +996,7 @@ class DeCLIP(MaskCLIP):
 
     def forward(self, batch: dict[str, Tensor], answer: None = None) -> tuple[dict, dict]:
         views, text1, text2 = self.towers(batch)
-        logits = self.text_decoder(text1.flatten(0, 1)[batch["chosen"]])                        # (n, V)
+        logits = self.word_classifier(text1.flatten(0, 1)[batch["chosen"]])                        # (n, V)
         words = batch["tokens"].flatten()[batch["chosen"]]                                      # (n,)
         return (self.features(batch, views, text1, text2),
                 dict(L_MLM=losses.masked_language_loss(logits, words, batch["word_count"])))
@@ -1017,8 +1035,8 @@ class DeFILIP(DeCLIP):
     """
     def __init__(self, config: Config, eot: int):
         super().__init__(config, eot)
-        self.patch_proj = nn.Linear(config.width, config.token_dim, bias=False)
-        self.word_proj = nn.Linear(config.text_width, config.token_dim, bias=False)
+        self.patch_proj = own_stream("patch_proj", nn.Linear, config.width, config.token_dim, bias=False)
+        self.word_proj = own_stream("word_proj", nn.Linear, config.text_width, config.token_dim, bias=False)
         self.token_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def features(self, batch: dict[str, Tensor], views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
@@ -1044,7 +1062,7 @@ class DeFILIP(DeCLIP):
         self.token_logit_scale.clamp_(0, math.log(100))
 
 
-COMPARED_PARTS = ("head", "text_decoder", "projector", "predictor", "patch_proj", "word_proj")
+COMPARED_PARTS = ("head", "word_classifier", "projector", "predictor", "patch_proj", "word_proj")
 COMPARED = {"slip": SLIP, "filip": FILIP, "declip": DeCLIP, "defilip": DeFILIP}
 
 
