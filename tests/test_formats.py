@@ -683,8 +683,7 @@ def test_check_counts_and_names_what_is_bad(tmp_path, workers, capsys):
     assert report["records"] == 8 and report["bad"] == 4
     assert report["reasons"] == {"corrupt image": 1, "not an image": 2, "empty caption": 1}
     assert [name for name, _ in report["bad_records"]] == ["s/b", "s/c", "s/d", "s/e"]
-    assert (report["width"], report["height"]) == ([8, 8, 40], [8, 8, 20])
-    assert (report["captions"], report["words"], report["tokens"], report["truncated"]) == (4, [2, 2, 5], [4, 4, 7], 1)
+    assert (report["captions"], report["tokens"], report["truncated"]) == (4, [4, 4, 7], 1)
     assert report["sample_hash"] == hash_names(shards) and report["notes"] == ["1 captions without an image"]
     printed = capsys.readouterr().out
     assert "bad: 4" in printed and "s/c: not an image" in printed and report["sample_hash"] in printed
@@ -695,7 +694,7 @@ def test_check_without_a_good_record_or_a_tokenizer(tmp_path):
         (tmp_path / "root" / one).mkdir(parents=True)
     (tmp_path / "root" / "a" / "1.jpg").write_bytes(b"404")
     report = data.check(open_data(f"folder:{tmp_path}/root"))
-    assert [report[key] for key in ("bad", "classes", "width", "words", "truncated")] == [1, 2, [], [], 0]
+    assert [report[key] for key in ("bad", "classes", "captions", "truncated")] == [1, 2, 0, 0]
 
 
 def test_preview_draws_pictures_captions_classes_and_bad_records(tmp_path):
