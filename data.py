@@ -49,7 +49,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from os.path import isdir, isfile
 from pathlib import Path
@@ -573,17 +573,23 @@ class BytePairTokenizer:
         for text in texts:
             counts.update(WORD.findall(clean(text[:LONGEST])))
         words = [(bytes_of(word), n) for word, n in counts.items() if word not in (START, END)]
-        symbols, merges = cls([]).symbols[:-2], []
+        symbols, merges, frequency = cls([]).symbols[:-2], [], Counter()       # frequency: of pairs, in the captions
+
+        def count(ids, n):
+            for pair in zip(ids, ids[1:]):
+                frequency[pair] += n
+        for ids, n in words:
+            count(ids, n)
         while len(symbols) + 2 < vocab_size:
-            frequency = Counter()                 # pair of ids -> how often it stands in the captions
-            for ids, n in words:
-                for pair in zip(ids, ids[1:]):
-                    frequency[pair] += n
             best = min(frequency, key=lambda pair: (-frequency[pair], pair), default=None)
             if frequency[best] < 2:
                 break
+            for k, (ids, n) in enumerate(words):
+                if best[0] in ids and best[1] in ids:
+                    words[k] = join(ids, best, len(symbols)), n
+                    count(ids, -n)
+                    count(*words[k])
             merges.append((symbols[best[0]], symbols[best[1]]))
-            words = [(join(ids, best, len(symbols)) if best[0] in ids else ids, n) for ids, n in words]
             symbols.append("".join(merges[-1]))
         return cls(merges)
 
@@ -1007,9 +1013,9 @@ def shapes_options(text):
 
 def shapes(text, split, task, size, **_):
     """The world as a data set: any split but "train" is held out, and what a task asks for is the default."""
-    defaults = dict(train=20000, val=1024, size=size or 64, objects=(1, 1) if task == "classes" else (1, 4),
-                    forms=task == "detection")
-    options = defaults | shapes_options(text)
+    options = dict(train=20000, val=1024, size=size or 64, forms=task == "detection")
+    options |= dict(objects=(1, 1)) if task == "classes" else {}
+    options |= shapes_options(text)
     counts = dict(train=options.pop("train"), val=options.pop("val"))
     split = "train" if split == "train" else "val"
     return ShapesWorld(split, counts[split], dense=task in ("segmentation", "detection"), **options)
@@ -1411,6 +1417,8 @@ class ImageFiles:
     listed     (file, fields of its Sample: captions, label or objects) of each; the file may be ARCHIVE.zip@MEMBER
     classes    what the labels mean
     """
+    names_classes, text_label = False, -1                # see name_classes
+
     def __init__(self, source, root, listed, classes=None):
         self.root, self.classes, self.notes = root, classes, []
         self.records = Packed(json.dumps(record).encode() for record in listed)
@@ -1433,7 +1441,12 @@ class ImageFiles:
         _, known = json.loads(self.records[i])
         if "captions" in known:
             known["captions"] = good_captions(known["captions"])
-        return Sample(open_image(read_file(self.path(i))), **known)
+        sample = Sample(open_image(read_file(self.path(i))), **known)
+        if self.names_classes:
+            names = self.classes[sample.label].split("\t")
+            sample.captions = tuple(template.format(name) for template in TEMPLATES_80 for name in names)
+            sample.text_label = self.text_label + sample.label
+        return sample
 
 
 def good_captions(captions):
@@ -2099,11 +2112,11 @@ def open_for_reading(spec, split):
 class Mixed:
     """Several data sets one after the other: an epoch sees each record once, so they mix in proportion to size."""
 
-    def __init__(self, parts):
+    def __init__(self, parts: list):
         self.parts, self.ends = parts, list(itertools.accumulate(map(len, parts)))
         self.classes = parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None
         self.notes = [note for part in parts for note in part.notes]
-        self.names_classes = any(isinstance(part, NamedClasses) for part in parts)
+        self.names_classes = any(getattr(part, "names_classes", False) for part in parts)
 
     def __len__(self):
         return self.ends[-1]
@@ -2121,39 +2134,18 @@ class Mixed:
         return part.read(k)
 
 
-class NamedClasses:
-    """A labeled data set as pairs, for UniCL: the captions of an image are its class's name in each of the templates.
-
-    offset    what the label of class 0 is over all data sets
-    """
-    names_classes = True
-
-    def __init__(self, data, offset, templates):
-        self.data, self.offset, self.templates = data, offset, templates
-        self.name, self.classes, self.notes = data.name, data.classes, data.notes
-
-    def __len__(self):
-        return len(self.data)
-
-    def read(self, i: int) -> Sample:
-        sample = self.data.read(i)
-        names = self.classes[sample.label].split("\t")
-        captions = tuple(template.format(name) for template in self.templates for name in names)
-        return replace(sample, captions=captions, text_label=self.offset + sample.label)
-
-
 def name_classes(parts: list) -> list:
-    """Folders of classes among the data sets become NamedClasses; those with one list of classes share its labels."""
-    offsets, total, named = {}, 0, []
+    """Has folders of classes among the data sets read as pairs, for UniCL: the captions of an image are its class's name
+    in each of 80 templates, and its text_label is the class over all data sets.  Equal lists of classes share it."""
+    text_labels, total = {}, 0                           # text_labels: that of the first class of each list
     for data in parts:
         if isinstance(data, ImageFiles) and data.classes:
             want_names(data, f"folder:{data.root}")
-            if tuple(data.classes) not in offsets:
-                offsets[tuple(data.classes)] = total
+            if tuple(data.classes) not in text_labels:
+                text_labels[tuple(data.classes)] = total
                 total += len(data.classes)
-            data = NamedClasses(data, offsets[tuple(data.classes)], TEMPLATES_80)
-        named.append(data)
-    return named
+            data.names_classes, data.text_label = True, text_labels[tuple(data.classes)]
+    return parts
 
 
 def hash_names(data) -> str:
@@ -2181,8 +2173,8 @@ def preview(data, out: str, rows: int = 4, columns: int = 6, seed: int = 0):
         try:
             sample = data.read(i)
             picture = decode(sample.image)
-            scale = CELL / max(picture.size)
-            card.paste(picture.resize([max(1, round(side * scale)) for side in picture.size], BICUBIC))
+            with refusing("too narrow to draw"):
+                card.paste(ImageOps.contain(picture, (CELL, CELL), BICUBIC))
             text = (pick_caption(sample, rng) if sample.captions else
                     data.classes[sample.label] if sample.label >= 0 else data.name(i))
         except BadRecord as error:
