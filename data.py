@@ -127,10 +127,10 @@ def progress(items: Iterable, total: int, what: str, speaks: bool = True) -> Ite
 def run(main: Callable):
     """Runs the main() of a script and ends the process with its exit status.
 
-    0 when all is well; 2 for a user's mistake, told in one line; 130 when interrupted, 141 when nobody reads the output;
-    1 for any other exception, with its traceback.  What all processes meet alike takes the process group down.  After
-    anything else another process may be waiting in the middle of a collective, and NCCL's group would wait for it for
-    minutes: this process leaves at once.
+    0 when all is well; 2 for a user's mistake, told in one line; 130 when interrupted; 141 if nobody reads on;
+    1 after any other exception, with its traceback.  What all processes meet alike ends the process group.  After all
+    else another process may be waiting in the middle of a collective, and NCCL's group would wait for it for minutes:
+    this process leaves at once.
     """
     sys.stdout.reconfigure(errors="backslashreplace")       # names from files may hold what a terminal cannot show
     status, met_alike = 0, True
@@ -678,7 +678,6 @@ KINDS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]        # an
 TEXTURES = ("plain", "striped", "checkered", "dotted", "cloudy")
 OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {} ")
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
-
 MAX_NOISE = 8        # colors keep this far from 0 and 255, so that noise is never clipped
 
 
@@ -916,8 +915,9 @@ class ShapesWorld:
     def __post_init__(self):
         if self.split not in ("train", "val"):
             raise UserError(f"the Shapes world has no split {self.split!r}; use train or val")
-        ranges = dict(objects=(self.objects, 1, 6), object_size=(self.object_size, 0.1, 0.8), size=([self.size], 16, 1e5),
-                      count=([self.count], 1, 1e9), single=([self.single], 0, 1), unsaid=([self.unsaid], 0, 1))
+        ranges = dict(objects=(self.objects, 1, 6), object_size=(self.object_size, 0.1, 0.8),
+                      count=([self.count], 1, 1e9), size=([self.size], 16, 1e5),
+                      single=([self.single], 0, 1), unsaid=([self.unsaid], 0, 1))
         for what, (values, least, most) in ranges.items():
             if not least <= values[0] <= values[-1] <= most:
                 raise UserError(f"Shapes world: {what} is {values}, wanted numbers that rise from {least} to {most}")
@@ -1007,7 +1007,7 @@ def shapes_options(text):
             options[key] = kinds[key](value)
         except (KeyError, ValueError):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
-                            "seed=0, objects=1-4, single=0.7, unsaid=0.2 (these two from 0 to 1), forms=1 (or 0)") from None
+                            f"seed=0, objects=1-4, single=0.7, unsaid=0.2 (both from 0 to 1), forms=1 (or 0)") from None
     return options
 
 
@@ -1278,10 +1278,10 @@ def index_tar(path):
     """Where the pairs of a tar are:
 
     keys     their names
-    pairs    (n, 5) int64: whether the caption is in a .json; offset and size of the image, offset and size of the caption
+    pairs    (n, 5) int64: whether the caption is in a .json; offset and size of the image; those of the caption
     counts   what was left out;  cut: why the walk ended too early, or ""
     """
-    files, counts, cut = defaultdict(dict), Counter(), ""        # files: key -> {"image", "txt", "json": (offset, size)}
+    files, counts, cut = defaultdict(dict), Counter(), ""    # files: key -> {"image", "txt", "json": (offset, size)}
     try:
         for member in tar_members(path):
             name = member.name.removeprefix("./")
@@ -1487,7 +1487,7 @@ def csv_rows(path, image, caption, counts):
         headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in ",\t;"}
         separator, header = max(headers.items(), key=lambda item: len({image, caption} & {*item[1]}))
         if not {image, caption} <= {*header}:
-            raise UserError(f"{path} wants columns {image!r} and {caption!r}, has {', '.join(map(repr, header))[:200]}: "
+            raise UserError(f"{path}: wanted columns {image!r} and {caption!r}, got {', '.join(map(repr, header))[:99]}: "
                             f"name yours with csv:FILE,image=COLUMN,caption=COLUMN")
         try:
             for row in csv.DictReader(file, header, delimiter=separator, restval=""):
@@ -1643,7 +1643,8 @@ class LabelMaps:
             raise UserError(f"{root} has no split {split!r}; use train or val")
         root = f"{root}/{above}" if isdir(f"{root}/{above}") else root
         self.part, self.label_of, self.reduce_zero_label = parts[split == "val"], label_of, reduce_zero_label
-        self.images, self.maps, source = (f"{root}/{where.format(self.part)}" for where in (images, maps, listing or images))
+        self.images, self.maps, source = (f"{root}/{where.format(self.part)}"
+                                          for where in (images, maps, listing or images))
         for path in (self.images, self.maps, source):
             if not os.path.exists(path):
                 raise UserError(f"{path} is not there: unpack the archive as it comes, and name the folder {above} or "
@@ -1652,7 +1653,8 @@ class LabelMaps:
         self.stems = [name.removesuffix(".jpg") for name in names if listing or name.endswith(".jpg")]
         if not self.stems:
             raise UserError(f"{source} holds no images")
-        self.classes = classes or [name.strip("_") for name in read_lines(f"{root}/class_names.txt", "names of classes")]
+        classes = classes or read_lines(f"{root}/class_names.txt", "names of classes")
+        self.classes = [name.strip("_") for name in classes]
 
     def __len__(self):
         return len(self.stems)
@@ -1753,7 +1755,8 @@ def are_numbers(values):
 
 def are_polygons(mask):
     return isinstance(mask, list) and mask != [] and all(
-        isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and are_numbers(points) for points in mask)
+        isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and are_numbers(points)
+        for points in mask)
 
 
 def is_rle(mask, width, height):
@@ -1885,7 +1888,8 @@ def toolkit_prompts(path):
     except UserError:
         raise
     except Exception as error:                           # of any file
-        raise UserError(f"{path} is not the toolkit's vision_benchmark/datasets/prompts.py: {one_line(error)}") from None
+        raise UserError(f"{path} is not the toolkit's vision_benchmark/datasets/prompts.py: "
+                        f"{one_line(error)}") from None
 
 
 def toolkit_list(home, path, is_multi_label):
@@ -2135,8 +2139,11 @@ class Mixed:
 
 
 def name_classes(parts: list) -> list:
-    """Has folders of classes among the data sets read as pairs, for UniCL: the captions of an image are its class's name
-    in each of 80 templates, and its text_label is the class over all data sets.  Equal lists of classes share it."""
+    """Has folders of classes among the data sets read as pairs, for UniCL.
+
+    The captions of an image are its class's name in each of 80 templates, and its text_label is its class over all data
+    sets; those with one list of classes share its labels.
+    """
     text_labels, total = {}, 0                           # text_labels: that of the first class of each list
     for data in parts:
         if isinstance(data, ImageFiles) and data.classes:
@@ -2250,7 +2257,8 @@ def main(argv: list[str] | None = None):
     commands = cli.add_subparsers(dest="command", required=True)
     for name, (help, options) in COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        command.add_argument("--data", action="append", metavar="SPEC", help=f"{specs()}; may be repeated (default: shapes)")
+        command.add_argument("--data", action="append", metavar="SPEC",
+                             help=f"{specs()}; may be repeated (default: shapes)")
         for option, default, help in [*COMMON_OPTIONS, *options]:
             kind = str if isinstance(default, str) else at_least(min(default, 1))
             command.add_argument(option, default=default, type=kind, help=help)
