@@ -1273,7 +1273,6 @@ def tar_members(path):
             raise ValueError(f"has its end mark at byte {tar.offset:,} of {total:,}; what follows is not read")
 
 
-# Where the image and the caption of a pair are: "json" if the caption is the entry "caption" of a .json file.
 def index_tar(path):
     """Where the pairs of a tar are:
 
@@ -1487,7 +1486,8 @@ def csv_rows(path, image, caption, counts):
         headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in ",\t;"}
         separator, header = max(headers.items(), key=lambda item: len({image, caption} & {*item[1]}))
         if not {image, caption} <= {*header}:
-            raise UserError(f"{path}: wanted columns {image!r} and {caption!r}, got {', '.join(map(repr, header))[:99]}: "
+            found = ", ".join(map(repr, header))[:200]
+            raise UserError(f"{path}: wanted columns {image!r} and {caption!r}, got {found}: "
                             f"name yours with csv:FILE,image=COLUMN,caption=COLUMN")
         try:
             for row in csv.DictReader(file, header, delimiter=separator, restval=""):

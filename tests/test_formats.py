@@ -737,7 +737,8 @@ def test_check_and_preview_read_what_only_evaluation_reads(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong", ["preview --rows 0", "preview --columns -1", "preview --seed -1",
-                                   "preview --rows two", "preview --out x.xyz", "preview --out sheet", "check --workers -2",
+                                   "preview --rows two", "preview --out x.xyz", "preview --out sheet",
+                                   "check --workers -2",
                                    "check --context-length -3"])
 def test_options_that_cannot_be_are_refused_before_any_work(wrong, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
