@@ -49,7 +49,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from os.path import isdir, isfile
 from pathlib import Path
@@ -62,7 +62,7 @@ import regex
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def reading(path):
 
 
 @contextlib.contextmanager
-def refusing(what: str):
+def refusing(what):
     """Whatever is raised over a record's bytes, and on hostile ones that is nearly everything, becomes a BadRecord."""
     try:
         yield
@@ -127,10 +127,10 @@ def progress(items: Iterable, total: int, what: str, speaks: bool = True) -> Ite
 def run(main: Callable):
     """Runs the main() of a script and ends the process with its exit status.
 
-    0 when all is well; 2 for a user's mistake, told in one line; 130 when interrupted, 141 when nobody reads the output;
-    1 for any other exception, with its traceback.  What all processes meet alike takes the process group down.  After
-    anything else another process may be waiting in the middle of a collective, and NCCL's group would wait for it for
-    minutes: this process leaves at once.
+    0 when all is well; 2 for a user's mistake, told in one line; 130 when interrupted; 141 if nobody reads on;
+    1 after any other exception, with its traceback.  What all processes meet alike ends the process group.  After all
+    else another process may be waiting in the middle of a collective, and NCCL's group would wait for it for minutes:
+    this process leaves at once.
     """
     sys.stdout.reconfigure(errors="backslashreplace")       # names from files may hold what a terminal cannot show
     status, met_alike = 0, True
@@ -150,12 +150,12 @@ def run(main: Callable):
     except Exception:
         traceback.print_exc()
         status, met_alike = 1, False
+    if dist.is_initialized() and not met_alike:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    gc.collect()            # a DistributedDataParallel that is freed after its group waits for gloo's threads, for ever
     if dist.is_initialized():
-        if not met_alike:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        gc.collect()        # a DistributedDataParallel that is freed after its group waits for gloo's threads, for ever
         dist.destroy_process_group()
     sys.exit(status)
 
@@ -195,9 +195,6 @@ MAX_PIXELS = 100_000_000     # a file of a few kilobytes can claim gigabytes of 
 MAX_SCANS = 100              # of a progressive JPEG, which has about ten: thousands in a small file decode for hours
 MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or counter, not a picture
 DRAFT_MARGIN = 2             # a JPEG decodes to at least this multiple of the final size: about one level off
-Turn = Image.Transpose
-UPRIGHT = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
-           6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}            # EXIF orientation -> its cure
 BICUBIC = Image.Resampling.BICUBIC
 TORCH_RESIZE = torch.backends.cpu.get_cpu_capability().startswith("AVX")   # faster than Pillow there, else slower
 
@@ -222,7 +219,7 @@ def open_image(content: bytes) -> Image.Image:
     return image
 
 
-def orientation(image: Image.Image) -> int:
+def orientation(image):
     """EXIF orientation, 1 (upright) if there is none or it cannot be read; Pillow itself turns a TIFF."""
     exif = Image.Exif()                  # not image.getexif(), which may decode, and hide that this failed
     try:
@@ -252,15 +249,13 @@ def draft(image: Image.Image, shrink: float) -> int:
 def decode(image: Image.Image) -> Image.Image:
     """Any image -> RGB, upright, its first frame, transparent parts on white.  BadRecord if the file is damaged."""
     with refusing("corrupt image"):
-        turn = UPRIGHT.get(orientation(image))
         image.load()
-        if turn is not None:
-            image = image.transpose(turn)
-            del image.info["exif"]           # which would have it turned again
+        if orientation(image) != 1:          # broken EXIF, which ImageOps would not forgive, counts as 1
+            image = ImageOps.exif_transpose(image)
         return to_rgb(image)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image):
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose black and white are not known")
     if image.mode.startswith("I"):           # 16-bit gray: the upper byte, as Pillow does for 16-bit color
@@ -277,8 +272,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def crop_box(width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator,
-             single_shot: bool = False) -> tuple[int, int, int, int]:
+def crop_box(width: int, height: int, scale: tuple, ratio: tuple, rng: np.random.Generator, single_shot: bool = False):
     """(left, top, width, height) of a random crop, by torchvision's rule: an area of `scale` times the image's, with
     width / height log-uniform in `ratio`; the largest central crop in `ratio` if ten draws do not fit.
 
@@ -286,7 +280,7 @@ def crop_box(width: int, height: int, scale: tuple[float, float], ratio: tuple[f
     """
     for _ in range(1 if single_shot else 10):
         area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(*map(math.log, ratio)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if single_shot:
             w, h = min(w, width), min(h, height)
@@ -312,7 +306,7 @@ def resize_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -
     return to_tensor(image.resize((size, size), BICUBIC))
 
 
-def center_box(width: int, height: int, size: int, resize: int) -> tuple[float, float, float, float]:
+def center_box(width, height, size, resize):
     """(left, top, right, bottom), in the image's pixels, of the central size x size once the short side is `resize`.
 
     Resizing this part alone gives the pixels of torchvision's Resize and CenterCrop up to rounding (Pillow may do rows
@@ -380,7 +374,7 @@ def normalize(images: Tensor) -> Tensor:
 
 # ---- the compared systems: SLIP's and DeCLIP's views of an image, DeCLIP's second caption ---------------------------
 
-def shift_hue(image: Image.Image, turns: float) -> Image.Image:
+def shift_hue(image, turns):
     """RGB -> RGB, every hue moved along the color circle by a share of it."""
     hue, saturation, value = image.convert("HSV").split()
     hue = hue.point([(h + int(255 * turns)) % 256 for h in range(256)])
@@ -396,7 +390,7 @@ JITTER = {
 }
 
 
-def blur(image: Image.Image, sigma: float) -> Image.Image:
+def blur(image, sigma):
     return image.filter(ImageFilter.GaussianBlur(sigma))
 
 
@@ -448,7 +442,7 @@ def read_synonyms(path: str) -> dict[str, list[str]]:
     """A file of lines such as "small, little, tiny" -> what each word may become; an empty path has no synonyms."""
     synonyms = defaultdict(list)
     for line in read_lines(path, "groups of synonyms") if path else ():
-        group = [word.strip() for word in line.split(",") if word.strip()]
+        group = list(filter(None, map(str.strip, line.split(","))))
         if len(group) < 2:
             raise UserError(f"{path}: wanted two words or more in a line, divided by commas, got {line[:60]!r}")
         for word in group:
@@ -505,21 +499,21 @@ def clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def unescape(text: str) -> str:
+def unescape(text):
     try:
         return html.unescape(text)
     except ValueError:            # "&#111...1;" with more digits than int() takes; open_clip fails here
         return text
 
 
-def bytes_of(word: str) -> list[int]:
+def bytes_of(word):
     """Ids of a word's bytes, the last one marked as the end."""
     ids = [ID_OF_BYTE[byte] for byte in word.encode()]
     ids[-1] += len(BYTES)
     return ids
 
 
-def join(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+def join(ids, pair, new):
     """Puts `new` for each occurrence of the pair, from the left."""
     out = []
     for i in ids:
@@ -540,31 +534,29 @@ class BytePairTokenizer:
     pad = 0
 
     def __init__(self, merges: list[tuple[str, str]]):
-        self.symbols = ALPHABET + [char + WORD_END for char in ALPHABET]
+        self.merges, self.symbols = merges, ALPHABET + [char + WORD_END for char in ALPHABET]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.pairs = {}                                  # (id of left, id of right) -> id of the two joined
         for number, merge in enumerate(merges, 1):
-            symbol = "".join(merge)
-            if len(merge) != 2 or merge[0] not in self.ids or merge[1] not in self.ids or symbol in self.ids:
+            pair, symbol = tuple(map(self.ids.get, merge)), "".join(merge)
+            if len(pair) != 2 or None in pair or symbol in self.ids:
                 raise UserError(f"merge {number} is {' '.join(merge)[:40]!r}, want two symbols known by then that make "
                                 "a new one: is this a list of BPE merges?")
-            self.pairs[self.ids[merge[0]], self.ids[merge[1]]] = self.ids[symbol] = len(self.symbols)
+            self.pairs[pair] = self.ids[symbol] = len(self.symbols)
             self.symbols.append(symbol)
-        self.merges = merges
-        self.sot, self.eot = len(self.symbols), len(self.symbols) + 1
+        self.sot, self.eot, self.vocab_size = len(self.symbols), len(self.symbols) + 1, len(self.symbols) + 2
         self.symbols += [START, END]
         self.ids |= {START: self.sot, END: self.eot}
-        self.vocab_size = len(self.symbols)
         self.cache = {}                                  # what stands between two spaces -> its ids
 
     @classmethod
     def from_file(cls, path: str | Path) -> "BytePairTokenizer":
         """CLIP's vocabulary from its `bpe_simple_vocab_16e6.txt.gz`, packed or not: a header, then a merge a line."""
         try:
-            with open(path, "rb") as file:
-                opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
-            with opener(path, "rb") as file:
-                lines = file.read(1 << 24).decode().split("\n", CLIP_MERGES + 1)[1 : CLIP_MERGES + 1]
+            content = Path(path).read_bytes()
+            if content.startswith(b"\x1f\x8b"):
+                content = gzip.decompress(content)
+            lines = content.decode().split("\n", CLIP_MERGES + 1)[1 : CLIP_MERGES + 1]
             if len(lines) < CLIP_MERGES:
                 raise UserError(f"{len(lines)} lines after the header where {CLIP_MERGES} merges should be")
             return cls([tuple(line.split()) for line in lines])
@@ -581,26 +573,24 @@ class BytePairTokenizer:
         for text in texts:
             counts.update(WORD.findall(clean(text[:LONGEST])))
         words = [(bytes_of(word), n) for word, n in counts.items() if word not in (START, END)]
-        symbols, merges = cls([]).symbols[:-2], []
+        symbols, merges, frequency = cls([]).symbols[:-2], [], Counter()       # frequency: of pairs, in the captions
 
-        frequency = Counter()                     # pair of ids -> how often it stands in the captions
-        for ids, n in words:
+        def count(ids, n):
             for pair in zip(ids, ids[1:]):
                 frequency[pair] += n
-        while frequency and len(symbols) + 2 < vocab_size:
-            best = min(frequency, key=lambda pair: (-frequency[pair], pair))
+        for ids, n in words:
+            count(ids, n)
+        while len(symbols) + 2 < vocab_size:
+            best = min(frequency, key=lambda pair: (-frequency[pair], pair), default=None)
             if frequency[best] < 2:
                 break
+            for k, (ids, n) in enumerate(words):
+                if best[0] in ids and best[1] in ids:
+                    words[k] = join(ids, best, len(symbols)), n
+                    count(ids, -n)
+                    count(*words[k])
             merges.append((symbols[best[0]], symbols[best[1]]))
             symbols.append("".join(merges[-1]))
-            for place, (ids, n) in enumerate(words):
-                if best[0] in ids and best[1] in ids:
-                    joined = join(ids, best, len(symbols) - 1)
-                    words[place] = joined, n
-                    for pair in zip(ids, ids[1:]):
-                        frequency[pair] -= n
-                    for pair in zip(joined, joined[1:]):
-                        frequency[pair] += n
         return cls(merges)
 
     def state(self) -> dict[str, str]:
@@ -618,7 +608,7 @@ class BytePairTokenizer:
             ids += self.cache.get(chunk) or self.encode_chunk(chunk)
         return ids
 
-    def encode_chunk(self, chunk: str) -> list[int]:
+    def encode_chunk(self, chunk):
         ids = []
         for word in WORD.findall(chunk):
             symbol = word if word in (START, END) else word + WORD_END
@@ -630,7 +620,7 @@ class BytePairTokenizer:
             self.cache[chunk] = ids
         return ids
 
-    def merge(self, ids: list[int]) -> list[int]:
+    def merge(self, ids):
         """Joins neighbors, always the pair learned first and all its occurrences from the left, until none is known."""
         while True:
             known = [(self.pairs[pair], pair) for pair in zip(ids, ids[1:]) if pair in self.pairs]
@@ -688,7 +678,6 @@ KINDS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]        # an
 TEXTURES = ("plain", "striped", "checkered", "dotted", "cloudy")
 OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {} ")
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
-
 MAX_NOISE = 8        # colors keep this far from 0 and 255, so that noise is never clipped
 
 
@@ -704,7 +693,7 @@ class Thing:
     rgb: tuple[float, ...]
 
     @property
-    def category(self) -> int:
+    def category(self):
         return list(COLORS).index(self.color) * len(SHAPES) + SHAPES.index(self.shape)
 
 
@@ -721,7 +710,7 @@ class Scene:
     caption: str
 
 
-def shape_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def shape_distance(shape, u, v):
     """Signed distance in radii of the points (u, v) from the edge of an upright shape, negative inside; v points down.
 
     Exact beside straight edges and arcs, too small near corners: enough for anti-aliasing.
@@ -752,12 +741,12 @@ def shape_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     raise ValueError(f"no shape {shape!r}; shapes are {', '.join(SHAPES)}")
 
 
-def turn(degrees: float) -> tuple[float, float]:
+def turn(degrees):
     """Cosine and sine, rounded so that all C libraries agree."""
     return round(math.cos(math.radians(degrees)), 6), round(math.sin(math.radians(degrees)), 6)
 
 
-def coverage(thing: Thing, size: int) -> np.ndarray:
+def coverage(thing, size):
     """(size, size): the share of each pixel that an object covers."""
     radius, cx, cy = thing.size / 2 * size, thing.cx * size, thing.cy * size               # pixels
     pixels = np.arange(size, dtype=np.float32)
@@ -768,12 +757,12 @@ def coverage(thing: Thing, size: int) -> np.ndarray:
     return (0.5 - distance).clip(0, 1)
 
 
-def square_wave(t: np.ndarray, step: float) -> np.ndarray:
+def square_wave(t, step):
     """Anti-aliased 0, 1, 0, 1, ... of period 1 in t, of which a pixel spans `step`."""
     return ((np.abs(t - np.floor(t) - 0.5) - 0.25) / step + 0.5).clip(0, 1)
 
 
-def texture_map(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
+def texture_map(scene, size, rng):
     """(size, size) in 0..1: the share of the second tone in each pixel of the background."""
     x = (np.arange(size, dtype=np.float32) + 0.5) / size
     y = x[:, None]
@@ -814,7 +803,7 @@ def visible_masks(scene: Scene, size: int) -> list[np.ndarray]:
     return masks
 
 
-def size_words(thing: Thing) -> tuple[str, ...]:
+def size_words(thing):
     """Words that are true of an object's size; none for a middling one."""
     if thing.size >= 0.5:
         return "big", "large"
@@ -823,7 +812,7 @@ def size_words(thing: Thing) -> tuple[str, ...]:
     return ("small",) if thing.size <= 0.36 else ()
 
 
-def place_words(thing: Thing) -> tuple[str, ...]:
+def place_words(thing):
     """Phrases that are true of an object's place; none when it is near the border between two places."""
     def third(t, low, high):
         return low if t <= 0.38 else high if t >= 0.62 else "center" if 0.44 <= t <= 0.56 else ""
@@ -839,7 +828,7 @@ def place_words(thing: Thing) -> tuple[str, ...]:
     return f"at the {down} {across}", f"in the {down} {across} corner"
 
 
-def relation_words(a: Thing, b: Thing) -> tuple[str, ...]:
+def relation_words(a, b):
     """Phrases for where a is, seen from b; none unless one direction clearly outweighs the other."""
     dx, dy = a.cx - b.cx, a.cy - b.cy
     if abs(dx) >= max(0.18, 1.5 * abs(dy)):
@@ -849,12 +838,12 @@ def relation_words(a: Thing, b: Thing) -> tuple[str, ...]:
     return ()
 
 
-def listing(phrases: list[str]) -> str:
+def listing(phrases):
     """a; a and b; a, b and c"""
     return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
 
 
-def scene_caption(rng: random.Random, things: list[Thing], texture: str, unsaid: float) -> str:
+def scene_caption(rng, things, texture, unsaid):
     """A true sentence about the scene.  Objects of one class share a phrase, "two red circles"."""
     def chance(p):
         return rng.random() < p
@@ -920,26 +909,28 @@ class ShapesWorld:
     forms: bool = False
 
     classes = KINDS
+    notes = ()
     reduce_zero_label = True            # label 0 of a label_map is no class
 
     def __post_init__(self):
         if self.split not in ("train", "val"):
             raise UserError(f"the Shapes world has no split {self.split!r}; use train or val")
-        ranges = dict(objects=(self.objects, 1, 6), object_size=(self.object_size, 0.1, 0.8), size=([self.size], 16, 1e5),
-                      count=([self.count], 1, 1e9), single=([self.single], 0, 1), unsaid=([self.unsaid], 0, 1))
+        ranges = dict(objects=(self.objects, 1, 6), object_size=(self.object_size, 0.1, 0.8),
+                      count=([self.count], 1, 1e9), size=([self.size], 16, 1e5),
+                      single=([self.single], 0, 1), unsaid=([self.unsaid], 0, 1))
         for what, (values, least, most) in ranges.items():
             if not least <= values[0] <= values[-1] <= most:
                 raise UserError(f"Shapes world: {what} is {values}, wanted numbers that rise from {least} to {most}")
         if self.forms:
             self.classes = list(SHAPES)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.count
 
-    def name(self, i: int) -> str:
+    def name(self, i):
         return f"shapes-{self.split}-{self.seed}-{i}"
 
-    def layout(self, rng: random.Random, n: int, category: int | None) -> list[Thing]:
+    def layout(self, rng, n, category):
         """n objects inside the picture that hide at most about a quarter of each other, the first of `category`."""
         things, scale = [], n ** -0.4
         while len(things) < n:
@@ -959,7 +950,7 @@ class ShapesWorld:
                 category = None
         return things
 
-    def scene(self, i: int) -> Scene:
+    def scene(self, i):
         """The description of picture i, caption included."""
         rng = random.Random(f"shapes {self.seed} {self.split} {i}")
         fewest, most = self.objects
@@ -979,12 +970,12 @@ class ShapesWorld:
                      phases=(rng.random(), rng.random()), noise_seed=rng.getrandbits(32),
                      caption=scene_caption(rng, things, texture, self.unsaid))
 
-    def array(self, i: int) -> tuple[np.ndarray, str]:
+    def array(self, i):
         """Image (size, size, 3) uint8, and caption."""
         scene = self.scene(i)
         return draw_scene(scene, self.size), scene.caption
 
-    def class_of(self, thing: Thing) -> int:
+    def class_of(self, thing):
         return thing.category % len(self.classes)               # forms are the inner loop of KINDS
 
     def read(self, i: int) -> Sample:
@@ -1003,7 +994,7 @@ class ShapesWorld:
         return sample
 
 
-def shapes_options(text: str) -> dict:
+def shapes_options(text):
     """What follows "shapes:" in a SPEC, or "": "train=20000,objects=1-4" -> {"train": 20000, "objects": (1, 4)}."""
     def pair(value):
         low, high = value.split("-")
@@ -1016,15 +1007,15 @@ def shapes_options(text: str) -> dict:
             options[key] = kinds[key](value)
         except (KeyError, ValueError):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
-                            "seed=0, objects=1-4, single=0.7, unsaid=0.2 (these two from 0 to 1), forms=1 (or 0)") from None
+                            f"seed=0, objects=1-4, single=0.7, unsaid=0.2 (both from 0 to 1), forms=1 (or 0)") from None
     return options
 
 
 def shapes(text, split, task, size, **_):
     """The world as a data set: any split but "train" is held out, and what a task asks for is the default."""
-    defaults = dict(train=20000, val=1024, size=size or 64, objects=(1, 1) if task == "classes" else (1, 4),
-                    forms=task == "detection")
-    options = defaults | shapes_options(text)
+    options = dict(train=20000, val=1024, size=size or 64, forms=task == "detection")
+    options |= dict(objects=(1, 1)) if task == "classes" else {}
+    options |= shapes_options(text)
     counts = dict(train=options.pop("train"), val=options.pop("val"))
     split = "train" if split == "train" else "val"
     return ShapesWorld(split, counts[split], dense=task in ("segmentation", "detection"), **options)
@@ -1052,7 +1043,7 @@ class Records:
     def __len__(self):
         return len(self.data)
 
-    def __getitem__(self, key: tuple[int, ...]) -> dict:
+    def __getitem__(self, key):
         epoch, *candidates = key
         bad = []
         for index in candidates:
@@ -1111,7 +1102,7 @@ class TrainBatches:
                    for k in range(start, start + share)]
 
     @staticmethod
-    def spares_of(k: int, pool: np.ndarray) -> list[int]:
+    def spares_of(k, pool):
         """Ten records of the pool that may take the place of the epoch's k-th."""
         return [int(pool[(k + j) % len(pool)]) for j in range(1, 11)]
 
@@ -1128,7 +1119,7 @@ class DataLoader(torch.utils.data.DataLoader):
                             f"same command goes on from the last checkpoint") from None
 
 
-def leave_signals_to_parent(worker: int):
+def leave_signals_to_parent(worker):
     """SIGTERM from Slurm and Ctrl-C reach every process of a run; the loader's end when their parent says so."""
     def listen():
         while signal.sigwaitinfo(signals).si_pid != os.getppid():
@@ -1170,7 +1161,7 @@ class Packed:
     """Many byte strings as one, which forked workers share; of a list of str each worker would end up with a copy of
     its own, as reading an object changes its reference count."""
 
-    def __init__(self, strings: Iterable[bytes]):
+    def __init__(self, strings):
         strings = list(strings)
         self.blob, self.ends = b"".join(strings), np.cumsum([0, *map(len, strings)])
 
@@ -1181,7 +1172,7 @@ class Packed:
         return self.blob[self.ends[i]:self.ends[i + 1]]
 
 
-def clean_caption(text: str) -> str:
+def clean_caption(text):
     text = text.removeprefix("\ufeff").strip()
     with refusing("caption is not UTF-8"):       # a stray byte was kept as a surrogate; or half a pair from JSON
         text.encode()
@@ -1190,14 +1181,14 @@ def clean_caption(text: str) -> str:
     return text
 
 
-def archive_and_member(path: str) -> tuple[str, str]:
+def archive_and_member(path):
     """a/val.zip@3/17.png -> a/val.zip, 3/17.png;  a/17.png -> a/17.png, "" """
     archive, at, member = path.partition(".zip@")
     return (archive + ".zip", member) if at else (path, "")
 
 
 @functools.lru_cache(maxsize=4)
-def open_zip(path: str, process: int) -> zipfile.ZipFile:
+def open_zip(path, process):
     """process: os.getpid(), because an open file that a fork inherits has one position for both."""
     return zipfile.ZipFile(path)
 
@@ -1231,7 +1222,7 @@ def read_json(path: str) -> dict:
         return json.load(file)
 
 
-def want(entry, key: str, kind: type, where: str):
+def want(entry, key, kind, where):
     """entry[key] of JSON, which must be of this kind: int, str, list; object for anything, None if it is not there."""
     if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
         raise UserError(f"{where}: wanted an object with {key!r} of type {kind.__name__}, got {json.dumps(entry)[:80]}")
@@ -1246,13 +1237,13 @@ def entries(content, key, path, **kinds):
         yield where, *(want(entry, name, kind, where) for name, kind in kinds.items())
 
 
-def note_counts(counts: dict[str, int]) -> list[str]:
+def note_counts(counts):
     return [f"{count:,} {what}" for what, count in counts.items() if count]
 
 
 # ---- shards: tar files of images and captions -----------------------------------------------------------------------
 
-def expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern):
     """PATH-{00000..00999}.tar -> the names it stands for, as a shell has it."""
     found = re.fullmatch(r"([^{}*]*)\{(\d+)\.\.(\d+)\}([^{}*]*)", pattern)
     if found:
@@ -1282,15 +1273,14 @@ def tar_members(path):
             raise ValueError(f"has its end mark at byte {tar.offset:,} of {total:,}; what follows is not read")
 
 
-# Where the image and the caption of a pair are: "json" if the caption is the entry "caption" of a .json file.
 def index_tar(path):
     """Where the pairs of a tar are:
 
     keys     their names
-    pairs    (n, 5) int64: whether the caption is in a .json; offset and size of the image, offset and size of the caption
+    pairs    (n, 5) int64: whether the caption is in a .json; offset and size of the image; those of the caption
     counts   what was left out;  cut: why the walk ended too early, or ""
     """
-    files, counts, cut = defaultdict(dict), Counter(), ""        # files: key -> {"image", "txt", "json": (offset, size)}
+    files, counts, cut = defaultdict(dict), Counter(), ""    # files: key -> {"image", "txt", "json": (offset, size)}
     try:
         for member in tar_members(path):
             name = member.name.removeprefix("./")
@@ -1380,7 +1370,7 @@ class Shards:
     """
     classes = None
 
-    def __init__(self, pattern: str, cache: str | Path | None = None, **_):
+    def __init__(self, pattern, cache=None, **_):
         self.paths = expand_braces(pattern)
         missing = [path for path in self.paths if not isfile(path)]
         if missing:
@@ -1404,7 +1394,7 @@ class Shards:
     def __len__(self):
         return len(self.keys)
 
-    def name(self, i: int) -> str:
+    def name(self, i):
         stem = os.path.basename(self.paths[self.shard[i]]).removesuffix(".tar")
         return f"{stem}/{self.keys[i].decode('utf-8', 'replace')}"
 
@@ -1426,6 +1416,8 @@ class ImageFiles:
     listed     (file, fields of its Sample: captions, label or objects) of each; the file may be ARCHIVE.zip@MEMBER
     classes    what the labels mean
     """
+    names_classes, text_label = False, -1                # see name_classes
+
     def __init__(self, source, root, listed, classes=None):
         self.root, self.classes, self.notes = root, classes, []
         self.records = Packed(json.dumps(record).encode() for record in listed)
@@ -1438,29 +1430,31 @@ class ImageFiles:
     def __len__(self):
         return len(self.records)
 
-    def path(self, i: int) -> str:
+    def path(self, i):
         return os.path.join(self.root, json.loads(self.records[i])[0])
 
-    def name(self, i: int) -> str:
+    def name(self, i):
         return os.fsencode(json.loads(self.records[i])[0]).decode("utf-8", "replace")
 
     def read(self, i: int) -> Sample:
         _, known = json.loads(self.records[i])
         if "captions" in known:
             known["captions"] = good_captions(known["captions"])
-        return Sample(open_image(read_file(self.path(i))), **known)
+        sample = Sample(open_image(read_file(self.path(i))), **known)
+        if self.names_classes:
+            names = self.classes[sample.label].split("\t")
+            sample.captions = tuple(template.format(name) for template in TEMPLATES_80 for name in names)
+            sample.text_label = self.text_label + sample.label
+        return sample
 
 
-def good_captions(captions: list[str]) -> tuple[str, ...]:
-    """The captions that can be used; a BadRecord only if none of them can."""
+def good_captions(captions):
+    """Those of the captions that can be used; a BadRecord only if none can."""
     good = []
-    for k, caption in enumerate(captions, 1):
-        try:
+    for caption in captions:
+        with contextlib.suppress(BadRecord):
             good.append(clean_caption(caption))
-        except BadRecord:
-            if k == len(captions) and not good:
-                raise
-    return tuple(good)
+    return tuple(good) or (clean_caption(captions[0]),)
 
 
 def captioned(source, root, listed):
@@ -1492,7 +1486,8 @@ def csv_rows(path, image, caption, counts):
         headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in ",\t;"}
         separator, header = max(headers.items(), key=lambda item: len({image, caption} & {*item[1]}))
         if not {image, caption} <= {*header}:
-            raise UserError(f"{path} wants columns {image!r} and {caption!r}, has {', '.join(map(repr, header))[:200]}: "
+            found = ", ".join(map(repr, header))[:200]
+            raise UserError(f"{path}: wanted columns {image!r} and {caption!r}, got {found}: "
                             f"name yours with csv:FILE,image=COLUMN,caption=COLUMN")
         try:
             for row in csv.DictReader(file, header, delimiter=separator, restval=""):
@@ -1529,7 +1524,7 @@ def folder(root, split, **_):
                       class_names(root, folders))
 
 
-def is_image(name: str) -> bool:
+def is_image(name):
     return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
@@ -1640,13 +1635,16 @@ class LabelMaps:
     reduce_zero_label   label 0 belongs to no class: they start with label 1
     label_of            (256,) the label of each value in the files, where they differ
     """
+    notes = ()
+
     def __init__(self, root, split, above, parts, images, maps, listing="", classes=None, reduce_zero_label=False,
                  label_of=np.arange(256, dtype=np.uint8), **_):
         if split not in ("train", "val"):
             raise UserError(f"{root} has no split {split!r}; use train or val")
         root = f"{root}/{above}" if isdir(f"{root}/{above}") else root
         self.part, self.label_of, self.reduce_zero_label = parts[split == "val"], label_of, reduce_zero_label
-        self.images, self.maps, source = (f"{root}/{where.format(self.part)}" for where in (images, maps, listing or images))
+        self.images, self.maps, source = (f"{root}/{where.format(self.part)}"
+                                          for where in (images, maps, listing or images))
         for path in (self.images, self.maps, source):
             if not os.path.exists(path):
                 raise UserError(f"{path} is not there: unpack the archive as it comes, and name the folder {above} or "
@@ -1655,12 +1653,13 @@ class LabelMaps:
         self.stems = [name.removesuffix(".jpg") for name in names if listing or name.endswith(".jpg")]
         if not self.stems:
             raise UserError(f"{source} holds no images")
-        self.classes = classes or [name.strip("_") for name in read_lines(f"{root}/class_names.txt", "names of classes")]
+        classes = classes or read_lines(f"{root}/class_names.txt", "names of classes")
+        self.classes = [name.strip("_") for name in classes]
 
     def __len__(self):
         return len(self.stems)
 
-    def name(self, i: int) -> str:
+    def name(self, i):
         return f"{self.part}/{self.stems[i]}"
 
     def read(self, i: int) -> Sample:
@@ -1698,10 +1697,9 @@ class CocoInstances(ImageFiles):
     def __init__(self, root, split):
         path, part, content = coco_file(root, "instances", split)
         names = {i: name for _, i, name in entries(content, "categories", path, id=int, name=str)}
-        self.category_ids, counts = sorted(names), Counter()
         images = {i: image for _, i, *image in entries(content, "images", path, id=int, file_name=str, width=int,
                                                        height=int)}              # id: [file, width, height]
-        objects = {i: [] for i in images}
+        self.category_ids, objects, counts = sorted(names), {i: [] for i in images}, Counter()
         for where, i, category, box, area, mask, crowd in entries(
                 content, "annotations", path, image_id=int, category_id=int, bbox=list, area=object,
                 segmentation=object, iscrowd=object):
@@ -1709,20 +1707,20 @@ class CocoInstances(ImageFiles):
                 raise UserError(f"{where}: there is no image {i}")
             file, *size = images[i]
             check_object(f"{where}, of image {file}", box, area, mask, *size)
+            x, y, w, h = box
+            box = x, y, x + w, y + h
             if category not in names:
                 counts["objects left out, whose category_id is not among the categories"] += 1
                 continue
-            x, y, w, h = box
-            box = x, y, x + w, y + h
             counts["objects under a pixel wide or high, not trained on"] += not has_area(box, *size)
-            objects[i].append(dict(box=box, category=self.category_ids.index(category), area=area, mask=mask,
-                                   crowd=bool(crowd)))
+            category = self.category_ids.index(category)
+            objects[i].append(dict(box=box, category=category, area=area, mask=mask, crowd=bool(crowd)))
         kept = [i for i in images if split != "train" or objects[i] and min(images[i][1:]) >= MIN_TRAINED_SIDE]
         if images and not kept:
             raise UserError(f"{path} holds no image that can be trained on, of {len(images)}")
+        left_out = {f"images left out: no object, or a side under {MIN_TRAINED_SIDE} pixels": len(images) - len(kept)}
         super().__init__(path, root, ((f"{part}/{images[i][0]}", dict(objects=objects[i])) for i in kept),
                          [names[i] for i in self.category_ids])
-        left_out = {f"images left out: no object, or a side under {MIN_TRAINED_SIDE} pixels": len(images) - len(kept)}
         self.notes = [f"{path}: {note}" for note in note_counts(left_out | counts)]
         self.image_ids, self.sizes = np.array(kept), np.array([images[i][1:] for i in kept])      # (n,) and (n, 2)
 
@@ -1741,16 +1739,13 @@ def has_area(box: tuple, width: int, height: int) -> bool:
 
 def check_object(where, box, area, mask, width, height):
     """UserError if an object of an image of width x height has a malformed box, area or mask."""
-    problem = None
-    if len(box) != 4 or not are_numbers(box):
-        problem = f"a bbox [x, y, width, height], got {json.dumps(box)[:80]}"
-    if not are_numbers([area]):
-        problem = f"an area, a number of pixels, got {json.dumps(area)[:80]}"
-    if not (are_polygons(mask) if isinstance(mask, list) else is_rle(mask, width, height)):
-        problem = (f"a segmentation of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or an RLE of size "
-                   f"[{height}, {width}], got {json.dumps(mask)[:80]}")
-    if problem:
-        raise UserError(f"{where}: wanted {problem}")
+    for kind, value, is_right in (
+            ("a bbox [x, y, width, height]", box, len(box) == 4 and are_numbers(box)),
+            ("an area, a number of pixels", area, are_numbers([area])),
+            (f"a segmentation of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or an RLE of size [{height}, {width}]",
+             mask, are_polygons(mask) or is_rle(mask, width, height))):
+        if not is_right:
+            raise UserError(f"{where}: wanted {kind}, got {json.dumps(value)[:80]}")
 
 
 def are_numbers(values):
@@ -1759,8 +1754,9 @@ def are_numbers(values):
 
 
 def are_polygons(mask):
-    return bool(mask) and all(isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and
-                              are_numbers(points) for points in mask)
+    return isinstance(mask, list) and mask != [] and all(
+        isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and are_numbers(points)
+        for points in mask)
 
 
 def is_rle(mask, width, height):
@@ -1768,7 +1764,7 @@ def is_rle(mask, width, height):
     if not isinstance(mask, dict) or mask.get("size") != [height, width]:
         return False
     counts = mask.get("counts")
-    return isinstance(counts, str) or (isinstance(counts, list) and set(map(type, counts)) <= {int} and
+    return isinstance(counts, str) or (isinstance(counts, list) and are_numbers(counts) and
                                        min(counts, default=0) >= 0 and sum(counts) == width * height)
 
 
@@ -1892,7 +1888,8 @@ def toolkit_prompts(path):
     except UserError:
         raise
     except Exception as error:                           # of any file
-        raise UserError(f"{path} is not the toolkit's vision_benchmark/datasets/prompts.py: {one_line(error)}") from None
+        raise UserError(f"{path} is not the toolkit's vision_benchmark/datasets/prompts.py: "
+                        f"{one_line(error)}") from None
 
 
 def toolkit_list(home, path, is_multi_label):
@@ -1952,7 +1949,7 @@ def unpacked(home, file):
 # Prompts: the sentences that stand around a class name, and class names
 # ---------------------------------------------------------------------------------------------------------------------
 
-def split_templates(text: str) -> tuple[str, ...]:
+def split_templates(text):
     return tuple(" ".join(text.split()).split(" | "))
 
 
@@ -1994,7 +1991,7 @@ def find_templates(text: str) -> tuple[str, ...]:
     return checked_templates((text,) if "{" in text else read_lines(text, "templates"))
 
 
-def checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
+def checked_templates(templates):
     for template in templates:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
             raise UserError(f"template {template!r} must have one {{}}, where the class name goes, and no other brace")
@@ -2104,7 +2101,7 @@ def open_data(spec: str, split: str | None = None, task: str = "captions", size:
     return FORMATS[kind].open(os.path.expanduser(rest), split=split, task=task, size=size, cache=cache)
 
 
-def open_for_reading(spec: str, split: str) -> list:
+def open_for_reading(spec, split):
     """What `spec` names, for the first of its tasks that it can be opened for: a list, as icinw: is many data sets."""
     problems = []
     for task in FORMATS[kind_of(spec)].tasks:
@@ -2120,20 +2117,19 @@ class Mixed:
     """Several data sets one after the other: an epoch sees each record once, so they mix in proportion to size."""
 
     def __init__(self, parts: list):
-        self.parts = parts
-        self.ends = list(itertools.accumulate(map(len, parts)))
+        self.parts, self.ends = parts, list(itertools.accumulate(map(len, parts)))
         self.classes = parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None
-        self.notes = [note for part in parts for note in getattr(part, "notes", ())]
+        self.notes = [note for part in parts for note in part.notes]
         self.names_classes = any(getattr(part, "names_classes", False) for part in parts)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.ends[-1]
 
-    def place(self, i: int) -> tuple:
+    def place(self, i):
         k = bisect.bisect_right(self.ends, i)
         return self.parts[k], i - self.ends[k] + len(self.parts[k])
 
-    def name(self, i: int) -> str:
+    def name(self, i):
         part, k = self.place(i)
         return part.name(k)
 
@@ -2142,39 +2138,21 @@ class Mixed:
         return part.read(k)
 
 
-class NamedClasses:
-    """A labeled data set as pairs, for UniCL: the captions of an image are its class's name in each of the templates.
-
-    offset    what the label of class 0 is over all data sets
-    """
-    names_classes = True
-
-    def __init__(self, data: ImageFiles, offset: int, templates: tuple[str, ...]):
-        self.data, self.offset, self.templates = data, offset, templates
-        self.name, self.classes, self.notes = data.name, data.classes, data.notes
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def read(self, i: int) -> Sample:
-        sample = self.data.read(i)
-        names = self.classes[sample.label].split("\t")
-        captions = tuple(template.format(name) for template in self.templates for name in names)
-        return replace(sample, captions=captions, text_label=self.offset + sample.label)
-
-
 def name_classes(parts: list) -> list:
-    """Folders of classes among the data sets become NamedClasses; those with one list of classes share its labels."""
-    offsets, total, named = {}, 0, []
+    """Has folders of classes among the data sets read as pairs, for UniCL.
+
+    The captions of an image are its class's name in each of 80 templates, and its text_label is its class over all data
+    sets; those with one list of classes share its labels.
+    """
+    text_labels, total = {}, 0                           # text_labels: that of the first class of each list
     for data in parts:
         if isinstance(data, ImageFiles) and data.classes:
             want_names(data, f"folder:{data.root}")
-            if tuple(data.classes) not in offsets:
-                offsets[tuple(data.classes)] = total
+            if tuple(data.classes) not in text_labels:
+                text_labels[tuple(data.classes)] = total
                 total += len(data.classes)
-            data = NamedClasses(data, offsets[tuple(data.classes)], TEMPLATES_80)
-        named.append(data)
-    return named
+            data.names_classes, data.text_label = True, text_labels[tuple(data.classes)]
+    return parts
 
 
 def hash_names(data) -> str:
@@ -2189,7 +2167,7 @@ def hash_names(data) -> str:
 # Looking at data: `python data.py preview` draws a contact sheet, `python data.py check` reads everything
 # ---------------------------------------------------------------------------------------------------------------------
 
-CELL, GAP, LINES, LINE = 224, 8, 4, 18      # of the contact sheet: picture, gap; lines of a caption, and their height
+CELL, LINES, LINE = 224, 4, 18      # of the contact sheet: side of a picture; lines of a caption, and their height
 
 
 def sheet(rows: list[list[tuple[str, Image.Image]]], height: int, line: int = 18, gap: int = 6) -> Image.Image:
@@ -2210,59 +2188,55 @@ def sheet(rows: list[list[tuple[str, Image.Image]]], height: int, line: int = 18
 
 def preview(data, out: str, rows: int = 4, columns: int = 6, seed: int = 0):
     """Writes a contact sheet of records drawn at random: picture, and below it caption or class, or why it is bad."""
-    font = ImageFont.load_default(14)
-    across, down = CELL + GAP, CELL + LINES * LINE + GAP
-    sheet = Image.new("RGB", (columns * across + GAP, rows * down + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    rng = np.random.default_rng(seed)
-    for cell, i in enumerate(rng.choice(len(data), min(rows * columns, len(data)), replace=False).tolist()):
-        x, y = GAP + cell % columns * across, GAP + cell // columns * down
+    font, rng = ImageFont.load_default(14), np.random.default_rng(seed)
+    high, gap = CELL + LINES * LINE, 8
+    sheet = Image.new("RGB", (columns * (CELL + gap) + gap, rows * (high + gap) + gap), "white")
+    for place, i in enumerate(rng.choice(len(data), min(rows * columns, len(data)), replace=False).tolist()):
+        card = Image.new("RGB", (CELL, high), "white")
         try:
             sample = data.read(i)
             picture = decode(sample.image)
-            scale = CELL / max(picture.size)
-            sheet.paste(picture.resize([max(1, round(side * scale)) for side in picture.size], BICUBIC), (x, y))
+            with refusing("too narrow to draw"):
+                card.paste(ImageOps.contain(picture, (CELL, CELL), BICUBIC))
             text = (pick_caption(sample, rng) if sample.captions else
                     data.classes[sample.label] if sample.label >= 0 else data.name(i))
         except BadRecord as error:
-            draw.rectangle((x, y, x + CELL, y + CELL), fill="lightgray")
+            card.paste("lightgray", (0, 0, CELL, CELL))
             text = f"BAD {data.name(i)}: {error}"
-        for k, line in enumerate(textwrap.wrap(text, CELL // 8)[:LINES]):
-            draw.text((x, y + CELL + k * LINE), line, "black", font)
+        lines = textwrap.wrap(text, CELL // 8)[:LINES]
+        ImageDraw.Draw(card).multiline_text((0, CELL), "\n".join(lines), "black", font)
+        row, column = divmod(place, columns)
+        sheet.paste(card, (gap + column * (CELL + gap), gap + row * (high + gap)))
     sheet.save(out)
 
 
-def inspect(sample: Sample, rng: np.random.Generator, tokenizer: BytePairTokenizer | None) -> dict:
-    """What `check` wants to know of a record, after a full read."""
-    width, height = decode(sample.image).size
-    tokens = [tokenizer.length(caption) for caption in sample.captions] if tokenizer else []
-    return dict(width=[width], height=[height], words=[len(caption.split()) for caption in sample.captions], tokens=tokens)
+def inspect(sample, rng, tokenizer):
+    """What `check` wants to know of a record, after a full read: tokens of the captions, with start and end token."""
+    decode(sample.image)
+    return dict(tokens=[tokenizer.length(caption) for caption in sample.captions] if tokenizer else [])
 
 
 def check(data, tokenizer: BytePairTokenizer | None = None, context_length: int = 77, workers: int = 0) -> dict:
     """Reads and decodes every record, prints a report and returns it:
 
     records, bad: how many;  reasons: {reason: count};  bad_records: [(name, reason)] of the first 20
-    width, height, words, tokens: [smallest, median, largest], tokens with start and end token
-    captions: how many;  truncated: how many captions have more than `context_length` tokens
+    captions: how many;  tokens: [fewest, median, most] of a caption;  truncated: captions over `context_length` tokens
     classes: how many, 0 if there are none;  sample_hash: see hash_names;  notes: the data set's own
     """
     loader = eval_loader(data, partial(inspect, tokenizer=tokenizer), 64, workers=workers, collate=list)
-    found = dict(width=[], height=[], words=[], tokens=[], bad=[])
+    tokens, bad = [], []
     for item in progress(itertools.chain.from_iterable(loader), len(data), "records checked"):
-        for key, values in found.items():
-            values += item.get(key, ())
-    bad = found.pop("bad")
-    spread = {key: np.quantile(values, (0, 0.5, 1)).tolist() if values else [] for key, values in found.items()}
-    report = dict(records=len(data), bad=len(bad), reasons=Counter(reason.split(":")[0] for _, reason in bad), **spread,
-                  captions=len(found["words"]), truncated=sum(n > context_length for n in found["tokens"]),
-                  classes=len(data.classes or ()), sample_hash=hash_names(data))
+        bad += item["bad"]
+        tokens += item.get("tokens", ())
+    report = dict(records=len(data), bad=len(bad), reasons=dict(Counter(reason.split(":")[0] for _, reason in bad)),
+                  captions=len(tokens), tokens=np.quantile(tokens or [0], (0, 0.5, 1)).tolist(),
+                  truncated=sum(n > context_length for n in tokens), classes=len(data.classes or ()),
+                  sample_hash=hash_names(data))
     for key, value in report.items():
-        say(f"{key.replace('_', ' ')}: {dict(value) if key == 'reasons' else value}")
-    report |= dict(bad_records=bad[:20], notes=list(getattr(data, "notes", ())))
-    for line in [f"bad record: {name}: {reason}" for name, reason in bad[:20]] + report["notes"]:
+        say(f"{key}: {value}")
+    for line in [f"bad record {name}: {reason}" for name, reason in bad[:20]] + [*data.notes]:
         say(printable(line))
-    return report
+    return dict(report, bad_records=bad[:20], notes=[*data.notes])
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -2280,38 +2254,37 @@ def check_folder_of(option: str, path: str):
         raise UserError(f"{option} {path} cannot be written: wanted the name of a file in a folder that exists")
 
 
-OPTIONS = {         # of the commands: name, default, help
-    "preview": [("--out", "grid.png", "the picture to write"), ("--rows", 4, "rows of the sheet"),
-                ("--columns", 6, "columns of the sheet"), ("--seed", 0, "another seed shows other records")],
-    "check": [("--context-length", 77, "tokens; longer captions count as truncated"),
-              ("--workers", 0, "loader processes"), ("--json", "", "file for the report as one JSON object")],
-    "bpe": [],
+COMMON_OPTIONS = [("--split", "train", "train (default), val or test, where the data has splits"),
+                  ("--bpe", "", "CLIP's merges file (default: learn merges from the captions)"),
+                  ("--vocab-size", 1024, "entries that are learned where no --bpe is given (default: 1024)")]
+COMMANDS = {
+    "preview": ("draw a contact sheet of samples with captions", [
+        ("--out", "grid.png", "the picture to write (default: grid.png)"), ("--rows", 4, "of the sheet (default: 4)"),
+        ("--columns", 6, "of the sheet (default: 6)"), ("--seed", 0, "another one shows other records (default: 0)")]),
+    "check": ("read and decode everything; count and name bad records", [
+        ("--context-length", 77, "tokens; longer captions count as truncated (default: 77)"),
+        ("--workers", 0, "loader processes (default: 0)"), ("--json", "", "file for the report as one JSON object")]),
+    "bpe": ("learn byte-pair merges from the captions and show how a text is cut", []),
 }
 
 
 def main(argv: list[str] | None = None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = cli.add_subparsers(dest="command", required=True)
-    for name, help in (("preview", "draw a contact sheet of samples with captions"),
-                       ("check", "read and decode everything; count and name bad records"),
-                       ("bpe", "learn byte-pair merges from the captions and show how a text is cut")):
+    for name, (help, options) in COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         command.add_argument("--data", action="append", metavar="SPEC",
                              help=f"{specs()}; may be repeated (default: shapes)")
-        command.add_argument("text", nargs="*", help="texts to cut (default: a few captions)") if name == "bpe" else None
-        for option, default, meaning in [
-                ("--split", "train", "train, val or test, where the data has splits"),
-                ("--bpe", "", "CLIP's merges file; without one merges are learned from the captions"),
-                ("--vocab-size", 1024, "entries that are learned"), *OPTIONS[name]]:
-            command.add_argument(option, default=default, type=str if isinstance(default, str) else at_least(min(default, 1)),
-                                 help=f"{meaning} (default: {default})" if default != "" else meaning)
+        for option, default, help in [*COMMON_OPTIONS, *options]:
+            kind = str if isinstance(default, str) else at_least(min(default, 1))
+            command.add_argument(option, default=default, type=kind, help=help)
+    command.add_argument("text", nargs="*", help="texts to cut (default: a few captions)")
     o = cli.parse_args(argv)
     check_folder_of("--out", getattr(o, "out", ""))
     check_folder_of("--json", getattr(o, "json", ""))
     if o.command == "preview" and Path(o.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
-    parts = [part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)]
-    data = parts[0] if len(parts) == 1 else Mixed(parts)
+    data = Mixed([part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)])
     if o.command == "preview":
         preview(data, o.out, o.rows, o.columns, o.seed)
         print(f"wrote {o.out}: {min(o.rows * o.columns, len(data))} of {len(data)} records")

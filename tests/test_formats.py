@@ -9,9 +9,9 @@ import json
 import multiprocessing
 import os
 import pathlib
+import subprocess
+import sys
 import tarfile
-import threading
-import time
 
 import numpy as np
 import PIL.Image
@@ -83,7 +83,8 @@ def test_braces_that_cannot_be_meant(pattern):
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_longer_than_a_header(tmp_path, format):
-    names = ["n" * length for length in (96, 97, 150, 255, 5000)] + ["folder/" * 16 + "ü", "z/" * 60 + "w" * 30, "a=b\nc"]
+    names = ["n" * length for length in (96, 97, 150, 255, 5000)]
+    names += ["folder/" * 16 + "ü", "z/" * 60 + "w" * 30, "a=b\nc"]
     members = [member for name in names for member in ((f"{name}.jpg", jpeg()), (f"{name}.txt", b"x"))]
     shards = Shards(str(make_tar(tmp_path / "t.tar", members, format, mtime=1700000000.5, uname="ü", uid=3_000_000)))
     assert [shards.name(i) for i in range(len(shards))] == [f"t/{name}" for name in names]
@@ -402,13 +403,13 @@ def test_bad_rows_of_a_csv(tmp_path, row, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("path,title\n0.jpg,x\n", "wants columns 'filepath' and 'title', has 'path', 'title'"),
-    ("filepath|title\n0.jpg|x\n", "has 'filepath|title'"),
-    ("filepath,caption\n0.jpg,x\n", "has 'filepath', 'caption'"),
-    ("", "wants columns 'filepath'"),
+    ("path,title\n0.jpg,x\n", "wanted columns 'filepath' and 'title', got 'path', 'title'"),
+    ("filepath|title\n0.jpg|x\n", "got 'filepath|title'"),
+    ("filepath,caption\n0.jpg,x\n", "got 'filepath', 'caption'"),
+    ("", "wanted columns 'filepath'"),
     ("filepath,title\n", "holds no images"),
     ("filepath,title\nx/0.jpg,a\nx/1.jpg,b\n", "none of the first 2 images"),
-    ('filepath,title\n0.jpg,x\n1.jpg,"never closed\n' + "2.jpg,filler filler filler\n" * 170_000, "a quote that is never closed"),
+    ('filepath,title\n0.jpg,x\n1.jpg,"never closed\n' + "2.jpg,filler filler filler\n" * 170_000, "a quote that is"),
 ])
 def test_csv_that_cannot_be_used(tmp_path, text, message):
     with pytest.raises(UserError) as error:
@@ -423,7 +424,8 @@ def test_captions_over_several_lines_are_noted(tmp_path):
 
 def test_captions_cut_by_a_separator_are_noted(tmp_path):
     unquoted = "filepath;title\n0.jpg;a cat; asleep\n1.jpg;a dog\n2.jpg;a bird\n"
-    assert open_data(make_csv(tmp_path, unquoted)).notes == ["1 rows have too many fields: captions with a ';' need quotes"]
+    assert open_data(make_csv(tmp_path, unquoted)).notes == [
+        "1 rows have too many fields: captions with a ';' need quotes"]
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
@@ -460,7 +462,8 @@ def test_imagenet_as_it_comes(tmp_path):
     PIL.Image.new("CMYK", (8, 8)).save(tmp_path / "in1k" / files[0], "JPEG")
     for part, labels in (("train", [0, 0, 1, 1]), ("val", [0, 1])):
         found = open_data(spec, part, "classes")
-        assert found.classes == ["n01440764", "n01443537"] and [found.read(i).label for i in range(len(found))] == labels
+        assert found.classes == ["n01440764", "n01443537"]
+        assert [found.read(i).label for i in range(len(found))] == labels
         assert all(data.decode(found.read(i).image).mode == "RGB" for i in range(len(found)))
     spec = make_folder(tmp_path / "in21k", ["n00004475/n00004475_6590.JPEG", "n00006024/n00006024_1.JPEG"])
     (tmp_path / "in21k" / "n00005787").mkdir()
@@ -683,8 +686,7 @@ def test_check_counts_and_names_what_is_bad(tmp_path, workers, capsys):
     assert report["records"] == 8 and report["bad"] == 4
     assert report["reasons"] == {"corrupt image": 1, "not an image": 2, "empty caption": 1}
     assert [name for name, _ in report["bad_records"]] == ["s/b", "s/c", "s/d", "s/e"]
-    assert (report["width"], report["height"]) == ([8, 8, 40], [8, 8, 20])
-    assert (report["captions"], report["words"], report["tokens"], report["truncated"]) == (4, [2, 2, 5], [4, 4, 7], 1)
+    assert (report["captions"], report["tokens"], report["truncated"]) == (4, [4, 4, 7], 1)
     assert report["sample_hash"] == hash_names(shards) and report["notes"] == ["1 captions without an image"]
     printed = capsys.readouterr().out
     assert "bad: 4" in printed and "s/c: not an image" in printed and report["sample_hash"] in printed
@@ -695,7 +697,7 @@ def test_check_without_a_good_record_or_a_tokenizer(tmp_path):
         (tmp_path / "root" / one).mkdir(parents=True)
     (tmp_path / "root" / "a" / "1.jpg").write_bytes(b"404")
     report = data.check(open_data(f"folder:{tmp_path}/root"))
-    assert [report[key] for key in ("bad", "classes", "width", "words", "truncated")] == [1, 2, [], [], 0]
+    assert [report[key] for key in ("bad", "classes", "captions", "truncated")] == [1, 2, 0, 0]
 
 
 def test_preview_draws_pictures_captions_classes_and_bad_records(tmp_path):
@@ -730,11 +732,13 @@ def test_check_and_preview_read_what_only_evaluation_reads(tmp_path, capsys):
         report = json.loads((tmp_path / "report.json").read_text())
         assert (report["bad"], report["classes"]) == (0, classes), spec
         data.main(["preview", "--data", spec, "--out", str(tmp_path / "grid.png")])
-        assert f"wrote {tmp_path}/grid.png: {report['records']} of {report['records']} records" in capsys.readouterr().out
+        count = report["records"]
+        assert f"wrote {tmp_path}/grid.png: {count} of {count} records" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["preview --rows 0", "preview --columns -1", "preview --seed -1", "preview --rows two",
-                                   "preview --out x.xyz", "preview --out sheet", "check --workers -2",
+@pytest.mark.parametrize("wrong", ["preview --rows 0", "preview --columns -1", "preview --seed -1",
+                                   "preview --rows two", "preview --out x.xyz", "preview --out sheet",
+                                   "check --workers -2",
                                    "check --context-length -3"])
 def test_options_that_cannot_be_are_refused_before_any_work(wrong, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
@@ -753,3 +757,50 @@ def test_progress_speaks_every_five_seconds(monkeypatch, capsys):
     assert list(data.progress(iter("abcd"), 4, "letters")) == [*"abcd"]
     assert capsys.readouterr().err == "letters: 1 of 4, 18 s left\nletters: 3 of 4, 4 s left\n"
     assert list(data.progress("abcd", 4, "letters", speaks=False)) == [*"abcd"] and not capsys.readouterr().err
+
+
+class Group:
+    """Stands in for torch.distributed: says what became of the process group."""
+    def __init__(self, ended: list):
+        self.is_initialized, self.destroy_process_group = lambda: True, lambda: ended.append("destroyed")
+
+
+@pytest.mark.parametrize("raised, status, end", [
+    (None, 0, "destroyed"),
+    (SystemExit(3), 3, "destroyed"),
+    (UserError("no\nsuch \x1b file"), 2, "destroyed"),
+    (KeyboardInterrupt(), 130, "left"),
+    (ZeroDivisionError("a fault"), 1, "left"),                 # nobody waits for the others
+])
+def test_run_ends_a_script(raised, status, end, monkeypatch, capsys):
+    class Left(BaseException):
+        pass
+
+    def main():
+        if raised:
+            raise raised
+
+    def leave(status):
+        ended.append("left")
+        raise Left(status)
+    ended = []
+    monkeypatch.setattr(data.sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(data.os, "_exit", leave)
+    for group, how in ((Group(ended), [end]), (data.dist, [])):
+        ended.clear()
+        monkeypatch.setattr(data, "dist", group)
+        with pytest.raises((SystemExit, Left)) as stop:
+            data.run(main)
+        assert (stop.value.args or (0,))[0] == status and ended == how
+    said = capsys.readouterr().err
+    told = {2: "error: no\\nsuch \\x1b file\n", 130: "interrupted\n", 1: "ZeroDivisionError: a fault"}
+    assert said.count(told.get(status, "no line")) == 2 * (status in told) and (said or status not in told)
+
+
+def test_nobody_reads_the_output():
+    code = "import data; data.run(lambda: [print(k, flush=True) for k in range(10 ** 6)])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=pathlib.Path(data.__file__).parent,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == b""
