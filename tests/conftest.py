@@ -13,10 +13,32 @@ sys.path.insert(0, str(ROOT))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="real data folder ../shared/data is absent")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too: see README.md")
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: takes more than about a second; only with --all, or -m slow")
     config.addinivalue_line("markers", "soak: takes minutes, or gigabytes; only with -m soak")
-    config.option.markexpr = config.option.markexpr or "not soak"       # those are slow too, for -m "not slow"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Without -m, which decides alone, slow tests wait for --all, and soaks, slow or not, for -m soak."""
+    if config.option.markexpr:
+        return
+    soaks = [item for item in items if item.get_closest_marker("soak")]
+    slow = [] if config.option.all else [item for item in items if item.get_closest_marker("slow") and item not in soaks]
+    config.left_out = [f"{len(some)} {which}" for some, which in (
+        (slow, "slow tests left out, which take minutes: --all runs them"), (soaks, "soaks left out: -m soak runs them")
+    ) if some]
+    config.hook.pytest_deselected(items=slow + soaks)
+    items[:] = [item for item in items if item not in slow and item not in soaks]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in getattr(config, "left_out", ()):
+        terminalreporter.write_line(line)
 
 
 def command(*arguments, processes: int = 0) -> list[str]:
@@ -50,7 +72,7 @@ def on_processes(function, world: int, folder: Path) -> list:
 
 
 def in_group(rank: int, function, world: int, folder: Path):
-    """The group goes when the networks that `function` made are gone: see train.run."""
+    """The group goes when the networks that `function` made are gone: see data.run."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     torch.save(function(rank, world), folder / f"{rank}.pt")

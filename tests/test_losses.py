@@ -1,6 +1,7 @@
 """Each loss against a number worked out by hand or a slow loop written from its formula."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,24 +50,33 @@ def test_contrastive_loss_in_chunks_is_that_of_all_logits(monkeypatch, at_once):
 
 
 def test_distillation_loss_against_a_loop():
-    B, N, C, temp_s, temp_t = 2, 3, 4, 0.1, 0.04
-    student, teacher, center = unit(B, N, C, seed=3), unit(B, N, C, seed=4), unit(C, seed=5)
-    hidden = torch.tensor([[True, False, True], [False, True, False]])
+    n, C, temp_s, temp_t = 5, 4, 0.1, 0.04
+    student, teacher, center = unit(n, C, seed=3), unit(n, C, seed=4), unit(C, seed=5)
     total = 0.0
-    for b, n in hidden.nonzero().tolist():
-        t = [math.exp(float(teacher[b, n, c] - center[c]) / temp_t) for c in range(C)]
-        s = [math.exp(float(student[b, n, c]) / temp_s) for c in range(C)]
-        total -= sum(t[c] / sum(t) * math.log(s[c] / sum(s)) for c in range(C))
-    got = losses.distillation_loss(student, teacher, hidden, temp_s, temp_t, center)
-    assert got.item() == pytest.approx(total / 3, rel=1e-4)
+    for i in range(n):
+        t = [math.exp(float(teacher[i, c] - center[c]) / temp_t) for c in range(C)]
+        s = [math.exp(float(student[i, c]) / temp_s) for c in range(C)]
+        total -= sum(t[c] / sum(t) * math.log(s[c] / sum(s)) for c in range(C)) / n
+    got = losses.distillation_loss(student, teacher, temp_s, temp_t, center)
+    assert got.item() == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])                # of seven: one at a time, uneven, all at once
+def test_distillation_in_chunks_is_the_loss_of_all_logits(monkeypatch, rows):
+    inputs = student, codes = unit(7, 4, seed=1).requires_grad_(), unit(5, 4, seed=2).requires_grad_()
+    teacher, teacher_codes, center = unit(7, 4, seed=3), unit(5, 4, seed=4), unit(5, seed=5)
+    want = losses.distillation_loss(student @ codes.T, teacher @ teacher_codes.T, 0.1, 0.04, center)
+    monkeypatch.setattr(losses, "LOGIT_ROWS", rows)
+    got = losses.distillation_in_chunks(student, codes, teacher, teacher_codes, 0.1, 0.04, center)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(2 * got, inputs), torch.autograd.grad(2 * want, inputs))
 
 
 def test_distillation_loss_knows_its_bounds():
     teacher = 10.0 * torch.eye(4).repeat(2, 1, 1)                                       # (2, 4, 4), one sharp code each
-    hidden = torch.ones(2, 4, dtype=torch.bool)
-    flat = losses.distillation_loss(torch.zeros(2, 4, 4), teacher, hidden)
+    flat = losses.distillation_loss(torch.zeros(2, 4, 4), teacher)
     assert flat.item() == pytest.approx(math.log(4), rel=1e-5)                          # a student that says nothing
-    assert losses.distillation_loss(teacher, teacher, hidden).item() < 1e-3             # a student that is right
+    assert losses.distillation_loss(teacher, teacher).item() < 1e-3                     # a student that is right
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -76,23 +86,26 @@ def test_no_gradient_reaches_the_teacher():
     assert student.grad is not None and teacher.grad is None
 
 
-def test_masked_language_loss_counts_chosen_words_only():
-    logits, tokens = torch.randn(2, 3, 7), torch.randint(7, (2, 3))
-    chosen = torch.tensor([[True, False, True], [False, False, False]])
-    want = -sum(logits[0, l].log_softmax(0)[tokens[0, l]] for l in (0, 2)) / 2
-    assert losses.masked_language_loss(logits, tokens, chosen).item() == pytest.approx(want.item(), rel=1e-5)
-    nothing = losses.masked_language_loss(logits, tokens, torch.zeros_like(chosen))
-    assert nothing.item() == 0.0                                                        # no 0/0 in a batch without words
+def test_masked_language_loss_is_the_mean_over_its_words():
+    logits, words = torch.randn(3, 7), torch.tensor([2, 0, 6])
+    summed = -sum(logits[i].log_softmax(0)[word].item() for i, word in enumerate(words))
+    assert losses.masked_language_loss(logits, words).item() == pytest.approx(summed / 3, rel=1e-5)
+    of_all = losses.masked_language_loss(logits, words, torch.tensor(2.5))              # 3 here, 2 on another process
+    assert of_all.item() == pytest.approx(summed / 2.5, rel=1e-5)
+    for normalizer in (None, torch.tensor(0.0)):                                        # no 0/0 in a batch without words
+        assert losses.masked_language_loss(logits[:0], words[:0], normalizer).item() == 0.0
 
 
-def test_pixel_loss_against_numpy():
-    import numpy as np
+def test_pixel_and_feature_loss_against_numpy():
     prediction, patches = torch.randn(2, 3, 12), torch.rand(2, 3, 12)
-    hidden = torch.tensor([[True, True, False], [False, True, False]])
+
+    def normalized(x, ddof, eps):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, ddof=ddof, keepdims=True) + eps)
     p, x = prediction.numpy(), patches.numpy()
-    target = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, ddof=1, keepdims=True) + 1e-6)
-    want = ((p - target) ** 2).mean(-1)[hidden.numpy()].mean()
-    assert losses.pixel_loss(prediction, patches, hidden).item() == pytest.approx(float(want), rel=1e-5)
+    want = ((p - normalized(x, 1, 1e-6)) ** 2).mean()
+    assert losses.pixel_loss(prediction, patches).item() == pytest.approx(float(want), rel=1e-5)
+    want = ((normalized(p, 0, 1e-5) - normalized(x, 0, 1e-5)) ** 2).mean()
+    assert losses.feature_loss(prediction, patches).item() == pytest.approx(float(want), rel=1e-5)
 
 
 def test_patchify_puts_pixels_where_the_convolution_expects_them():
@@ -100,11 +113,6 @@ def test_patchify_puts_pixels_where_the_convolution_expects_them():
     want = conv(images).flatten(2).transpose(1, 2)                                      # (2, 6, 5), row by row
     got = F.linear(losses.patchify(images, 4), conv.weight.flatten(1), conv.bias)
     torch.testing.assert_close(got, want)
-
-
-def test_total_loss_is_equation_8():
-    terms = dict(contrastive=torch.tensor(2.0), distillation=torch.tensor(3.0), mlm=torch.tensor(4.0))
-    assert losses.total_loss(terms, dict(distillation=0.05, mlm=0.05)).item() == pytest.approx(2 + 0.15 + 0.2)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])        # chunks of one, uneven, exact, all at once
