@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -54,8 +55,9 @@ class RunOptions:
                    "run")
     seed: int = opt(0, "seed of every random choice", "run")
     device: str = opt("auto", "where to compute", "run", ("auto", "cpu", "cuda", "mps"))
-    precision: str = opt("auto", "auto: bf16 where the hardware multiplies it natively", "run",
-                         ("auto", "fp32", "bf16"))
+    precision: str = opt("auto", "of matrix products; auto: bf16 where the hardware multiplies it, else fp16 on a GPU "
+                         "(in training with a scaled loss), else fp32 (IEEE's; tf32 is its fast approximation on GPUs)",
+                         "run", ("auto", "fp32", "tf32", "bf16", "fp16"))
     workers: int = opt(-1, "loader processes a process, -1: none on CPU, up to 8 on GPU", "run")
 
 
@@ -72,6 +74,10 @@ class TrainOptions(RunOptions, Config):
     log_every: int = opt(20, "steps between lines of metrics.jsonl", "run")
     compile: bool = opt(False, "torch.compile the model: faster after minutes of compiling, worth it on GPUs", "run")
     max_bad: float = opt(0.05, "stop when more than this share of the records read is bad", "run")
+    eval_every: float = opt(0.0, "epochs between tests of zero-shot accuracy, which is logged; 0: none", "run")
+    eval_data: str = opt("shapes", f"their labeled data: {data_module.specs('classes')}", "run")
+    keep_best: bool = opt(False, "keep the checkpoint of the best of these tests as OUT/best.pt", "run")
+    keep_every: float = opt(0.0, "epochs between checkpoints that are kept as OUT/step-N.pt, 0: none", "run")
     plan: bool = opt(False, "train nothing: print what the run would cost on --gpus", "plan")
     gpus: int = opt(8, "devices to plan for", "plan")
     gpu: str = opt("h100", "their kind", "plan", ("h200", "h100", "a100", "a100-40gb", "l40s", "4090", "v100"))
@@ -238,7 +244,7 @@ def train(o: TrainOptions):
     log = Log(out, runtime.is_main, total, o.batch_size, start.step)
     if runtime.is_main:
         announce(o, data, core, tokenizer, total, start, runtime)
-    guard = Guard(o, runtime, stop, total, start, save)
+    guard, tests = Guard(o, runtime, stop, total, start, save), Tests(o, steps_per_epoch)
     core.train()
     for step, batch in enumerate(loader, start=start.step):
         lr = cosine_schedule(step, total, warmup, o.lr, o.lr_end, o.lr_start)
@@ -259,12 +265,13 @@ def train(o: TrainOptions):
             if teacher:
                 teacher.update(core, momentum)
                 teacher.update_center(answers, o.center_momentum)
-        if log.is_due(step, o.log_every):
+        tested = tests.after(step, core, tokenizer, guard)
+        if log.is_due(step, o.log_every) or tested:
             terms = guard.terms
             collapse = teacher.collapse_monitor(answers[0], o.temp_t) if teacher else {}
             log.line(step, dict(epoch=(step + 1) / steps_per_epoch, loss=core.total_loss(**terms), lr=lr,
                                 **core.named(terms), momentum=momentum, logit_scale=core.logit_scale.exp().item(),
-                                grad_norm=guard.norm, **collapse))
+                                grad_norm=guard.norm, **collapse, **tested))
         guard.end(step)
     guard.finish()
     if runtime.is_main:
@@ -331,9 +338,13 @@ def finish(o: TrainOptions, core: MaskCLIP, teacher, tokenizer: BytePairTokenize
         show("step.png", o.out, draw_step, core, teacher, tokenizer, records, o)
     if all(data_module.kind_of(spec) == "shapes" for spec in o.data):
         count = 1024 if o.image_size < 100 else 128         # a large tower needs a second an image on a CPU
-        accuracy = zeroshot_accuracy(core, tokenizer, runtime, count)
-        say(f"zero-shot accuracy on unseen scenes, 64 classes: {accuracy['zeroshot']:.1%}  "
-            f"(color {accuracy['color']:.1%}, shape {accuracy['shape']:.1%}; chance 1.6%)")
+        world = data_module.ShapesWorld(split="val", count=count, size=o.image_size, objects=(1, 1))
+        alone = dataclasses.replace(runtime, rank=0, world=1)           # the other processes are gone
+        guess, label = guess_classes(core, tokenizer, alone, world)
+        n = len(data_module.SHAPES)
+        right = [hit.double().mean().item() for hit in (guess == label, guess // n == label // n, guess % n == label % n)]
+        say("zero-shot accuracy on unseen scenes, 64 classes: {:.1%}  (color {:.1%}, shape {:.1%}; chance 1.6%)".format(
+            *right))
 
     def command(script: str, *tasks: str) -> str:
         kinds = {spec: data_module.kind_of(spec) for spec in o.data}
@@ -344,17 +355,38 @@ def finish(o: TrainOptions, core: MaskCLIP, teacher, tokenizer: BytePairTokenize
 
 
 @torch.no_grad()
-def zeroshot_accuracy(core: MaskCLIP, tokenizer: BytePairTokenizer, runtime: "Runtime", count: int = 1024) -> dict:
-    """Accuracy over the 64 classes of the Shapes world on unseen scenes of one object; color and shape apart too."""
-    world = data_module.ShapesWorld(split="val", count=count, size=core.config.image_size, objects=(1, 1))
-    alone = dataclasses.replace(runtime, rank=0, world=1)           # the other processes are gone
-    found = extract(world, data_module.EvalTransform(core.config.image_size), core.encode_image, alone, 256)
-    prompts = tokenizer([f"a {name}" for name in world.classes], core.config.context_length)           # (64, L)
-    classes = core.encode_text(prompts.to(runtime.device)).float()                                      # (64, E)
-    guess, label = similarity(found["features"], classes).argmax(dim=1).cpu(), found["label"]           # (n,) each
-    n = len(data_module.SHAPES)
-    right = dict(zeroshot=guess == label, color=guess // n == label // n, shape=guess % n == label % n)
-    return {name: hit.double().mean().item() for name, hit in right.items()}
+def guess_classes(core: MaskCLIP, tokenizer: BytePairTokenizer, runtime: "Runtime", data) -> tuple[Tensor, Tensor]:
+    """(n,) the class whose name is nearest to each image, in the one template "a {}"; and (n,) the true one"""
+    core.eval()
+    found = extract(data, data_module.EvalTransform(core.config.image_size), core.encode_image, runtime, 256)
+    prompts = tokenizer([f"a {name}" for name in data.classes], core.config.context_length)            # (classes, L)
+    texts = core.encode_text(prompts.to(runtime.device)).float()                                        # (classes, E)
+    core.train()
+    known = found["label"] >= 0
+    return similarity(found["features"], texts).argmax(dim=1).cpu()[known], found["label"][known]
+
+
+class Tests:
+    """Zero-shot accuracy during training, and the checkpoints that are kept; both every so many epochs."""
+
+    def __init__(self, o: TrainOptions, steps_per_epoch: int):
+        self.o, self.best = o, 0.0
+        self.every, self.keep_every = (round(x * steps_per_epoch) for x in (o.eval_every, o.keep_every))
+        if self.every:
+            self.data = data_module.open_data(o.eval_data, "val", "classes", size=o.image_size)
+
+    def after(self, step: int, core: MaskCLIP, tokenizer: BytePairTokenizer, guard: "Guard") -> dict[str, float]:
+        """What the log says of this step besides"""
+        last, found = guard.start.out / "last.pt", {}
+        if self.keep_every and (step + 1) % self.keep_every == 0 and guard.write(step + 1) and guard.runtime.is_main:
+            shutil.copyfile(last, last.with_name(f"step-{step + 1}.pt"))
+        if self.every and (step + 1) % self.every == 0:
+            guess, label = guess_classes(core, tokenizer, guard.runtime, self.data)
+            found["zeroshot"] = (guess == label).double().mean().item()
+            if self.o.keep_best and found["zeroshot"] > self.best and guard.write(step + 1) and guard.runtime.is_main:
+                shutil.copyfile(last, last.with_name("best.pt"))
+            self.best = max(self.best, found["zeroshot"])
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +458,7 @@ def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
 # only where, in which parts and how exactly
 FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate", "checkpoint_every", "log_every",
                   "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "fit", "plan", "gpus", "gpu", "pairs",
-                  "utilization"}
+                  "utilization", "eval_every", "eval_data", "keep_best", "keep_every"}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -513,7 +545,7 @@ class Runtime:
     rank: int
     world: int
     device: torch.device
-    bf16: bool
+    precision: str
     workers: int
 
     @property
@@ -521,10 +553,11 @@ class Runtime:
         return self.rank == 0
 
     def __str__(self) -> str:
-        return f"{self.world} x {self.device.type}, {'bf16' if self.bf16 else 'fp32'}"
+        return f"{self.world} x {self.device.type}, {self.precision}"
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, half) if half else contextlib.nullcontext()
 
     def share(self, batch_size: int) -> int:
         """This process's rows of a global batch."""
@@ -594,7 +627,6 @@ def setup(options: RunOptions) -> Runtime:
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if kind == "cpu" and local_world > 1:
         torch.set_num_threads(max(1, cores // local_world))
@@ -607,8 +639,11 @@ def setup(options: RunOptions) -> Runtime:
             world_size=world, device_id=device if kind == "cuda" else None,
             timeout=timedelta(hours=3))                     # the first indexing of many shards takes one process long
     torch.manual_seed(options.seed)
-    bf16 = options.precision == "bf16" or options.precision == "auto" and multiplies_bf16(device)
-    return Runtime(rank, world, device, bf16, workers)
+    precision = options.precision
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(device) else "fp16" if kind == "cuda" else "fp32"
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    return Runtime(rank, world, device, precision, workers)
 
 
 def store_of_this_attempt(world: int, local_world: int) -> dist.Store | None:
@@ -889,7 +924,7 @@ def draw_curves(log: Path, columns: int = 4) -> PIL.Image.Image:
     a twentieth of the run."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     panels = []
-    for name in lines[-1]:
+    for name in {name: 0 for line in lines for name in line}:
         points = [(line["step"] + 1, line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
         if points and name not in ("step", "epoch", "samples_per_second"):
             panels.append((f"{name}, steps to {points[-1][0]}", draw_curve(points)))
