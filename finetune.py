@@ -20,10 +20,8 @@ Random choices follow from (seed, step), (seed, epoch, record) and the row in th
 So rows 2i and 2i+1 are each other's mixing partners, which no number of processes separates; as the records come in
 random order, that is in law the same as timm's pairs of a batch and its reverse.
 """
-import contextlib
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +34,7 @@ from PIL import ImageEnhance, ImageOps
 from torch import Tensor, nn
 
 import data as data_module
-from data import BICUBIC, MEAN, STD, BadRecord, UserError, normalize, one_line, run, say, to_tensor
+from data import BICUBIC, MEAN, STD, BadRecord, UserError, crop_box, normalize, run, say, to_tensor
 from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt, save_atomically
 from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, decays,
                    draw_curves, extract, find_resumable, first_look, open_mixed, parse, set_learning_rate, setup, show,
@@ -90,13 +88,20 @@ RECIPES = {
 
 def parse_options(argv=None) -> Options:
     """The command line over the recipe it names; when only evaluating, over the test set of the run it evaluates."""
-    defaults = replace(RECIPES[first_look(Options, argv, "recipe").recipe], out="runs/finetune")
-    options = parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
-    if options.eval:
-        trained = load_finetuned(options)["config"]
-        defaults = replace(options, data=trained["data"], crop_share=trained["crop_share"])
-        options = parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
-    return options
+    asked = first_look(Options, argv, "recipe", "eval", "out")
+    defaults = replace(RECIPES[asked.recipe], out="runs/finetune")
+    if asked.eval:
+        trained = load_finetuned(asked.out or defaults.out)["config"]
+        defaults = replace(defaults, data=trained["data"], crop_share=trained["crop_share"])
+    return parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
+
+
+def load_finetuned(out: str) -> dict:
+    """What fine_tune saved in OUT/last.pt."""
+    path = Path(out) / "last.pt"
+    if not path.is_file():
+        raise UserError(f"no fine-tuned model at {path}; make one with: python finetune.py --out {out}")
+    return load_state(path, "finetuning")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,11 +113,10 @@ class Classifier(nn.Module):
 
     def __init__(self, config: Config, classes: int, drop_path: float):
         super().__init__()
-        c = config
-        self.visual = image_tower(c, drop_path)
+        self.visual = image_tower(config, drop_path)
         self.visual.norm = nn.Identity()             # a fresh one after the mean replaces it
-        self.norm = nn.LayerNorm(c.width, eps=1e-6)
-        self.head = nn.Linear(c.width, classes)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.head = nn.Linear(config.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
@@ -125,24 +129,6 @@ class Classifier(nn.Module):
         x = self.visual(images)[:, 1:].mean(dim=1)                                              # (B, D)
         with torch.autocast(x.device.type, enabled=False):      # logits are ranked: rounded to bf16, many would tie
             return self.head(self.norm(x.float()))
-
-
-def load_finetuned(o: Options) -> dict:
-    """What fine_tune saved in OUT/last.pt."""
-    path = Path(o.out) / "last.pt"
-    if not path.is_file():
-        raise UserError(f"no fine-tuned model at {path}; make one with: python finetune.py --out {o.out}")
-    return load_state(path, "finetuning")
-
-
-def classifier_of(state: dict) -> Classifier:
-    """The model in a state of load_finetuned, by the config that lies with it.  Strict: every weight must be there."""
-    try:
-        model = Classifier(Config(**state["backbone"]), len(state["classes"]), state["config"]["drop_path"])
-        model.load_state_dict(state["model"])
-        return model
-    except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it
-        raise UserError(f"a fine-tuned model does not fit its own config: {one_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,11 +145,9 @@ def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, layer_d
     Matrices have weight_decay, vectors, class token and positions none.  Frozen parameters are left out.
     Groups {"params", "lr", "lr_scale", "weight_decay"}: a schedule sets group["lr"] = lr_now * group["lr_scale"].
     """
-    towers = [name.removesuffix("cls_token") for name, _ in model.named_parameters() if name.endswith("cls_token")]
-    if len(towers) != 1:
-        raise ValueError(f"want a module with one vision transformer, got {len(towers)} parameters named cls_token")
-    tower, = towers
-    last = 1 + len(model.get_submodule(tower.rstrip(".")).blocks)                              # N + 1
+    names = [name for name, _ in model.named_parameters()]
+    tower, = (name.removesuffix("cls_token") for name in names if name.endswith("cls_token"))      # "visual."
+    last = 1 + len(model.get_submodule(tower.rstrip(".")).blocks)                                  # N + 1
 
     def layer_of(name: str) -> int:
         part, *rest = name.removeprefix(tower).split(".")
@@ -191,8 +175,8 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
               out: Path, start: Start, more: dict, collate: Callable = data_module.collate, accumulate: int = 1):
     """Trains all of net with AdamW and layer-wise decay, as train.py trains: writes OUT/metrics.jsonl and OUT/last.pt.
 
-    losses_of   (model, batch, step) -> {name: loss} of a batch or micro-batch as the loader gave it; their sum is
-                minimized.  Random numbers are seeded alike on all processes, as stochastic depth wants it, which draws
+    losses_of   (model, batch, step) -> {name: loss} of this process's batch or micro-batch, as the loader gave it; the
+                sum is minimized.  Random numbers are seeded alike on all processes, for stochastic depth, which draws
                 for the samples of all; for what each process draws by itself losses_of has a generator of its own
     schedule    (step, total, warmup) -> share of the peak learning rate
     options     steps, warmup_steps, batch_size, lr, layer_decay, weight_decay, clip_grad, seed, and of the run
@@ -201,9 +185,9 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     more        what else OUT/last.pt holds, with "kind"
     """
     stop, o = StopSignal(), options
-    if len(data) < o.batch_size:
-        raise UserError(f"{len(data)} records are fewer than one batch of {o.batch_size}: choose a smaller "
-                        f"--batch-size")
+    if len(data) < o.batch_size or not o.steps:
+        raise UserError(f"{o.steps} steps of {o.batch_size} out of {len(data)} records: nothing to train; choose a "
+                        f"smaller --batch-size, or train longer")
     optimizer = torch.optim.AdamW(layer_decay_groups(net, o.lr, o.weight_decay, o.layer_decay), fused=True)
     start.use(data)
     start.load(net, "model")
@@ -221,6 +205,8 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     log = Log(out, runtime.is_main, o.steps, o.batch_size, start.step)
     guard = Guard(o, runtime, stop, o.steps, start, save)
     if runtime.is_main:
+        for note in getattr(data, "notes", ()):
+            say(f"note: {note}")
         start.announce()
     net.train()
     for step, batch in enumerate(loader, start=start.step):
@@ -247,14 +233,11 @@ def backward(model: nn.Module, losses_of: Callable, batch: dict, step: int, seed
     rows, terms = len(batch["images"]) // accumulate, {}
     for i in range(accumulate):
         part = {name: values[i * rows:(i + 1) * rows] for name, values in batch.items()}
-        is_last = i == accumulate - 1
         torch.manual_seed((seed << 32) + step * accumulate + i)     # which says what blocks stochastic depth skips
-        with contextlib.nullcontext() if is_last or runtime.world == 1 else model.no_sync():
-            with runtime.autocast():
-                losses = losses_of(model, part, step)
-            (sum(losses.values()) / accumulate).backward()
-        for name, loss in losses.items():
-            terms[name] = terms.get(name, 0.0) + loss.detach() / accumulate
+        with runtime.autocast():
+            losses = losses_of(model, part, step)
+        (sum(losses.values()) / accumulate).backward()
+        terms = {name: terms.get(name, 0.0) + loss.detach() / accumulate for name, loss in losses.items()}
     return terms
 
 
@@ -262,21 +245,21 @@ def backward(model: nn.Module, losses_of: Callable, batch: dict, step: int, seed
 # Classification: the run, and its test
 # ---------------------------------------------------------------------------------------------------------------------
 
-def open_classes(options: Options, split: str, size: int, classes: list[str] | None = None):
+def open_classes(o: Options, split: str, size: int, classes: list[str] | None = None):
     """The labeled data; `classes`, if given, are those they must have."""
-    data = open_mixed(options.data, split, "classes", size, Path(options.out) / "index")
+    data = open_mixed(o.data, split, "classes", size, Path(o.out) / "index")
     if data.classes is None or classes and data.classes != classes:
-        raise UserError(f"the {split} data of {', '.join(options.data)} have other classes, or several lists of them: "
+        raise UserError(f"the {split} data of {', '.join(o.data)} have other classes, or several lists of them: "
                         f"all data sets and splits must share one list")
     return data
 
 
 def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
     """Trains, leaves OUT/last.pt, returns the model and its test data."""
-    out, pairs = Path(o.out), 2 * o.accumulate * runtime.world
-    if o.batch_size % pairs:
+    out, multiple = Path(o.out), 2 * o.accumulate * runtime.world
+    if o.batch_size % multiple:
         raise UserError(f"--batch-size {o.batch_size}: images of a process and micro-batch are mixed in pairs: choose a "
-                        f"multiple of {pairs}")
+                        f"multiple of {multiple}")
     runtime.claim(out)
     start = find_resumable(o, out, "finetuning")
     if start.state:
@@ -291,15 +274,10 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
     model.to(runtime.device)
     per_epoch = len(data) // o.batch_size
     o.steps, o.warmup_steps = int(o.epochs * per_epoch), int(o.warmup_epochs * per_epoch)
-    if not o.steps:
-        raise UserError(f"--epochs {o.epochs:g} of {per_epoch} steps are not one: give more epochs, or a smaller "
-                        f"--batch-size than {o.batch_size} of {len(data)} records")
     if runtime.is_main:
         say(f"fine-tuning {'random weights' if o.from_scratch else o.checkpoint} with recipe {o.recipe}: "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data.classes)} classes, "
             f"{len(data)} images, {o.steps} steps of {o.batch_size}; {runtime}")
-        for note in getattr(data, "notes", ()):
-            say(f"note: {note}")
         if data.name(0) == test.name(0):
             say("note: these data have no test split: accuracy will be that on the training images")
 
@@ -315,6 +293,15 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
     fine_tune(model, losses_of, schedule, data, Augment(config.image_size, o), o, runtime, out, start,
               dict(kind="finetuning", backbone=asdict(config), classes=data.classes), accumulate=o.accumulate)
     return model, test
+
+
+def load_model(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
+    """The model that a run left in OUT/last.pt, and the test data that o names."""
+    state = load_finetuned(o.out)
+    config = Config(**state["backbone"])
+    model = Classifier(config, len(state["classes"]), 0.0)
+    Start(Path(o.out), state).load(model, "model")
+    return model.to(runtime.device).eval(), open_classes(o, "val", config.image_size, state["classes"])
 
 
 def evaluate(model: Classifier, data, o: Options, runtime: Runtime) -> dict:
@@ -334,20 +321,15 @@ def evaluate(model: Classifier, data, o: Options, runtime: Runtime) -> dict:
 
 
 def main(argv=None):
-    options = parse_options(argv)
-    runtime = setup(options)
-    if options.eval:
-        state = load_finetuned(options)
-        model = classifier_of(state).to(runtime.device).eval()
-        test = open_classes(options, "val", Config(**state["backbone"]).image_size, state["classes"])
-    else:
-        model, test = finetune(options, runtime)
-    result = evaluate(model, test, options, runtime)
+    o = parse_options(argv)
+    runtime = setup(o)
+    model, test = load_model(o, runtime) if o.eval else finetune(o, runtime)
+    result = evaluate(model, test, o, runtime)
     if runtime.is_main:
         say(f"fine-tuned, single crop: top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  "
             f"({result['images']} images, {result['bad']} bad records left out)")
-        if options.json:
-            Path(options.json).write_text(json.dumps(dict(result, task="finetune", data=options.data)) + "\n")
+        if o.json:
+            Path(o.json).write_text(json.dumps(dict(result, task="finetune", data=o.data)) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,20 +388,12 @@ def rand_augment(image: PIL.Image.Image, magnitude: float, rng: np.random.Genera
 def erase(pixels: Tensor, rng: np.random.Generator):
     """Random erasing, in place: a rectangle of uint8 (3, H, W) becomes noise, normal (0, 1) once it is normalized.
 
-    Its area is 2% to a third of the image's, height / width log-uniform from 0.3 to 1 / 0.3; ten draws to fit it in.
+    Its area is 2% to a third of the image's, its shape log-uniform between 0.3 and 1 / 0.3.
     timm erases after normalization, we before it: the 3% of the noise beyond what a pixel can hold are cut.
     """
-    height, width = pixels.shape[1:]
-    for _ in range(10):
-        area = height * width * rng.uniform(0.02, 1 / 3)
-        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if h < height and w < width:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            noise = 255 * (rng.standard_normal((h, w, 3)) * STD + MEAN)
-            noise = torch.from_numpy(noise.round().clip(0, 255).astype(np.uint8)).permute(2, 0, 1)       # (3, h, w)
-            pixels[:, top:top + h, left:left + w] = noise
-            return
+    left, top, w, h = crop_box(pixels.shape[2], pixels.shape[1], (0.02, 1 / 3), (0.3, 1 / 0.3), rng)
+    noise = 255 * (rng.standard_normal((h, w, 3)) * STD + MEAN)
+    pixels[:, top:top + h, left:left + w] = torch.from_numpy(noise.round().clip(0, 255)).permute(2, 0, 1)
 
 
 @dataclass
@@ -454,10 +428,11 @@ def draw_mixing(mixup: float, cutmix: float, height: int, width: int, rng: np.ra
     lam = rng.beta(alpha, alpha) if alpha > 0 else 1.0
     if not cut:
         return lam, None
-    h, w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
-    y, x = int(rng.integers(height)), int(rng.integers(width))
-    top, bottom = max(y - h // 2, 0), min(y + (h + 1) // 2, height)
-    left, right = max(x - w // 2, 0), min(x + (w + 1) // 2, width)
+
+    def along(side: int) -> tuple[int, int]:
+        length, center = int(side * math.sqrt(1 - lam)), int(rng.integers(side))
+        return max(center - length // 2, 0), min(center + (length + 1) // 2, side)
+    (top, bottom), (left, right) = along(height), along(width)
     return 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
 
 
