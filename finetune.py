@@ -24,6 +24,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -147,22 +148,18 @@ def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, layer_d
     """
     names = [name for name, _ in model.named_parameters()]
     tower, = (name.removesuffix("cls_token") for name in names if name.endswith("cls_token"))      # "visual."
-    last = 1 + len(model.get_submodule(tower.rstrip(".")).blocks)                                  # N + 1
-
-    def layer_of(name: str) -> int:
-        part, *rest = name.removeprefix(tower).split(".")
-        if not name.startswith(tower):
-            return last
-        if part == "blocks":
-            return 1 + int(rest[0])
-        return 0 if part in ("cls_token", "pos_embed", "patch_embed", "norm_pre") else last
-
-    groups = {}
+    stem = tuple(tower + part for part in ("cls_token", "pos_embed", "patch_embed.", "norm_pre."))
+    last, groups = 1 + len(model.get_submodule(tower + "blocks")), {}                               # N + 1
     for name, parameter in model.named_parameters():
+        if name.startswith(stem):
+            layer = 0
+        elif name.startswith(tower + "blocks."):
+            layer = 1 + int(name.removeprefix(tower).split(".")[1])
+        else:
+            layer = last
+        scale, decay = layer_decay ** (last - layer), decays(name, parameter)
+        new = dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=weight_decay * decay)
         if parameter.requires_grad:
-            layer, decay = layer_of(name), decays(name, parameter)
-            scale = layer_decay ** (last - layer)
-            new = dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=weight_decay * decay)
             groups.setdefault((layer, decay), new)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
@@ -281,15 +278,13 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
         if data.name(0) == test.name(0):
             say("note: these data have no test split: accuracy will be that on the training images")
 
-    def schedule(step: int, total: int, warmup: int) -> float:
-        return cosine_schedule(step, total, warmup, 1.0, o.lr_end / o.lr)
-
     def losses_of(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
-        lam, box = draw_mixing(o.mixup, o.cutmix, *images.shape[2:], np.random.default_rng((o.seed, step)))
-        images, labels = mix(normalize(images), smooth(labels, len(data.classes), o.smoothing), lam, box)
+        own = draw_mixing(o.mixup, o.cutmix, *images.shape[2:], np.random.default_rng((o.seed, step)))
+        images, labels = mix(normalize(images), smooth(labels, len(data.classes), o.smoothing), own)
         return dict(loss=F.cross_entropy(model(images), labels))
 
+    schedule = partial(cosine_schedule, peak=1.0, final=o.lr_end / o.lr)
     fine_tune(model, losses_of, schedule, data, Augment(config.image_size, o), o, runtime, out, start,
               dict(kind="finetuning", backbone=asdict(config), classes=data.classes), accumulate=o.accumulate)
     return model, test
@@ -415,25 +410,25 @@ class Augment:
         return dict(images=pixels, labels=sample.label)
 
 
-def draw_mixing(mixup: float, cutmix: float, height: int, width: int, rng: np.random.Generator):
-    """How all rows of a batch are mixed: (lam, box), lam the share of a row's own image and label.
+def draw_mixing(mixup: float, cutmix: float, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """How all images of a batch are mixed: (height, width), the share of an image's own pixel, the rest is its partner's.
 
     One of mixup and cutmix, at even odds when both have an alpha.  lam is Beta(alpha, alpha).
-    mixup    box is None
-    cutmix   box (top, bottom, left, right): a share 1 - lam of the image, in its shape, centered anywhere and cut at
-             the border; lam becomes the share that is really left
+    mixup    lam everywhere
+    cutmix   0 in a box, 1 around it: the box is 1 - lam of the image, in its shape, centered anywhere, cut at the border
     """
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     alpha = cutmix if cut else mixup
     lam = rng.beta(alpha, alpha) if alpha > 0 else 1.0
     if not cut:
-        return lam, None
+        return np.full((height, width), lam)
 
-    def along(side: int) -> tuple[int, int]:
+    def along(side: int) -> slice:
         length, center = int(side * math.sqrt(1 - lam)), int(rng.integers(side))
-        return max(center - length // 2, 0), min(center + (length + 1) // 2, side)
-    (top, bottom), (left, right) = along(height), along(width)
-    return 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
+        return slice(max(center - length // 2, 0), center + (length + 1) // 2)
+    own = np.ones((height, width))
+    own[along(height), along(width)] = 0
+    return own
 
 
 def smooth(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -441,18 +436,12 @@ def smooth(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     return (1 - smoothing) * F.one_hot(labels, classes).float() + smoothing / classes
 
 
-def mix(images: Tensor, labels: Tensor, lam: float, box: tuple | None) -> tuple[Tensor, Tensor]:
-    """images (B, 3, H, W) float, labels (B, classes), B even, as draw_mixing says -> the same shapes, mixed."""
-    def partner(x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)         # rows 1 0 3 2 5 4 ...
-
-    if box is None:
-        mixed = lam * images + (1 - lam) * partner(images)
-    else:
-        top, bottom, left, right = box
-        mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = partner(images)[:, :, top:bottom, left:right]
-    return mixed, lam * labels + (1 - lam) * partner(labels)
+def mix(images: Tensor, labels: Tensor, own: np.ndarray) -> tuple[Tensor, Tensor]:
+    """images (B, 3, H, W) float, labels (B, classes), B even, own (H, W) from draw_mixing -> images, labels, mixed."""
+    def mixed(x: Tensor, own: Tensor | float) -> Tensor:
+        partner = x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)         # rows 1 0 3 2 5 4 ...
+        return own * x + (1 - own) * partner
+    return mixed(images, torch.from_numpy(own).float().to(images.device)), mixed(labels, own.mean().item())
 
 
 if __name__ == "__main__":

@@ -284,16 +284,13 @@ def test_augment_follows_from_the_generator(erasing, flip, magnitude):
 ])
 def test_draw_mixing(mixup, cutmix, share_cut, variance):
     draws = [draw_mixing(mixup, cutmix, 30, 40, np.random.default_rng((5, i))) for i in range(3000)]
-    assert np.mean([box is not None for _, box in draws]) == pytest.approx(share_cut, abs=0.04)
+    is_cut = [own.min() == 0 for own in draws]
+    assert np.mean(is_cut) == pytest.approx(share_cut, abs=0.04)
+    assert all(set(np.unique(own)) <= {0, 1} if cut else np.ptp(own) == 0 for cut, own in zip(is_cut, draws))
     if variance is not None:
-        lams = [lam for lam, _ in draws]
+        lams = [own.mean() for own in draws]
         assert np.mean(lams) == pytest.approx(0.5 if variance else 1.0, abs=0.03)
         assert np.var(lams) == pytest.approx(variance, abs=0.006)
-    for lam, box in draws:
-        if box:
-            kept = np.ones((30, 40))
-            kept[box[0]:box[1], box[2]:box[3]] = 0
-            assert lam == pytest.approx(kept.mean()), "lam is the share of pixels kept"
 
 
 def test_cutmix_box_equals_timm(monkeypatch):
@@ -314,7 +311,10 @@ def test_cutmix_box_equals_timm(monkeypatch):
         center = [y, x]
         monkeypatch.setattr(np.random, "randint", lambda *a, size=None: center.pop(0))
         (top, bottom, left, right), want = timm_mixup.cutmix_bbox_and_lam((3, 30, 40), lam)
-        assert draw_mixing(0.0, 1.0, 30, 40, Scripted(lam, y, x)) == (pytest.approx(want), (top, bottom, left, right))
+        box = np.ones((30, 40))
+        box[top:bottom, left:right] = 0
+        own = draw_mixing(0.0, 1.0, 30, 40, Scripted(lam, y, x))
+        assert np.array_equal(own, box) and own.mean() == pytest.approx(want)
 
 
 def test_smooth_by_hand():
@@ -331,7 +331,11 @@ def test_smooth_by_hand():
 def test_mix(lam, box):
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(8, 3, 4, 8, generator=generator), torch.arange(8) % 5
-    mixed, targets = mix(images, smooth(labels, 5, 0.1), lam, box)
+    own = np.full((4, 8), lam)
+    if box:
+        own[:] = 1
+        own[box[0]:box[1], box[2]:box[3]] = 0
+    mixed, soft = mix(images, smooth(labels, 5, 0.1), own)
     for i in range(8):
         j = i + 1 if i % 2 == 0 else i - 1
         if box is None:
@@ -343,8 +347,8 @@ def test_mix(lam, box):
         logits = torch.randn(5, generator=generator)
         loss = lam * F.cross_entropy(logits, labels[i], label_smoothing=0.1) + (
             (1 - lam) * F.cross_entropy(logits, labels[j], label_smoothing=0.1))
-        assert F.cross_entropy(logits, targets[i]).item() == pytest.approx(loss.item(), rel=1e-5)
-    parts = [mix(x, t, lam, box)[0] for x, t in zip(images.chunk(4), smooth(labels, 5, 0.1).chunk(4))]
+        assert F.cross_entropy(logits, soft[i]).item() == pytest.approx(loss.item(), rel=1e-5)
+    parts = [mix(x, y, own)[0] for x, y in zip(images.chunk(4), smooth(labels, 5, 0.1).chunk(4))]
     assert torch.equal(torch.cat(parts), mixed), "four processes mix as one"
 
 
@@ -442,7 +446,7 @@ def test_from_scratch_and_pretrained_differ_in_weights_only(checkpoint, tmp_path
 def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path):
     """Training with every random choice there is, and evaluation of 7 images, which 2 does not divide."""
     every = ("--randaugment", "9", "--flip", "--crop-min", "0.5", "--erasing", "0.5", "--mixup", "0.8", "--cutmix", "1",
-             "--drop-path", "0.5", "--lr", "0.01")
+             "--drop-path", "0.5", "--lr", "0.01", "--accumulate", "2")
     for processes in (0, 2):
         out = tmp_path / str(processes)
         run_script("finetune.py", *arguments(checkpoint, out, *every, "--json", f"{out}.json"), processes=processes)
