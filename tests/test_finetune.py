@@ -443,10 +443,11 @@ def test_from_scratch_and_pretrained_differ_in_weights_only(checkpoint, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path):
+@pytest.mark.parametrize("more", [("--drop-path", "0.5"), ("--drop-path", "0", "--accumulate", "2")])
+def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path, more):
     """Training with every random choice there is, and evaluation of 7 images, which 2 does not divide."""
     every = ("--randaugment", "9", "--flip", "--crop-min", "0.5", "--erasing", "0.5", "--mixup", "0.8", "--cutmix", "1",
-             "--drop-path", "0.5", "--lr", "0.01", "--accumulate", "2")
+             "--lr", "0.01", *more)
     for processes in (0, 2):
         out = tmp_path / str(processes)
         run_script("finetune.py", *arguments(checkpoint, out, *every, "--json", f"{out}.json"), processes=processes)
