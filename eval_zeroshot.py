@@ -160,7 +160,7 @@ def recall_in_chunks(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: S
         parts = torch.arange(queries, device=images.device).split(max(1, SCORES // candidates))
         return data_module.progress(parts, len(parts), "chunks of queries", speaks)
 
-    of_images = [ranks(similarity(images[some], texts), number[some, None] == image_of_text)        # (some, T)
+    of_images = [ranks(similarity(images[some], texts), number[some, None] == image_of_text)        # (some, T) each
                  for some in chunks(len(images), len(texts))]
     of_texts = [ranks(similarity(images, texts[some], text_queries=True).T, image_of_text[some, None] == number)
                 for some in chunks(len(texts), len(images))]
@@ -314,8 +314,6 @@ def classify(job: Job, spec: str) -> dict:
             f"({result['templates_hash']}){left_out(result)}")
     job.say("  " + "   ".join(f"{key.replace('_', ' ')} {result[key]:.1%}" for key in (
         "top1", "top5", "mean_per_class", "color", "shape") if key in result) + f"   chance {1 / len(classes):.1%}")
-    worst = sorted((c for c in result["per_class"] if c["images"]), key=lambda c: c["accuracy"])[:12]
-    job.say("  least accurate: " + ", ".join(f"{c['class']} {c['accuracy']:.0%}" for c in worst))
     job.say("  most confused: " + "; ".join(f"{c['class']} taken for {c['taken_for']}, {c['images']} times"
                                             for c in result["confused"][:5]))
     return result

@@ -482,7 +482,7 @@ def test_a_damaged_archive_is_a_bad_record(tmp_path):
     with zipfile.ZipFile(archive, "w") as out:
         out.writestr("1.png", b"not an image")
     data.open_zip.cache_clear()
-    for i, told in ((0, "no '0.png'"), (1, "not an image")):
+    for i, told in ((0, "named '0.png'"), (1, "not an image")):
         with pytest.raises(data.BadRecord, match=told):
             files.read(i)
 
