@@ -22,17 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data as data_module
-from data import EvalTransform, TrainTransform, UserError
-from model import MaskCLIP, build, opt, pool_tokens
-from train import (ReadRecord, RunOptions, Runtime, cosine_schedule, extract, load_checkpoint, parse, report_bad, run,
-                   setup)
+from data import EvalTransform, TrainTransform, UserError, run, say
+from losses import gather
+from model import MaskCLIP, build, load_checkpoint, opt, pool_tokens
+from train import ReadRecord, RunOptions, Runtime, cosine_schedule, extract, parse, report_bad, setup
 
 FEW = 100_000       # fewer training records than this are trained on in smaller steps, see `recipe`
+AT_ONCE = 256       # images that a process encodes at once
 
 
 @dataclass
@@ -82,9 +82,8 @@ class LARS(torch.optim.Optimizer):
                     g = g + group["weight_decay"] * w
                     w_norm, g_norm = w.norm(), g.norm()
                     g = g * torch.where((w_norm > 0) & (g_norm > 0), 0.001 * w_norm / g_norm, 1.0)
-                if "mu" not in self.state[w]:
-                    self.state[w]["mu"] = torch.zeros_like(w)
-                mu = self.state[w]["mu"].mul_(group["momentum"]).add_(g)
+                mu = self.state[w].setdefault("mu", torch.zeros_like(w))
+                mu.mul_(group["momentum"]).add_(g)
                 w.sub_(group["lr"] * mu)
 
 
@@ -134,15 +133,6 @@ def stored_batches(features: Tensor, label: Tensor, batch_size: int, epochs: int
             yield features[rows], label[rows]
 
 
-def gather_rows(x: Tensor, runtime: Runtime) -> Tensor:
-    """(B, ...) of as many rows on each of W processes -> (W*B, ...) on all"""
-    if runtime.world == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(runtime.world)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
 @torch.no_grad()
 def fresh_batches(data, size: int, encode: Callable, batch_size: int, steps: int, seed: int,
                   runtime: Runtime) -> Iterator:
@@ -154,77 +144,77 @@ def fresh_batches(data, size: int, encode: Callable, batch_size: int, steps: int
         report_bad(batch["bad"])
         if len(batch.get("label", ())) < share:
             raise UserError(f"ten records in a row cannot be read, the last was {': '.join(batch['bad'][-1])}")
-        with runtime.autocast():
-            features = encode(data_module.normalize(batch["images"].to(runtime.device))).float()
-        yield gather_rows(features, runtime), gather_rows(batch["label"].to(runtime.device), runtime)
+        features = []
+        for images in batch["images"].split(AT_ONCE):
+            with runtime.autocast():
+                features.append(encode(data_module.normalize(images.to(runtime.device))).float())    # (rows, D)
+        yield gather(torch.cat(features)), gather(batch["label"].to(runtime.device))
 
 
-def probe(model: MaskCLIP, options: Options, train_data, test_data, transform: EvalTransform, runtime: Runtime) -> dict:
+def labeled(data, transform: EvalTransform, encode: Callable, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """Features (n, D) and labels (n,) of the records that can be read and have a class."""
+    found = extract(data, transform, encode, runtime, AT_ONCE * runtime.world)
+    label = found["label"].to(runtime.device)
+    if (label < 0).all():
+        raise UserError("no image of --data has a class")
+    return found["features"][label >= 0], label[label >= 0]
+
+
+def probe(model: MaskCLIP, o: Options, train_data, test_data, transform: EvalTransform, runtime: Runtime) -> dict:
     """Trains and tests a head.  Returns top1, and of the test images how many there are."""
-    def encode(images):                                                                             # -> (B, D)
-        tokens = model.visual(images)                                                               # (B, 1+N, D)
-        return pool_tokens(tokens, options.feature)
+    def encode(images: Tensor) -> Tensor:                                                           # -> (B, D)
+        return pool_tokens(model.visual(images), o.feature)
 
-    def labelled(data):
-        found = extract(data, transform, encode, runtime, 256 * runtime.world)
-        known = found["label"] >= 0
-        if not known.any():
-            raise UserError(f"no image of {', '.join(options.data)} has a class")
-        return found["features"][known.to(runtime.device)], found["label"][known].to(runtime.device)
-
-    if options.augment:
-        batch_size, peak = recipe(options, len(train_data))
-        per_epoch = len(train_data) // batch_size
-        batches = fresh_batches(train_data, transform.size, encode, batch_size, options.epochs * per_epoch,
-                                options.seed, runtime)
+    records = len(train_data)
+    if not o.augment:
+        features, label = labeled(train_data, transform, encode, runtime)
+        records = len(label)
+    batch_size, peak = recipe(o, records)
+    per_epoch = records // batch_size
+    steps = o.epochs * per_epoch
+    if o.augment:
+        batches = fresh_batches(train_data, transform.size, encode, batch_size, steps, o.seed, runtime)
     else:
-        features, label = labelled(train_data)
-        batch_size, peak = recipe(options, len(label))
-        per_epoch = len(label) // batch_size
-        batches = stored_batches(features, label, batch_size, options.epochs, options.seed)
-    steps = options.epochs * per_epoch
-    head = make_head(model.config.width, len(train_data.classes), options.seed).to(runtime.device)
+        batches = stored_batches(features, label, batch_size, o.epochs, o.seed)
+    head = make_head(model.config.width, len(train_data.classes), o.seed).to(runtime.device)
     batches = data_module.progress(batches, steps, "steps of the linear head", runtime.is_main)
-    train_head(head, batches, steps, int(options.warmup_epochs * per_epoch), peak)
-    features, label = labelled(test_data)
+    train_head(head, batches, steps, int(o.warmup_epochs * per_epoch), peak)
+    features, label = labeled(test_data, transform, encode, runtime)
     with torch.no_grad():
         right = head(features).argmax(dim=1) == label
     return dict(top1=right.double().mean().item(), images=len(label), batch_size=batch_size, lr=peak, steps=steps)
 
 
 def main(argv: Sequence[str] | None = None):
-    options = parse(Options, __doc__, argv, positional=("checkpoint",))
-    if len(options.data) > 1:
-        raise UserError(f"linear probing takes one --data, got {len(options.data)}")
-    runtime = setup(options)
-    model, _, config = load_checkpoint(options.checkpoint, runtime.device)
-    options.feature = config.pool if options.feature == "auto" else options.feature
-    spec, size = options.data[0], config.image_size
-    is_shapes = spec.partition(":")[0] == "shapes"
-    if is_shapes:
+    o = parse(Options, __doc__, argv, positional=("checkpoint",))
+    if len(o.data) > 1:
+        raise UserError(f"linear probing takes one --data, got {len(o.data)}")
+    runtime = setup(o)
+    model, _, config = load_checkpoint(o.checkpoint, runtime.device)
+    o.feature = config.pool if o.feature == "auto" else o.feature
+    spec, size = o.data[0], config.image_size
+    resize = size * 256 // 224
+    if data_module.kind_of(spec) == "shapes":
         spec = f"shapes:objects=1-1,train=4096,val=1024,{spec.partition(':')[2]}"
-    train_data, test_data = (data_module.open_data(spec, split, "classes", size=size)
-                             for split in ("train", options.split))
-    # scenes are drawn at the input's size, and what is at their margin belongs to the picture
-    transform = EvalTransform(size, resize=size if is_shapes else size * 256 // 224)
+        resize = size           # scenes are drawn at the input's size, and what is at their margin belongs to the picture
+    train_data, test_data = (data_module.open_data(spec, split, "classes", size=size) for split in ("train", o.split))
     networks = {"checkpoint": model}
-    if options.control:
-        torch.manual_seed(options.seed)
+    if o.control:
+        torch.manual_seed(o.seed)
         networks["untrained"] = build(config, model.eot).to(runtime.device).eval()
 
     results = {}
     if runtime.is_main:
-        print(f"{options.checkpoint}: linear probing of {config.method} on {options.data[0]}, {len(train_data):,} "
-              f"training records of {len(train_data.classes)} classes, feature {options.feature}", flush=True)
+        say(f"{o.checkpoint}: linear probing of {config.method} on {o.data[0]}, {len(train_data):,} training records "
+            f"of {len(train_data.classes)} classes, feature {o.feature}")
     for name, network in networks.items():
         start = time.monotonic()
-        results[name] = probe(network, options, train_data, test_data, transform, runtime)
+        r = results[name] = probe(network, o, train_data, test_data, EvalTransform(size, resize), runtime)
         if runtime.is_main:
-            r = results[name]
-            print(f"  {name:10}   top-1 {r['top1']:.1%} of {r['images']:,} images   ({r['steps']:,} steps of "
-                  f"{r['batch_size']}, learning rate {r['lr']:g}, {time.monotonic() - start:.0f} s)", flush=True)
-    if options.json and runtime.is_main:
-        Path(options.json).write_text(json.dumps(dict(vars(options), results=results), indent=1) + "\n")
+            say(f"  {name:10}   top-1 {r['top1']:.1%} of {r['images']:,} images   ({r['steps']:,} steps of "
+                f"{r['batch_size']}, learning rate {r['lr']:g}, {time.monotonic() - start:.0f} s)")
+    if o.json and runtime.is_main:
+        Path(o.json).write_text(json.dumps(dict(vars(o), results=results), indent=1) + "\n")
 
 
 if __name__ == "__main__":

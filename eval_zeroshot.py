@@ -2,10 +2,10 @@
 
     classes     An image belongs to the class whose embedding is nearest to its own.  That of a class is the mean of
                 its prompts' ("a photo of a {}." around each of its names), each of unit length, scaled to unit length.
-                Top-1, top-5, mean over classes, accuracy of each class, the most confused pairs       
+                Top-1, top-5, mean over classes, accuracy of each class, the most confused pairs
     retrieval   Which caption belongs to an image, and which image to a caption: the share of queries of which a right
-                answer is among the k nearest, k = 1, 5, 10.  An image may have several captions       
-    icinw       20 data sets for classification, each with its own prompts and metric; their mean      
+                answer is among the k nearest, k = 1, 5, 10.  An image may have several captions
+    icinw       20 data sets for classification, each with its own prompts and metric; their mean
 
     python eval_zeroshot.py                                       runs/pocket/last.pt, unseen scenes of the Shapes world
     python eval_zeroshot.py CHECKPOINT --data folder:IMAGENET --classes imagenet_classes.txt       the paper's protocol
@@ -14,36 +14,35 @@
 
 Ties: a query is right at k if fewer than k wrong answers score as high as its best right one, so a model that embeds
 all alike has recall 0; of classes with equal scores the first is taken.  Scores are exact (see `exact`): ties are ties
-in any chunk and on any number of processes.
+in any chunk.  Processes share the images; texts and scores, which take little time, each has all of.
 Letters: I images, T texts, E embedding, C classes, Q queries, M candidates.
 """
-import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import data as data_module
-from data import BytePairTokenizer, EvalTransform, UserError
+from data import FORMATS, BytePairTokenizer, EvalTransform, UserError, fingerprint, run, say
 from losses import similarity
-from model import MaskCLIP, opt
-from train import RunOptions, Runtime, extract, gather, load_checkpoint, parse, run, setup
+from model import MaskCLIP, load_checkpoint, opt
+from train import RunOptions, Runtime, extract, parse, setup
 
 
 @dataclass
 class Options(RunOptions):
     checkpoint: str = opt("runs/pocket/last.pt", "what train.py wrote", "what")
-    task: str = opt("auto", "auto: classes and retrieval for shapes, classes for folder, icinw for icinw, else "
-                    "retrieval", "what", ("auto", "classes", "retrieval", "icinw"))
+    task: str = opt("auto", "auto: all that the data are there for", "what", ("auto", "classes", "retrieval", "icinw"))
     templates: str = opt("auto", "7, 80, 85, a file with a template a line, or one template as 'a photo of a {}.'; "
-                         "auto: 'a {}' for shapes, its own for icinw, else 7 (paper)", "what")
+                         "auto: 'a {}' for a model that was trained on shapes, its own for icinw, else 7 (paper)",
+                         "what")
     classes: str = opt("", "file with a class a line in the data's order, tabs between several names of one; empty: "
                        "the data's own names", "what")
     split: str = opt("", "part of the data; empty: val for classes, test for retrieval", "what")
@@ -54,23 +53,21 @@ class Options(RunOptions):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Texts and classes, on any number of processes
+# Texts and classes
 # ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def encode_texts(model: MaskCLIP, tokenizer: BytePairTokenizer, texts: Sequence[str], runtime: Runtime,
                  batch_size: int) -> Tensor:
     """(T, E), or of FILIP (T, L, E).  A text that comes several times is encoded once, so its copies tie."""
-    distinct = sorted(set(texts), key=lambda text: (len(text), text))           # those of one length share a batch
-    mine, rows = distinct[runtime.rank::runtime.world], []
-    firsts = range(0, len(mine), batch_size)
-    for first in data_module.progress(firsts, len(firsts), "batches of texts", runtime.is_main):
-        tokens = tokenizer(mine[first:first + batch_size], model.config.context_length)
+    distinct, embedded = sorted(dict.fromkeys(texts), key=len), {}          # those of one length share a batch
+    starts = range(0, len(distinct), batch_size)
+    for start in data_module.progress(starts, len(starts), "batches of texts", runtime.is_main):
+        batch = distinct[start:start + batch_size]
+        tokens = tokenizer(batch, model.config.context_length).to(runtime.device)                  # (B, L)
         with runtime.autocast():
-            rows.append(model.encode_text(tokens.to(runtime.device)).cpu())
-    table = {text: row for their, rows in gather((mine, rows), runtime)
-             for text, row in zip(their, itertools.chain.from_iterable(rows))}
-    return pad_sequence([table[text] for text in texts], batch_first=True).to(runtime.device)   # FILIP's L differ
+            embedded.update(zip(batch, model.encode_text(tokens)))
+    return pad_sequence([embedded[text] for text in texts], batch_first=True)                      # FILIP's L differ
 
 
 def embed_classes(model: MaskCLIP, tokenizer: BytePairTokenizer, classes: Sequence[str], templates: Sequence[str],
@@ -79,10 +76,19 @@ def embed_classes(model: MaskCLIP, tokenizer: BytePairTokenizer, classes: Sequen
 
     FILIP's words have no mean: of such a model a list of C (prompts, L, E), whose similarities are averaged.
     """
-    prompts = [[template.format(name) for name in names.split("\t") for template in templates] for names in classes]
-    embedded = encode_texts(model, tokenizer, [*itertools.chain(*prompts)], runtime, batch_size)   # (all prompts, E)
-    each = embedded.split([*map(len, prompts)])
-    return [*each] if embedded.ndim == 3 else F.normalize(torch.stack([rows.mean(dim=0) for rows in each]), dim=-1)
+    embedded = []
+    for names in data_module.progress(classes, len(classes), "classes embedded", runtime.is_main):
+        prompts = [template.format(name) for name in names.split("\t") for template in templates]
+        embedded.append(encode_texts(model, tokenizer, prompts, runtime, batch_size))               # (prompts, E)
+    if embedded[0].ndim == 3:
+        return embedded
+    return F.normalize(torch.stack([rows.mean(dim=0) for rows in embedded]), dim=-1)
+
+
+def find_templates(model: MaskCLIP, asked: str) -> tuple[str, ...]:
+    """What --templates says.  A model that was trained on the Shapes world alone has never read of a photo."""
+    is_of_shapes = model.trained_on and all(spec.partition(":")[0] == "shapes" for spec in model.trained_on)
+    return data_module.find_templates(asked if asked != "auto" else "a {}" if is_of_shapes else "7")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,6 +107,17 @@ def exact(features: Tensor) -> Tensor:
     return (features.double() * steps).round() / steps
 
 
+def class_scores(images: Tensor, classes: Tensor | list[Tensor]) -> Tensor:
+    """(n, E), (C, E) -> (n, C) cosines; with what embed_classes gives for FILIP, the mean score of a class's prompts"""
+    if isinstance(classes, list):
+        return torch.stack([similarity(exact(images), exact(prompts)).mean(dim=1) for prompts in classes], dim=1)
+    return similarity(exact(images), exact(classes))
+
+
+def share(is_right: Tensor) -> float:
+    return is_right.double().mean().item()
+
+
 def ranks(scores: Tensor, is_right: Tensor) -> Tensor:
     """(Q, M), (Q, M) bool -> (Q,) how many wrong candidates score at least as high as the best right one.
 
@@ -110,14 +127,9 @@ def ranks(scores: Tensor, is_right: Tensor) -> Tensor:
     return (~(scores < best) & ~is_right).sum(dim=1)[is_right.any(dim=1)]
 
 
-def hits(rank: Tensor, ks: Sequence[int]) -> Tensor:
-    """(Q,) -> (1 + len(ks),) how many queries there are, and how many are right at each k"""
-    return torch.stack([torch.ones_like(rank).sum(), *((rank < k).sum() for k in ks)])
-
-
-def shares(counts: Tensor, ks: Sequence[int]) -> dict[int, float]:
-    queries, *right = counts.tolist()
-    return {k: n / queries for k, n in zip(ks, right)}
+def recall(rank: Tensor, ks: Sequence[int]) -> dict[int, float]:
+    """(Q,) from `ranks` -> {k: share of queries that are right at k}"""
+    return {k: share(rank < k) for k in ks}
 
 
 def recall_at_k(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, dict]:
@@ -127,16 +139,16 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = (
     candidates score at least as high as its best right one.  Images without a text are candidates but no queries.
     """
     is_pair = torch.arange(len(similarity), device=similarity.device)[:, None] == image_of_text     # (I, T)
-    return dict(image_to_text=shares(hits(ranks(similarity, is_pair), ks), ks),
-                text_to_image=shares(hits(ranks(similarity.T, is_pair.T), ks), ks))
+    return dict(image_to_text=recall(ranks(similarity, is_pair), ks),
+                text_to_image=recall(ranks(similarity.T, is_pair.T), ks))
 
 
 SCORES = 1 << 23        # scores that exist at once, 64 MiB; all those of 30K images and 150K texts are 34 GiB
 
 
 def recall_in_chunks(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: Sequence[int] = (1, 5, 10),
-                     runtime: Runtime | None = None) -> dict[str, dict]:
-    """recall_at_k(similarity(images, texts), ...), a few rows or columns at a time, which processes share.
+                     speaks: bool = False) -> dict[str, dict]:
+    """recall_at_k(similarity(images, texts), ...), some queries at a time.
 
     images (I, E), texts (T, E), unit length, or FILIP's tokens (I, N, E), (T, L, E); image_of_text (T,)
     """
@@ -144,24 +156,15 @@ def recall_in_chunks(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: S
     image_of_text = image_of_text.to(images.device)
     number = torch.arange(len(images), device=images.device)                                        # (I,)
 
-    def image_ranks(some):      # numbers of images
-        return ranks(similarity(images[some], texts), number[some, None] == image_of_text)
+    def chunks(queries: int, candidates: int) -> Iterable[Tensor]:
+        parts = torch.arange(queries, device=images.device).split(max(1, SCORES // candidates))
+        return data_module.progress(parts, len(parts), "chunks of queries", speaks)
 
-    def text_ranks(some):       # numbers of texts
-        return ranks(similarity(images, texts[some], text_queries=True).T, (number[:, None] == image_of_text[some]).T)
-
-    recall, (rank, world) = {}, (runtime.rank, runtime.world) if runtime else (0, 1)
-    for way, queries, candidates, chunk_ranks in (("image_to_text", len(images), len(texts), image_ranks),
-                                                  ("text_to_image", len(texts), len(images), text_ranks)):
-        chunks = torch.arange(queries, device=images.device).split(max(1, SCORES // candidates))[rank::world]
-        counts = torch.zeros(1 + len(ks), dtype=torch.long, device=images.device)
-        for some in data_module.progress(chunks, len(chunks), f"chunks, {way}", rank == 0):
-            counts += hits(chunk_ranks(some), ks)
-        if world > 1:
-            counts = counts.to(runtime.device)
-            dist.all_reduce(counts)
-        recall[way] = shares(counts, ks)
-    return recall
+    of_images = [ranks(similarity(images[some], texts), number[some, None] == image_of_text)        # (some, T) each
+                 for some in chunks(len(images), len(texts))]
+    of_texts = [ranks(similarity(images, texts[some], text_queries=True).T, image_of_text[some, None] == number)
+                for some in chunks(len(texts), len(images))]
+    return dict(image_to_text=recall(torch.cat(of_images), ks), text_to_image=recall(torch.cat(of_texts), ks))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,10 +173,8 @@ def recall_in_chunks(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: S
 
 def top_k(scores: Tensor, label: Tensor, k: int) -> float:
     """Share of the rows of (n, C) whose label (n,) is among the k highest scores; of equal ones the first is first."""
-    label = label[:, None]
-    own = scores.gather(1, label)                                                                   # (n, 1)
-    is_before = (scores > own) | (scores == own) & (torch.arange(scores.shape[1], device=scores.device) < label)
-    return (is_before.sum(dim=1) < k).double().mean().item()
+    order = scores.argsort(dim=1, descending=True, stable=True)                                     # (n, C)
+    return share((order[:, :k] == label[:, None]).any(dim=1))
 
 
 def confusion(guess: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -192,11 +193,9 @@ def average_precision_11(scores: Tensor, is_class: Tensor) -> float:
     scores (n,); is_class (n,) bool.  Equal scores pass a threshold together.  nan if no image is of the class.
     # suite's toolkit: precision 1 at recall 0, whatever the scores; here: the best that is reached, as VOC defines it
     """
-    scores, order = scores.sort(descending=True)
-    is_last = torch.cat([scores[1:] != scores[:-1], torch.ones_like(is_class[:1])])                # of its equals
-    right = is_class[order].cumsum(dim=0)                                                           # true positives
-    precision = (right / torch.arange(1, len(scores) + 1, device=scores.device).double())[is_last]
-    right, total = right[is_last], right[-1]
+    passed = scores >= scores[:, None]                                  # (n thresholds, n)
+    right = (passed & is_class).sum(dim=1)                              # (n,) true positives
+    precision, total = right.double() / passed.sum(dim=1), is_class.sum()
     best = [precision[10 * right >= t * total].max() for t in range(11)]
     return torch.stack(best).mean().item() if total else torch.nan
 
@@ -206,10 +205,8 @@ def roc_auc(scores: Tensor, positive: Tensor) -> float:
 
     scores (n,); positive (n,) bool.  nan if one of the two is missing.
     """
-    negatives = scores[~positive].sort().values
-    below = torch.searchsorted(negatives, scores[positive], right=False)
-    not_above = torch.searchsorted(negatives, scores[positive], right=True)
-    return ((below + not_above).double().mean() / (2 * len(negatives))).item() if len(negatives) else torch.nan
+    above = scores[positive][:, None] - scores[~positive]               # (positives, negatives)
+    return share((above.sign() + 1) / 2)
 
 
 def suite_score(metric: str, cosines: Tensor, label: Tensor, is_class: Tensor | None = None) -> float:
@@ -239,10 +236,11 @@ class Job:
 
     def open(self, spec: str, task: str):
         """The data set; of the Shapes world, scenes with one object for classes, with several for retrieval."""
-        if spec.partition(":")[0] == "shapes":
+        kind, _, rest = spec.partition(":")
+        if kind == "shapes":
             scenes = {"classes": "objects=1-1,val=1024", "retrieval": "objects=2-4,val=1000"}[task]
-            spec = f"shapes:{scenes},{spec.partition(':')[2]}"
-        split = self.options.split or {"classes": "val", "retrieval": "test"}[task]
+            spec = f"shapes:{scenes},{rest}"
+        split = self.options.split or ("val" if task == "classes" else "test")
         cache = Path(self.options.out or Path(self.options.checkpoint).parent) / "index"
         return data_module.open_data(spec, split, task, size=self.model.config.image_size, cache=cache)
 
@@ -251,24 +249,30 @@ class Job:
         transform = EvalTransform(self.model.config.image_size, squash=squash)
         return extract(data, transform, self.model.encode_image, self.runtime, self.options.batch_size)
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        return encode_texts(self.model, self.tokenizer, texts, self.runtime, self.options.batch_size)
-
     def class_scores(self, data, classes: Sequence[str], templates: Sequence[str], squash: bool) -> tuple[Tensor, dict]:
-        """(n, C) cosines of the readable images, or FILIP's scores, and what `extract` returned"""
+        """(n, C) scores of the readable images, and what `extract` returned"""
         embedded = embed_classes(self.model, self.tokenizer, classes, templates, self.runtime, self.options.batch_size)
         found = self.images(data, squash)
-        if isinstance(embedded, list):
-            chunks = map(exact, found["features"].split(1024))
-            scores = torch.cat([torch.stack([similarity(images, exact(prompts)).mean(dim=1) for prompts in embedded],
-                                            dim=1) for images in chunks])
-        else:
-            scores = similarity(exact(found["features"]), exact(embedded))
-        return scores.cpu(), found
+        chunks = found["features"].split(1024)
+        return torch.cat([class_scores(images, embedded) for images in chunks]).cpu(), found
 
     def say(self, line: str):
         if self.runtime.is_main:
-            print(line, flush=True)
+            say(line)
+
+
+def names_of_classes(file: str, data, spec: str) -> list[str]:
+    """From the file, or the data's own.  UserError if they are no names, or not as many."""
+    if len(data.classes) == 1:
+        raise UserError(f"{spec} has one class, {data.classes[0]}, and nothing to tell it from: wanted a folder for "
+                        f"each, DIR/CLASS/*.jpg, or DIR/val/CLASS/*.jpg")
+    if not file:
+        data_module.want_names(data, spec)
+        return data.classes
+    classes = data_module.read_lines(file, "class names")
+    if len(classes) != len(data.classes):
+        raise UserError(f"{file} has {len(classes)} lines, {spec} {len(data.classes)} classes: want as many")
+    return classes
 
 
 def classify(job: Job, spec: str) -> dict:
@@ -281,46 +285,35 @@ def classify(job: Job, spec: str) -> dict:
     confused                     [{"class", "taken_for", "images"}, ...], ten at most, the most frequent first
     """
     o, data = job.options, job.open(spec, "classes")
-    if not o.classes:
-        data_module.want_names(data, spec)
-    classes = data_module.read_lines(o.classes, "class names") if o.classes else data.classes
-    if len(data.classes) == 1:
-        raise UserError(f"{spec} has one class, {data.classes[0]}, and nothing to tell it from: wanted a folder for "
-                        f"each, DIR/CLASS/*.jpg, or DIR/val/CLASS/*.jpg")
-    if len(classes) != len(data.classes):
-        raise UserError(f"{o.classes} has {len(classes)} lines, {spec} {len(data.classes)} classes: want as many")
-    auto = "a {}" if spec.startswith("shapes") else "7"
-    templates = data_module.find_templates(auto if o.templates == "auto" else o.templates)
-    cosines, found = job.class_scores(data, classes, templates, o.squash)
+    classes, templates = names_of_classes(o.classes, data, spec), find_templates(job.model, o.templates)
+    scores, found = job.class_scores(data, classes, templates, o.squash)
     known = found["label"] >= 0
-    cosines, label = cosines[known], found["label"][known]
+    scores, label = scores[known], found["label"][known]
     if not len(label):
         raise UserError(f"no image of {spec} has a class: choose other data, or --task retrieval")
-    guess, names = cosines.argmax(dim=1), [name.split("\t")[0] for name in classes]
+    guess, names = scores.argmax(dim=1), [name.split("\t")[0] for name in classes]
     counts = confusion(guess, label, len(classes))
     accuracy = class_accuracy(counts)
-    wrong, pair = (counts - counts.diag().diag()).flatten().sort(descending=True, stable=True)
+    pairs = zip(label.tolist(), guess.tolist())
+    confused = Counter((names[right], names[wrong]) for right, wrong in pairs if right != wrong).most_common(10)
     result = dict(
         data=spec, task="classes", images=len(label), classes=len(classes), templates=len(templates),
-        classes_hash=data_module.fingerprint(classes), templates_hash=data_module.fingerprint(templates),
-        bad=len(found["bad"]), unlabelled=(~known).sum().item(),
-        top1=top_k(cosines, label, 1), top5=top_k(cosines, label, 5), mean_per_class=accuracy.nanmean().item(),
-        per_class=[{"class": name, "images": n, "accuracy": share if n else None}
-                   for name, n, share in zip(names, counts.sum(dim=1).tolist(), accuracy.tolist())],
-        confused=[{"class": names[i // len(names)], "taken_for": names[i % len(names)], "images": n}
-                  for i, n in zip(pair[:10].tolist(), wrong[:10].tolist()) if n])
+        classes_hash=fingerprint(classes), templates_hash=fingerprint(templates), bad=len(found["bad"]),
+        unlabelled=(~known).sum().item(), top1=top_k(scores, label, 1), top5=top_k(scores, label, 5),
+        mean_per_class=accuracy.nanmean().item(),
+        per_class=[{"class": name, "images": n, "accuracy": hits if n else None}
+                   for name, n, hits in zip(names, counts.sum(dim=1).tolist(), accuracy.tolist())],
+        confused=[{"class": right, "taken_for": wrong, "images": n} for (right, wrong), n in confused])
     if data.classes == data_module.ShapesWorld.classes:
         n = len(data_module.SHAPES)
-        result["color"] = (guess // n == label // n).double().mean().item()
-        result["shape"] = (guess % n == label % n).double().mean().item()
+        result["color"] = share(guess // n == label // n)
+        result["shape"] = share(guess % n == label % n)
 
     job.say(f"\n{spec}: zero-shot classification of {len(label):,} images, {len(classes)} classes "
             f"({result['classes_hash']}), {len(templates)} template{'s' * (len(templates) > 1)} "
             f"({result['templates_hash']}){left_out(result)}")
     job.say("  " + "   ".join(f"{key.replace('_', ' ')} {result[key]:.1%}" for key in (
         "top1", "top5", "mean_per_class", "color", "shape") if key in result) + f"   chance {1 / len(classes):.1%}")
-    worst = sorted((c for c in result["per_class"] if c["images"]), key=lambda c: c["accuracy"])[:12]
-    job.say("  least accurate: " + ", ".join(f"{c['class']} {c['accuracy']:.0%}" for c in worst))
     job.say("  most confused: " + "; ".join(f"{c['class']} taken for {c['taken_for']}, {c['images']} times"
                                             for c in result["confused"][:5]))
     return result
@@ -333,65 +326,70 @@ def left_out(result: dict) -> str:
 
 def retrieve(job: Job, spec: str) -> dict:
     """Retrieval both ways: prints and returns images, texts, bad (counts) and what recall_at_k returns."""
-    found = job.images(job.open(spec, "retrieval"), job.options.squash)
-    texts = [job.options.caption_prefix + caption for captions in found["captions"] for caption in captions]
+    o, found = job.options, job.images(job.open(spec, "retrieval"), job.options.squash)
+    texts = [o.caption_prefix + caption for captions in found["captions"] for caption in captions]
     if not texts:
-        raise UserError(f"{spec} has no captions: for retrieval give shapes, shards:, csv:, coco: or flickr30k:")
+        raise UserError(f"{spec} has no captions: retrieval wants {data_module.specs('retrieval')}")
     counts = torch.tensor([len(captions) for captions in found["captions"]])                        # (I,)
     image_of_text = torch.arange(len(counts)).repeat_interleave(counts)                             # (T,)
-    recall = recall_in_chunks(found["features"], job.texts(texts), image_of_text, runtime=job.runtime)
+    embedded = encode_texts(job.model, job.tokenizer, texts, job.runtime, o.batch_size)             # (T, E)
+    recall = recall_in_chunks(found["features"], embedded, image_of_text, speaks=job.runtime.is_main)
     result = dict(data=spec, task="retrieval", images=len(counts), texts=len(texts), bad=len(found["bad"]), **recall)
     job.say(f"\n{spec}: retrieval among {len(counts):,} images and {len(texts):,} captions, {len(set(texts)):,} of "
             f"them distinct{left_out(result)}")
     for way, by_k in recall.items():
-        job.say(f"  {way.replace('_', ' ')}   " + "   ".join(f"R@{k} {share:6.1%}" for k, share in by_k.items()))
+        job.say(f"  {way.replace('_', ' ')}   " + "   ".join(f"R@{k} {hits:6.1%}" for k, hits in by_k.items()))
     return result
 
 
 def evaluate_suite(job: Job, spec: str) -> dict:
     """ICinW: prints and returns scores {name: {metric, score, images, classes, bad, notes}}, their mean, missing."""
-    o, (tasks, missing) = job.options, data_module.icinw(spec.partition(":")[2])
+    o, (tasks, missing) = job.options, data_module.open_data(spec, task="icinw")
     job.say(f"\n{spec}: {len(tasks)} of the {len(data_module.ICINW)} ICinW data sets")
     scores = {}
     for task in tasks:
-        templates = task.templates if o.templates == "auto" else data_module.find_templates(o.templates)
+        templates = task.templates if o.templates == "auto" else find_templates(job.model, o.templates)
         cosines, found = job.class_scores(task.data, task.data.classes, templates, o.squash or task.squash)
         is_class = None if task.is_class is None else torch.from_numpy(task.is_class)[found["index"]]
-        score = suite_score(task.metric, cosines, found["label"], is_class)
-        there_is = math.isfinite(score)                         # nan: of some class there is no image
-        entry = scores[task.name] = dict(
-            metric=task.metric, score=score if there_is else None, images=len(cosines), classes=cosines.shape[1],
-            bad=len(found["bad"]), notes=task.notes + ["a class without images"] * (not there_is))
-        job.say(f"  {task.name:32} {task.metric:15} {f'{score:6.1%}' if there_is else '     -'}   "
-                f"{'; '.join(entry['notes'])}{left_out(entry)}")
+        score, notes = suite_score(task.metric, cosines, found["label"], is_class), task.notes
+        if math.isnan(score):
+            score, notes = None, [*notes, "no score: a class without images"]
+        entry = scores[task.name] = dict(metric=task.metric, score=score, images=len(cosines), classes=cosines.shape[1],
+                                         bad=len(found["bad"]), notes=notes)
+        job.say(f"  {task.name:32} {task.metric:15} {percent(score)}   {'; '.join(notes)}{left_out(entry)}")
     known = [entry["score"] for entry in scores.values() if entry["score"] is not None]
     mean = sum(known) / len(known) if known else None
-    job.say(f"  {f'mean of {len(known)}':48} {f'{mean:6.1%}' if known else '     -'}")
+    job.say(f"  {f'mean of {len(known)}':48} {percent(mean)}")
     if missing:
         job.say(f"  missing, and not in the mean: {', '.join(missing)}")
     return dict(data=spec, task="icinw", scores=scores, mean=mean, missing=missing)
 
 
+def percent(score: float | None) -> str:
+    return "     -" if score is None else f"{score:6.1%}"
+
+
 TASKS = {"classes": classify, "retrieval": retrieve, "icinw": evaluate_suite}
-AUTO = {"shapes": ("classes", "retrieval"), "folder": ("classes",), "icinw": ("icinw",)}
+
+
+def tasks_of(spec: str, asked: str) -> list[str]:
+    if asked != "auto":
+        return [asked]
+    return [task for task in TASKS if task in FORMATS[data_module.kind_of(spec)].tasks] or ["classes"]
 
 
 def main(argv: Sequence[str] | None = None):
-    options = parse(Options, __doc__, argv, positional=("checkpoint",))
-    plan = [(spec, task) for spec in options.data for task in (
-        (options.task,) if options.task != "auto" else AUTO.get(spec.partition(":")[0], ("retrieval",)))]
-    for spec, task in plan:
-        if (task == "icinw") != spec.startswith("icinw:"):
-            raise UserError(f"--task {task} does not go with --data {spec}: icinw:DIR is a task of its own")
-    runtime = setup(options)
-    model, tokenizer, config = load_checkpoint(options.checkpoint, runtime.device)
-    job = Job(options, runtime, model, tokenizer)
-    job.say(f"{options.checkpoint}: {config.method}; images are made {config.image_size} px, "
-            + ("squeezed to a square" if options.squash else "the short side resized and the centre cut out"))
+    o = parse(Options, __doc__, argv, positional=("checkpoint",))
+    plan = [(spec, task) for spec in o.data for task in tasks_of(spec, o.task)]
+    runtime = setup(o)
+    model, tokenizer, config = load_checkpoint(o.checkpoint, runtime.device)
+    job = Job(o, runtime, model, tokenizer)
+    job.say(f"{o.checkpoint}: {config.method}; images are made {config.image_size} px, "
+            + ("squeezed to a square" if o.squash else "the short side resized and the centre cut out"))
     results = [TASKS[task](job, spec) for spec, task in plan]
-    if options.json and runtime.is_main:
-        Path(options.json).write_text(json.dumps(dict(checkpoint=options.checkpoint, config=asdict(config),
-                                                      results=results), indent=1) + "\n")
+    if o.json and runtime.is_main:
+        content = dict(checkpoint=o.checkpoint, config=asdict(config), results=results)
+        Path(o.json).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,36 +14,37 @@
     recipe pocket      the same in miniature for the Shapes world, without the transforms that do not keep the class,
                        color and shape: RandAugment recolors, and a crop may miss the one object there is
 
+In reading order:  options; the network; layer-wise decay; the loop, which dense.py shares; the test; the command;
+augmentation.
 Random choices follow from (seed, step), (seed, epoch, record) and the row in the global batch, never from the process.
 So rows 2i and 2i+1 are each other's mixing partners, which no number of processes separates; as the records come in
 random order, that is in law the same as timm's pairs of a batch and its reverse.
 """
-import contextlib
 import json
 import math
-import signal
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import ImageEnhance, ImageOps
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from data import (BICUBIC, MEAN, STD, BadRecord, EvalTransform, TrainTransform, UserError, eval_loader, hash_names,
-                  normalize, one_line, progress, to_tensor, train_loader)
-from losses import mean_over_processes
-from model import Config, VisionTransformer, image_tower, opt
-from train import (Log, RunOptions, Runtime, StopSignal, check_bad, check_full, check_same_data, cosine_schedule,
-                   find_resumable, first_look, layer_decay_groups, load_checkpoint, load_resumed, load_state,
-                   open_mixed, parse, refuse_update, report_bad, run, save_atomically, setup, show_curves)
+import data as data_module
+from data import BICUBIC, MEAN, STD, BadRecord, UserError, crop_box, normalize, run, say, to_tensor
+from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt, save_atomically
+from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, decays,
+                   draw_curves, extract, find_resumable, first_look, open_mixed, parse, set_learning_rate, setup, show,
+                   wrap)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options and recipes
+# ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Options(RunOptions):
@@ -88,13 +89,242 @@ RECIPES = {
 
 def parse_options(argv=None) -> Options:
     """The command line over the recipe it names; when only evaluating, over the test set of the run it evaluates."""
-    defaults = replace(RECIPES[first_look(Options, argv, "recipe").recipe], out="runs/finetune")
-    options = parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
-    if options.eval:
-        trained = load_finetuned(Path(options.out) / "last.pt")["config"]
-        defaults = replace(options, data=trained["data"], crop_share=trained["crop_share"])
-        options = parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
-    return options
+    asked = first_look(Options, argv, "recipe", "eval", "out")
+    defaults = replace(RECIPES[asked.recipe], out="runs/finetune")
+    if asked.eval:
+        trained = load_finetuned(asked.out or defaults.out)["config"]
+        defaults = replace(defaults, data=trained["data"], crop_share=trained["crop_share"])
+    return parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
+
+
+def load_finetuned(out: str) -> dict:
+    """What fine_tune saved in OUT/last.pt."""
+    path = Path(out) / "last.pt"
+    if not path.is_file():
+        raise UserError(f"no fine-tuned model at {path}; make one with: python finetune.py --out {out}")
+    return load_state(path, "finetuning")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Classifier(nn.Module):
+    """The pre-trained tower, the mean of its last block's patches, a fresh norm and a linear layer (MAE's head)."""
+
+    def __init__(self, config: Config, classes: int, drop_path: float):
+        super().__init__()
+        self.visual = image_tower(config, drop_path)
+        self.visual.norm = nn.Identity()             # a fresh one after the mean replaces it
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.head = nn.Linear(config.width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def load_pretrained(self, visual: VisionTransformer):
+        """All weights of the tower but its final norm."""
+        self.visual.load_state_dict({k: v for k, v in visual.state_dict().items() if not k.startswith("norm.")})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) normalized pixels -> (B, classes) logits"""
+        x = self.visual(images)[:, 1:].mean(dim=1)                                              # (B, D)
+        with torch.autocast(x.device.type, enabled=False):      # logits are ranked: rounded to bf16, many would tie
+            return self.head(self.norm(x.float()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layer-wise decay of the learning rate
+# ---------------------------------------------------------------------------------------------------------------------
+
+def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Optimizer groups for a module that holds one vision transformer: the lower a layer, the slower it learns (BEiT).
+
+    The transformer is what has the parameter cls_token: the module itself, or its part "visual.", "backbone." ...
+        layer 0        class token, positions, patch embedding, norm before blocks   lr * layer_decay ** (N + 1)
+        layer i + 1    block i of its N blocks                                       lr * layer_decay ** (N - i)
+        layer N + 1    everything else, inside or outside: norms, pyramids, heads    lr
+    Matrices have weight_decay, vectors, class token and positions none.  Frozen parameters are left out.
+    Groups {"params", "lr", "lr_scale", "weight_decay"}: a schedule sets group["lr"] = lr_now * group["lr_scale"].
+    """
+    names = [name for name, _ in model.named_parameters()]
+    tower, = (name.removesuffix("cls_token") for name in names if name.endswith("cls_token"))      # "visual."
+    stem = tuple(tower + part for part in ("cls_token", "pos_embed", "patch_embed.", "norm_pre."))
+    last, groups = 1 + len(model.get_submodule(tower + "blocks")), {}                               # N + 1
+    for name, parameter in model.named_parameters():
+        if name.startswith(stem):
+            layer = 0
+        elif name.startswith(tower + "blocks."):
+            layer = 1 + int(name.removeprefix(tower).split(".")[1])
+        else:
+            layer = last
+        scale, decay = layer_decay ** (last - layer), decays(name, parameter)
+        new = dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=weight_decay * decay)
+        if parameter.requires_grad:
+            groups.setdefault((layer, decay), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop, for all that is fine-tuned: here classification, in dense.py segmentation and detection
+# ---------------------------------------------------------------------------------------------------------------------
+
+def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, transform, options, runtime: Runtime,
+              out: Path, start: Start, more: dict, collate: Callable = data_module.collate, accumulate: int = 1):
+    """Trains all of net with AdamW and layer-wise decay, as train.py trains: writes OUT/metrics.jsonl and OUT/last.pt.
+
+    losses_of   (model, batch, step) -> {name: loss} of this process's batch or micro-batch, as the loader gave it; the
+                sum is minimized.  Random numbers are seeded alike on all processes, for stochastic depth, which draws
+                for the samples of all; for what each process draws by itself losses_of has a generator of its own
+    schedule    (step, total, warmup) -> share of the peak learning rate
+    options     steps, warmup_steps, batch_size, lr, layer_decay, weight_decay, clip_grad, seed, and of the run
+                checkpoint_every, log_every, max_bad
+    start       what to go on from: see find_resumable
+    more        what else OUT/last.pt holds, with "kind"
+    """
+    stop, o = StopSignal(), options
+    if len(data) < o.batch_size or not o.steps:
+        raise UserError(f"{o.steps} steps of {o.batch_size} out of {len(data)} records: nothing to train; choose a "
+                        f"smaller --batch-size, or train longer")
+    optimizer = torch.optim.AdamW(layer_decay_groups(net, o.lr, o.weight_decay, o.layer_decay), fused=True)
+    start.use(data)
+    start.load(net, "model")
+    start.load(optimizer, "optimizer")
+    runtime.check_alike(step_to_go_on_from=start.step, hash_of_the_data=start.data)
+    model = wrap(net, runtime)
+
+    def save(step: int, bad_count: int) -> bool:
+        return save_atomically(out / "last.pt", dict(
+            more, config=asdict(o), data=start.data, step=step, bad_count=bad_count, model=net.state_dict(),
+            optimizer=optimizer.state_dict()))
+
+    loader = data_module.train_loader(data, transform, o.batch_size, o.seed, range(start.step, o.steps), runtime.rank,
+                                      runtime.world, runtime.workers, collate)
+    log = Log(out, runtime.is_main, o.steps, o.batch_size, start.step)
+    guard = Guard(o, runtime, stop, o.steps, start, save)
+    if runtime.is_main:
+        for note in getattr(data, "notes", ()):
+            say(f"note: {note}")
+        start.announce()
+    net.train()
+    for step, batch in enumerate(loader, start=start.step):
+        lr = o.lr * schedule(step, o.steps, o.warmup_steps)
+        set_learning_rate(optimizer, lr)
+        optimizer.zero_grad()
+        terms = backward(model, losses_of, guard.readable(batch, step), step, o.seed, runtime, accumulate)
+        norm = clip_gradient(net.parameters(), o.clip_grad)
+        if guard.accepts(step, terms, norm):
+            optimizer.step()
+        if log.is_due(step, o.log_every):
+            epoch, loss = (step + 1) / (len(data) // o.batch_size), sum(guard.terms.values())
+            log.line(step, dict(epoch=epoch, loss=loss, lr=lr) | guard.terms | dict(grad_norm=guard.norm))
+        guard.end(step)
+    guard.finish()
+    if runtime.is_main:
+        show("curves.png", out, draw_curves, out / "metrics.jsonl")
+    net.eval()
+
+
+def backward(model: nn.Module, losses_of: Callable, batch: dict, step: int, seed: int, runtime: Runtime,
+             accumulate: int = 1) -> dict[str, Tensor]:
+    """Forward and backward of a batch in `accumulate` equal parts.  Returns the losses, each the mean of its parts'."""
+    rows, terms = len(batch["images"]) // accumulate, {}
+    for i in range(accumulate):
+        part = {name: values[i * rows:(i + 1) * rows] for name, values in batch.items()}
+        torch.manual_seed((seed << 32) + step * accumulate + i)     # which says what blocks stochastic depth skips
+        with runtime.autocast():
+            losses = losses_of(model, part, step)
+        (sum(losses.values()) / accumulate).backward()
+        terms = {name: terms.get(name, 0.0) + loss.detach() / accumulate for name, loss in losses.items()}
+    return terms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification: the run, and its test
+# ---------------------------------------------------------------------------------------------------------------------
+
+def open_classes(o: Options, split: str, size: int, classes: list[str] | None = None):
+    """The labeled data; `classes`, if given, are those they must have."""
+    data = open_mixed(o.data, split, "classes", size, Path(o.out) / "index")
+    if data.classes is None or classes and data.classes != classes:
+        raise UserError(f"the {split} data of {', '.join(o.data)} have other classes, or several lists of them: "
+                        f"all data sets and splits must share one list")
+    return data
+
+
+def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
+    """Trains, leaves OUT/last.pt, returns the model and its test data."""
+    out, multiple = Path(o.out), 2 * o.accumulate * runtime.world
+    if o.batch_size % multiple:
+        raise UserError(f"--batch-size {o.batch_size}: images of a process and micro-batch are mixed in pairs: choose a "
+                        f"multiple of {multiple}")
+    runtime.claim(out)
+    start = find_resumable(o, out, "finetuning")
+    if start.state:
+        config = Config(**start.state["backbone"])
+    else:
+        pretrained, _, config = load_checkpoint(o.checkpoint)
+    data = open_classes(o, "train", config.image_size)
+    test = open_classes(o, "val", config.image_size, data.classes)
+    model = Classifier(config, len(data.classes), o.drop_path)
+    if not (start.state or o.from_scratch):
+        model.load_pretrained(pretrained.visual)
+    model.to(runtime.device)
+    per_epoch = len(data) // o.batch_size
+    o.steps, o.warmup_steps = int(o.epochs * per_epoch), int(o.warmup_epochs * per_epoch)
+    if runtime.is_main:
+        say(f"fine-tuning {'random weights' if o.from_scratch else o.checkpoint} with recipe {o.recipe}: "
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data.classes)} classes, "
+            f"{len(data)} images, {o.steps} steps of {o.batch_size}; {runtime}")
+        if data.name(0) == test.name(0):
+            say("note: these data have no test split: accuracy will be that on the training images")
+
+    def losses_of(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
+        images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
+        own = draw_mixing(o.mixup, o.cutmix, *images.shape[2:], np.random.default_rng((o.seed, step)))
+        images, labels = mix(normalize(images), smooth(labels, len(data.classes), o.smoothing), own)
+        return dict(loss=F.cross_entropy(model(images), labels))
+
+    schedule = partial(cosine_schedule, peak=1.0, final=o.lr_end / o.lr)
+    fine_tune(model, losses_of, schedule, data, Augment(config.image_size, o), o, runtime, out, start,
+              dict(kind="finetuning", backbone=asdict(config), classes=data.classes), accumulate=o.accumulate)
+    return model, test
+
+
+def load_model(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
+    """The model that a run left in OUT/last.pt, and the test data that o names."""
+    state = load_finetuned(o.out)
+    config = Config(**state["backbone"])
+    model = Classifier(config, len(state["classes"]), 0.0)
+    Start(Path(o.out), state).load(model, "model")
+    return model.to(runtime.device).eval(), open_classes(o, "val", config.image_size, state["classes"])
+
+
+def evaluate(model: Classifier, data, o: Options, runtime: Runtime) -> dict:
+    """Single-crop accuracy: top1, top5 in 0..1; images, the number counted; bad, those that cannot be read."""
+    def guesses(images: Tensor) -> Tensor:                                                      # -> (B, 5) classes
+        return model(images).topk(min(5, len(data.classes))).indices
+
+    size = model.visual.grid * model.visual.patch_size
+    transform = data_module.EvalTransform(size, round(size / o.crop_share))
+    found = extract(data, transform, guesses, runtime, o.batch_size // o.accumulate)
+    label = found["label"].to(runtime.device)                                                   # (n,)
+    right = (found["features"] == label[:, None])[label >= 0].double()                          # (images, 5)
+    if not len(right):
+        raise UserError(f"no test record of {', '.join(o.data)} has a class")
+    return dict(top1=right[:, 0].mean().item(), top5=right.sum(dim=1).mean().item(), images=len(right),
+                bad=len(data) - len(right))
+
+
+def main(argv=None):
+    o = parse_options(argv)
+    runtime = setup(o)
+    model, test = load_model(o, runtime) if o.eval else finetune(o, runtime)
+    result = evaluate(model, test, o, runtime)
+    if runtime.is_main:
+        say(f"fine-tuned, single crop: top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  "
+            f"({result['images']} images, {result['bad']} bad records left out)")
+        if o.json:
+            Path(o.json).write_text(json.dumps(dict(result, task="finetune", data=o.data)) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,68 +383,52 @@ def rand_augment(image: PIL.Image.Image, magnitude: float, rng: np.random.Genera
 def erase(pixels: Tensor, rng: np.random.Generator):
     """Random erasing, in place: a rectangle of uint8 (3, H, W) becomes noise, normal (0, 1) once it is normalized.
 
-    Its area is 2% to a third of the image's, height / width log-uniform from 0.3 to 1 / 0.3; ten draws to fit it in.
+    Its area is 2% to a third of the image's, its shape log-uniform between 0.3 and 1 / 0.3.
     timm erases after normalization, we before it: the 3% of the noise beyond what a pixel can hold are cut.
     """
-    height, width = pixels.shape[1:]
-    for _ in range(10):
-        area = height * width * rng.uniform(0.02, 1 / 3)
-        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if h < height and w < width:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            noise = 255 * (rng.standard_normal((h, w, 3)) * STD + MEAN)
-            noise = torch.from_numpy(noise.round().clip(0, 255).astype(np.uint8)).permute(2, 0, 1)       # (3, h, w)
-            pixels[:, top:top + h, left:left + w] = noise
-            return
+    left, top, w, h = crop_box(pixels.shape[2], pixels.shape[1], (0.02, 1 / 3), (0.3, 1 / 0.3), rng)
+    noise = 255 * (rng.standard_normal((h, w, 3)) * STD + MEAN)
+    pixels[:, top:top + h, left:left + w] = torch.from_numpy(noise.round().clip(0, 255)).permute(2, 0, 1)
 
 
 @dataclass
 class Augment:
-    """A training image, any size and mode, as uint8 (3, size, size): crop, flip, RandAugment, erasing."""
+    """A record -> images uint8 (3, size, size), cropped, mirrored, changed by RandAugment, erased; labels, its class."""
     size: int
     options: Options
 
-    def __call__(self, image: PIL.Image.Image, rng: np.random.Generator) -> Tensor:
+    def __call__(self, sample, rng: np.random.Generator) -> dict:
+        if sample.label < 0:
+            raise BadRecord("no class")
         o = self.options
-        pixels = TrainTransform(self.size, scale=(o.crop_min, 1.0), flip=o.flip)(image, rng)
+        pixels = data_module.TrainTransform(self.size, scale=(o.crop_min, 1.0), flip=o.flip)(sample.image, rng)
         if o.randaugment:
             image = PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
             pixels = to_tensor(rand_augment(image, o.randaugment, rng))
         if rng.random() < o.erasing:
             erase(pixels, rng)
-        return pixels
+        return dict(images=pixels, labels=sample.label)
 
 
-@dataclass
-class Labeled:
-    """A record -> {"images": uint8 (3, size, size), "labels": int}."""
-    transform: Augment | EvalTransform
-
-    def __call__(self, sample, rng: np.random.Generator) -> dict:
-        if sample.label < 0:
-            raise BadRecord("no class")
-        return dict(images=self.transform(sample.image, rng), labels=sample.label)
-
-
-def draw_mixing(mixup: float, cutmix: float, height: int, width: int, rng: np.random.Generator):
-    """How all rows of a batch are mixed: (lam, box), lam the share of a row's own image and label.
+def draw_mixing(mixup: float, cutmix: float, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """How all images of a batch are mixed: (height, width), the share of an image's own pixel, the rest is its partner's.
 
     One of mixup and cutmix, at even odds when both have an alpha.  lam is Beta(alpha, alpha).
-    mixup    box is None
-    cutmix   box (top, bottom, left, right): a share 1 - lam of the image, in its shape, centered anywhere and cut at
-             the border; lam becomes the share that is really left
+    mixup    lam everywhere
+    cutmix   0 in a box, 1 around it: the box is 1 - lam of the image, in its shape, centered anywhere, cut at the border
     """
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     alpha = cutmix if cut else mixup
     lam = rng.beta(alpha, alpha) if alpha > 0 else 1.0
     if not cut:
-        return lam, None
-    h, w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
-    y, x = int(rng.integers(height)), int(rng.integers(width))
-    top, bottom = max(y - h // 2, 0), min(y + (h + 1) // 2, height)
-    left, right = max(x - w // 2, 0), min(x + (w + 1) // 2, width)
-    return 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
+        return np.full((height, width), lam)
+
+    def along(side: int) -> slice:
+        length, center = int(side * math.sqrt(1 - lam)), int(rng.integers(side))
+        return slice(max(center - length // 2, 0), center + (length + 1) // 2)
+    own = np.ones((height, width))
+    own[along(height), along(width)] = 0
+    return own
 
 
 def smooth(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -222,246 +436,12 @@ def smooth(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     return (1 - smoothing) * F.one_hot(labels, classes).float() + smoothing / classes
 
 
-def mix(images: Tensor, targets: Tensor, lam: float, box: tuple | None) -> tuple[Tensor, Tensor]:
-    """images (B, 3, H, W) float, targets (B, classes), B even, as draw_mixing says -> the same shapes, mixed."""
-    def partner(x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)         # rows 1 0 3 2 5 4 ...
-
-    if box is None:
-        mixed = lam * images + (1 - lam) * partner(images)
-    else:
-        top, bottom, left, right = box
-        mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = partner(images)[:, :, top:bottom, left:right]
-    return mixed, lam * targets + (1 - lam) * partner(targets)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model and optimizer
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Classifier(nn.Module):
-    """The pre-trained tower, the mean of its last block's patches, a fresh norm and a linear layer (MAE's head)."""
-
-    def __init__(self, config: Config, classes: int, drop_path: float):
-        super().__init__()
-        c = config
-        self.visual = image_tower(c, drop_path)
-        self.visual.norm = nn.Identity()             # a fresh one after the mean replaces it
-        self.norm = nn.LayerNorm(c.width, eps=1e-6)
-        self.head = nn.Linear(c.width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        nn.init.zeros_(self.head.bias)
-
-    def load_pretrained(self, visual: VisionTransformer):
-        """All weights of the tower but its final norm."""
-        self.visual.load_state_dict({k: v for k, v in visual.state_dict().items() if not k.startswith("norm.")})
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) normalized pixels -> (B, classes) logits"""
-        x = self.visual(images)[:, 1:].mean(dim=1)                                              # (B, D)
-        return self.head(self.norm(x))
-
-
-def load_finetuned(path: Path) -> dict:
-    """What `finetune` saved in OUT/last.pt."""
-    if not path.is_file():
-        raise UserError(f"no fine-tuned model at {path}; make one with: python finetune.py --out {path.parent}")
-    state = load_state(path)
-    if state.get("kind") != "finetuning":
-        raise UserError(f"{path} was not written by finetune.py: give --out the folder of a fine-tuned model")
-    return state
-
-
-def classifier_of(state: dict) -> Classifier:
-    """The model in a state of load_finetuned, by the config that lies with it.  Strict: every weight must be there."""
-    try:
-        model = Classifier(Config(**state["backbone"]), len(state["classes"]), state["config"]["drop_path"])
-        model.load_state_dict(state["model"])
-        return model
-    except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it
-        raise UserError(f"a fine-tuned model does not fit its own config: {one_line(error)}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and training
-# ---------------------------------------------------------------------------------------------------------------------
-
-def open_classes(options: Options, split: str, size: int, classes: list[str] | None = None):
-    """The labeled data; `classes`, if given, are those they must have."""
-    data = open_mixed(options.data, split, "classes", size, Path(options.out) / "index")
-    if data.classes is None or classes and data.classes != classes:
-        raise UserError(f"the {split} data of {', '.join(options.data)} have other classes, or several lists of them: "
-                        f"all data sets and splits must share one list")
-    return data
-
-
-@torch.no_grad()
-def evaluate(model: Classifier, data, options: Options, runtime: Runtime) -> dict:
-    """Single-crop accuracy; each image is counted once, whatever the number of processes.
-
-    Returns top1, top5 in 0..1; images, the number counted; bad, the number that could not be read.
-    """
-    size = model.visual.grid * model.visual.patch_size
-    transform = Labeled(EvalTransform(size, round(size / options.crop_share)))
-    loader = eval_loader(data, transform, -(-options.batch_size // (runtime.world * options.accumulate)), runtime.rank,
-                         runtime.world, runtime.workers)
-    counts = torch.zeros(4, dtype=torch.long, device=runtime.device)
-    model.eval()
-    for batch in progress(loader, len(loader), "batches of images tested", runtime.is_main):
-        counts[3] += report_bad(batch["bad"])
-        if "labels" in batch:
-            images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
-            with runtime.autocast():
-                logits = model(normalize(images))                                               # (B, classes)
-            right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]             # (B, 5)
-            counts[:3] += torch.stack([right[:, 0].sum(), right.sum(), labels.new_tensor(len(labels))])
-    if runtime.world > 1:
-        dist.all_reduce(counts)
-    top1, top5, images, bad = counts.tolist()
-    if not images:
-        raise UserError(f"none of the {len(data)} test records of {', '.join(options.data)} can be read")
-    return dict(top1=top1 / images, top5=top5 / images, images=images, bad=bad)
-
-
-def finetune(options: Options, runtime: Runtime) -> tuple[Classifier, object]:
-    """Trains, leaves OUT/last.pt, returns the model and its test data."""
-    stop = StopSignal()
-    share, out = runtime.share(options.batch_size), Path(options.out)
-    if share % (2 * options.accumulate):
-        raise UserError(f"--batch-size {options.batch_size} is {share} images a process, which are mixed in pairs: "
-                        f"choose a multiple of {2 * options.accumulate * runtime.world}")
-    runtime.claim(out)
-    state = find_resumable(options, out, "finetuning")
-    if state:
-        core, config = classifier_of(state), Config(**state["backbone"])
-    else:
-        pretrained, _, config = load_checkpoint(options.checkpoint)
-    data = open_classes(options, "train", config.image_size)
-    test = open_classes(options, "val", config.image_size, data.classes)
-    if len(data) < options.batch_size:
-        raise UserError(f"{len(data)} records do not fill one batch: choose a --batch-size below {options.batch_size}")
-    identity = hash_names(data)
-    if state:
-        check_same_data(state, identity, out)
-    else:
-        core = Classifier(config, len(data.classes), options.drop_path)
-        if not options.from_scratch:
-            core.load_pretrained(pretrained.visual)
-    steps_per_epoch = len(data) // options.batch_size
-    total, warmup = int(options.epochs * steps_per_epoch), int(options.warmup_epochs * steps_per_epoch)
-    if not total:
-        raise UserError(f"--epochs {options.epochs:g} of {steps_per_epoch} steps are not one: give more")
-
-    core.to(runtime.device)
-    groups = layer_decay_groups(core, options.lr, options.weight_decay, options.layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    first, bad_count = 0, 0
-    if state:
-        load_resumed(optimizer.load_state_dict, state["optimizer"], out)
-        first, bad_count = state["step"], state["bad_count"]
-    runtime.check_alike(step_to_go_on_from=first, hash_of_the_data=identity)
-    model = core
-    if runtime.world > 1:
-        model = DistributedDataParallel(core, broadcast_buffers=False, gradient_as_bucket_view=True)
-    loader = train_loader(data, Labeled(Augment(config.image_size, options)), options.batch_size, options.seed,
-                          range(first, total), runtime.rank, runtime.world, runtime.workers)
-    log = Log(out, runtime.is_main, total, options.batch_size, first)
-    if runtime.is_main:
-        announce(options, core, data, test, total, first, runtime)
-
-    def save(step: int) -> bool:
-        return not runtime.is_main or save_atomically(out / "last.pt", dict(
-            kind="finetuning", config=asdict(options), backbone=asdict(config), classes=data.classes, data=identity,
-            step=step, bad_count=bad_count, model=core.state_dict(), optimizer=optimizer.state_dict(),
-            mean=list(MEAN), std=list(STD), torch=str(torch.__version__)))
-
-    saved, skipped = time.monotonic(), 0
-    core.train()
-    for step, batch in enumerate(loader, start=first):
-        lr = cosine_schedule(step, total, warmup, options.lr, options.lr_end)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        bad = report_bad(batch["bad"])
-        check_full(batch, share, step)
-
-        images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
-        rng = np.random.default_rng((options.seed, step))
-        lam, box = draw_mixing(options.mixup, options.cutmix, *images.shape[2:], rng)
-        images, targets = mix(normalize(images), smooth(labels, len(data.classes), options.smoothing), lam, box)
-
-        optimizer.zero_grad()
-        loss = torch.zeros((), device=runtime.device)
-        parts = list(zip(images.chunk(options.accumulate), targets.chunk(options.accumulate)))
-        for i, (part, target) in enumerate(parts):
-            last = i == len(parts) - 1
-            torch.manual_seed((options.seed << 32) + step * options.accumulate + i)     # says which blocks are skipped
-            with contextlib.nullcontext() if last or model is core else model.no_sync():
-                with runtime.autocast():
-                    logits = model(part)                                                        # (B, classes)
-                part_loss = F.cross_entropy(logits.float(), target) / len(parts)
-                part_loss.backward()
-            loss += part_loss.detach()
-        norm = nn.utils.clip_grad_norm_(core.parameters(), options.clip_grad or math.inf)
-
-        # one meeting a step: the mean loss, whether some process was asked to stop, the bad records of all
-        mean, stopping, bad = mean_over_processes(torch.stack(
-            [loss, *loss.new_tensor([float(stop.is_set), float(bad)])])).tolist()
-        bad_count += round(bad * runtime.world)
-        check_bad(bad_count, (step + 1) * options.batch_size, options.max_bad)
-        if math.isfinite(mean) and math.isfinite(norm.item()):
-            skipped = 0
-            optimizer.step()
-        else:
-            skipped += 1
-            refuse_update(dict(loss=mean), norm.item(), step, skipped, out)
-        if (step + 1) % options.log_every == 0 or step + 1 == total:
-            log.line(step, dict(epoch=(step + 1) / steps_per_epoch, loss=mean, lr=lr, grad_norm=norm.item()))
-        else:
-            log.pulse(step)
-        if stopping:
-            if not skipped and save(step + 1) and runtime.is_main:
-                print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)
-            sys.exit(128 + (stop.number or signal.SIGTERM))
-        if time.monotonic() - saved > options.checkpoint_every and step + 1 < total and not skipped:
-            save(step + 1)
-            saved = time.monotonic()
-
-    if first < total and not save(total):
-        raise UserError(f"the finished model could not be saved in {out}: free some space and run the command again")
-    if runtime.is_main:
-        show_curves(out)
-    return core, test
-
-
-def announce(o: Options, model: Classifier, data, test, total: int, first: int, runtime: Runtime):
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"fine-tuning {'random weights' if o.from_scratch else o.checkpoint} with recipe {o.recipe}: "
-          f"{parameters / 1e6:.1f} M parameters, {len(data.classes)} classes, {len(data)} images, {total} steps of "
-          f"{o.batch_size}; {runtime.world} x {runtime.device.type}, {'bf16' if runtime.bf16 else 'fp32'}", flush=True)
-    for note in getattr(data, "notes", ()):
-        print(f"note: {note}", flush=True)
-    if data.name(0) == test.name(0):
-        print("note: these data have no test split: accuracy will be that on the training images", flush=True)
-    if first:
-        print(f"going on from step {first} of {o.out}/last.pt", flush=True)
-
-
-def main(argv=None):
-    options = parse_options(argv)
-    runtime = setup(options)
-    if options.eval:
-        state = load_finetuned(Path(options.out) / "last.pt")
-        model = classifier_of(state).to(runtime.device)
-        test = open_classes(options, "val", Config(**state["backbone"]).image_size, state["classes"])
-    else:
-        model, test = finetune(options, runtime)
-    result = evaluate(model, test, options, runtime)
-    if runtime.is_main:
-        print(f"fine-tuned, single crop: top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  "
-              f"({result['images']} images, {result['bad']} bad records left out)", flush=True)
-        if options.json:
-            Path(options.json).write_text(json.dumps(dict(result, task="finetune", data=options.data)) + "\n")
+def mix(images: Tensor, labels: Tensor, own: np.ndarray) -> tuple[Tensor, Tensor]:
+    """images (B, 3, H, W) float, labels (B, classes), B even, own (H, W) from draw_mixing -> images, labels, mixed."""
+    def mixed(x: Tensor, own: Tensor | float) -> Tensor:
+        partner = x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)         # rows 1 0 3 2 5 4 ...
+        return own * x + (1 - own) * partner
+    return mixed(images, torch.from_numpy(own).float().to(images.device)), mixed(labels, own.mean().item())
 
 
 if __name__ == "__main__":

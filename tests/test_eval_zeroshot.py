@@ -6,7 +6,7 @@ import io
 import json
 import re
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from data import ICINW, TEMPLATES_7, TEMPLATES_80, TEMPLATES_85, BytePairTokeniz
 from eval_zeroshot import (average_precision_11, class_accuracy, confusion, embed_classes, encode_texts, exact, main,
                            ranks, recall_at_k, recall_in_chunks, roc_auc, similarity, suite_score, top_k)
 from model import PRESETS, MaskCLIP
-from train import Runtime, save_checkpoint
+from train import Runtime, TrainOptions, save_checkpoint
 
 ALONE = Runtime(rank=0, world=1, device=torch.device("cpu"), bf16=False, workers=0)
 TINY = replace(PRESETS["pocket"], method="clip", image_size=32, patch_size=16, width=32, depth=1, heads=2,
@@ -37,7 +37,8 @@ def checkpoint(tmp_path_factory):
     tokenizer = BytePairTokenizer.train([world.scene(i).caption for i in range(200)], 640)
     model = MaskCLIP(replace(TINY, vocab_size=tokenizer.vocab_size), tokenizer.eot).eval()
     path = tmp_path_factory.mktemp("pretrained") / "last.pt"
-    assert save_checkpoint(path, model, tokenizer, model.config)
+    options = TrainOptions(**asdict(model.config), data=("shapes",))
+    assert save_checkpoint(path, model, tokenizer, options)
     return path, model, tokenizer
 
 
@@ -481,7 +482,7 @@ def test_a_damaged_archive_is_a_bad_record(tmp_path):
     with zipfile.ZipFile(archive, "w") as out:
         out.writestr("1.png", b"not an image")
     data.open_zip.cache_clear()
-    for i, told in ((0, "no '0.png'"), (1, "not an image")):
+    for i, told in ((0, "named '0.png'"), (1, "not an image")):
         with pytest.raises(data.BadRecord, match=told):
             files.read(i)
 
@@ -529,7 +530,7 @@ def test_suite_metrics():
     (["nowhere.pt"], ["no checkpoint at nowhere.pt"]),
     (["CHECKPOINT", "--data", "folder:nowhere"], ["nowhere"]),
     (["CHECKPOINT", "--data", "icinw:nowhere"], ["nowhere", "caltech-101"]),
-    (["CHECKPOINT", "--data", "shapes", "--task", "icinw"], ["--task icinw", "shapes"]),
+    (["CHECKPOINT", "--data", "shapes", "--task", "icinw"], ["cannot open 'shapes' for icinw", "icinw:DIR"]),
     (["CHECKPOINT", "--data", "shapes:objects=2-3", "--task", "classes"], ["no image", "class"]),
     (["CHECKPOINT", "--templates", "9"], ["cannot read", "templates", "9"]),
     (["CHECKPOINT", "--templates", "a {} or {}"], ["one {}", "a {} or {}"]),
