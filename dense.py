@@ -779,9 +779,8 @@ def upernet(argv=None):
 # x2 - x1 is its width, and the center of the first pixel is at 0.5.
 # ---------------------------------------------------------------------------------------------------------------------
 
-NMS_BLOCK = 64                 # boxes settled at a time
-POOLED_PIXELS = 1 << 21        # pixel reads of roi_align at a time, and
-PASTED_PIXELS = 1 << 24        # pixels of paste_masks: these two bound the memory
+NMS_BLOCK = 256                # boxes settled at a time
+ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two bound the memory
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -794,265 +793,199 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None = None) -> Tensor:
     """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first.
 
-    Going down the scores, a box is kept unless its IoU with one kept before exceeds the threshold.  The best boxes left
-    are settled among themselves, a block at a time; the survivors then strike out what they cover in the rest.
+    Going down the scores, a box is kept unless its IoU with one kept before exceeds the threshold.  Boxes of different
+    groups (N,), such as classes or pyramid levels, let each other be.
+
+    The best boxes left are settled among themselves, a block at a time: at first all stand, and then by turns those
+    fall that a standing one covers.  After k turns the best k + 1 are right, and once nothing changes all are.  The
+    survivors then strike out what they cover in the rest.
     """
-    order = np.argsort(-scores.detach().cpu().numpy(), kind="stable")
-    rest = np.ascontiguousarray(boxes.detach().cpu().numpy()[order].T)             # (4, N), best first
-    limit = rest.dtype.type(iou_threshold)
-    if float(limit) > iou_threshold:             # 0.3 rounds up to float32, and an IoU of just that value exceeds 0.3
-        limit = np.nextafter(limit, rest.dtype.type(-1))
+    groups = torch.zeros_like(scores) if groups is None else groups
 
-    def covers(a, b):
-        """Boxes (4, n, 1) and (4, m) -> (n, m) bool, True where their IoU exceeds the threshold."""
-        width = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
-        height = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
-        shared = np.maximum(width, 0, out=width) * np.maximum(height, 0, out=height)
-        union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-        with np.errstate(divide="ignore", invalid="ignore"):                       # 0/0 covers nothing
-            return shared / union > limit
+    def covers(a: Tensor, b: Tensor) -> Tensor:
+        """Indices (n,), (m,) -> (n, m) bool, True where box a would strike out box b."""
+        iou = box_iou(boxes[a], boxes[b]).double()             # 0.3 in float32 exceeds the threshold 0.3
+        return (iou > iou_threshold) & (groups[a, None] == groups[b])
 
-    kept = [order[:0]]
-    while len(order):
-        best, rest = rest[:, :NMS_BLOCK, None], rest[:, NMS_BLOCK:]
-        struck, alive = covers(best, best[:, :, 0]), np.ones(best.shape[1], dtype=bool)
-        for i in range(len(alive)):
-            if alive[i]:
-                alive[i + 1:] &= ~struck[i, i + 1:]
-        kept.append(order[:NMS_BLOCK][alive])
-        clear = ~covers(best[:, alive], rest).any(axis=0)
-        order, rest = order[NMS_BLOCK:][clear], rest[:, clear]
-    return torch.from_numpy(np.concatenate(kept)).to(boxes.device)
+    rest, kept = scores.sort(descending=True, stable=True).indices, []
+    while len(rest):
+        block, rest = rest[:NMS_BLOCK], rest[NMS_BLOCK:]
+        strikes = covers(block, block).triu(diagonal=1)        # (n, n), a row a better box
+        stands, before = torch.ones_like(block, dtype=torch.bool), None
+        while before is None or not torch.equal(stands, before):
+            before, stands = stands, ~(strikes & stands[:, None]).any(dim=0)       # (n,)
+        kept.append(block[stands])
+        rest = rest[~covers(kept[-1], rest).any(dim=0)]
+    return torch.cat([rest, *kept])
 
 
-def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """nms() within each group (N,), a class or pyramid level -> indices kept of all groups, by falling score."""
-    kept = [groups.new_empty(0, dtype=torch.long)]
-    for group in groups.unique():
-        members = (groups == group).nonzero()[:, 0]
-        kept.append(members[nms(boxes[members], scores[members], iou_threshold)])
-    kept = torch.cat(kept).sort().values                                           # so that the first of equals leads
-    return kept[scores[kept].sort(descending=True, stable=True).indices]
-
-
-def joined_ranges(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The ranges start[i] ... start[i] + count[i] - 1, end to end -> for each number its i, and the number."""
-    owner = torch.repeat_interleave(count)                                         # (count.sum(),)
-    return owner, torch.arange(len(owner), device=count.device) + (start - count.cumsum(0) + count)[owner]
-
-
-def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
-    """One axis of RoIAlign: what each of `length` pixels adds to the mean of a bin's samples -> (R * bins, length).
+def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> tuple[Tensor, Tensor]:
+    """One axis of RoIAlign: the pixels, of `length`, that a bin reads, and what each adds to the mean of its samples.
 
     low, high  (R,) the ends of the boxes, in coordinates where the center of the first pixel is 0
+    -> weights and pixels, (R, bins, n) each
     """
-    step = (high - low) / bins
-    samples = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
-    box, k = joined_ranges(torch.zeros_like(samples, dtype=torch.long), samples.long())        # (S,) each
-    bin = torch.arange(bins, device=low.device)
-    at = low[box, None] + bin * step[box, None] + ((k + 0.5) * step[box] / samples[box])[:, None]      # (S, bins)
-    share = ((at >= -1) & (at <= length)) / samples[box, None]                     # a sample farther out reads zero
-    at = at.clamp(0, length - 1)
-    pixel, cell = at.long(), (box[:, None] * bins + bin) * length
-    weights = torch.zeros(len(low) * bins * length, dtype=low.dtype, device=low.device)
-    weights.index_add_(0, (cell + pixel).flatten(), ((1 - at % 1) * share).flatten())
-    weights.index_add_(0, (cell + (pixel + 1).clamp(max=length - 1)).flatten(), (at % 1 * share).flatten())
-    return weights.view(-1, length)
+    low, step = low[:, None, None], ((high - low) / bins)[:, None, None]           # (R, 1, 1)
+    count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
+    bin = torch.arange(bins, device=low.device)[:, None]
+    k = torch.arange(max(count.flatten().long().tolist(), default=0), device=low.device)
+    at = low + (bin + (k + 0.5) / count.clamp(min=1)) * step                       # (R, bins, samples)
+    share = ((k < count) & (at >= -1) & (at <= length)) / count.clamp(min=1)       # a sample farther out reads zero
+    distance = at.clamp(0, length - 1)[..., None] - torch.arange(length, device=low.device)
+    weights = (share[..., None] * (1 - distance.abs()).clamp(min=0)).sum(dim=2)    # (R, bins, length), few above 0
+    return weights.topk(max((weights > 0).sum(dim=2).flatten().tolist(), default=0) or 1, dim=2)
 
 
 def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float,
               sampling_ratio: int = 0) -> Tensor:
     """Pool each box to a grid of bins, averaging bilinear samples (He et al. 2017, Mask R-CNN; half-pixel shift).
 
-    features        (B, C, H, W); the result (R, C, oh, ow) has a gradient with respect to it
+    features        (B, c, height, width); the result (R, c, rows, columns) has a gradient with respect to it
     boxes           (R, 5) image index, x1, y1, x2, y2 in pixels of the image
+    output_size     (rows, columns), or both as one number
     spatial_scale   size of the map over size of the image
     sampling_ratio  samples per bin and axis; 0 for one a pixel of the map, rounded up
 
-    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] features[y, x],
-    with few weights above 0.  So a bin is a bag of pixels, and one weighted embedding_bag fills all bins.
+    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] features[y, x].
     """
-    oh, ow = (output_size, output_size) if isinstance(output_size, int) else output_size
-    (B, C, H, W), R, device = features.shape, len(boxes), features.device
-    image, (x1, y1, x2, y2) = boxes[:, 0].long(), (boxes[:, 1:].detach() * spatial_scale - 0.5).T
-    wy, wx = bin_weights(y1, y2, oh, H, sampling_ratio), bin_weights(x1, x2, ow, W, sampling_ratio)
-    rows, columns = (wy != 0).sum(dim=1), (wx != 0).sum(dim=1)                     # (R * oh,), (R * ow,) pixels of each
-    first_row, first_column = rows.cumsum(0) - rows, columns.cumsum(0) - columns
-    (row_bin, y), (column_bin, x) = wy.nonzero().T, wx.nonzero().T                 # the pixels of all, end to end
-    wy, wx = wy[row_bin, y], wx[column_bin, x]
-    y = y + H * image[row_bin // oh]                                               # in the stack of all images
-
-    table, pooled = features.permute(0, 2, 3, 1).contiguous().view(B * H * W, C), []
-    reads = rows.view(R, oh).sum(dim=1) * columns.view(R, ow).sum(dim=1)           # (R,)
-    for box in torch.arange(R, device=device).split((reads.cumsum(0) // POOLED_PIXELS).bincount().tolist() or [0]):
-        row = (box[:, None] * oh + torch.arange(oh, device=device)).repeat_interleave(ow)      # (bins,) box, i, j
-        column = (box[:, None] * ow + torch.arange(ow, device=device)).repeat(1, oh).flatten()
-        bin, i = joined_ranges(first_row[row], rows[row])                          # (strips,) a pixel row of a bin
-        strip, j = joined_ranges(first_column[column[bin]], columns[column[bin]])  # (reads,) a pixel of a strip
-        count = rows[row] * columns[column]
-        pooled.append(F.embedding_bag((y[i] * W)[strip] + x[j], table, count.cumsum(0) - count, mode="sum",
-                                      per_sample_weights=(wy[i][strip] * wx[j]).to(table.dtype)))      # (bins, C)
-    return torch.cat(pooled).view(R, oh, ow, C).permute(0, 3, 1, 2)                # (R, C, oh, ow)
+    rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
+    channels, height, width = features.shape[1:]
+    table = features.permute(0, 2, 3, 1).reshape(-1, channels)                     # a row a pixel, of all images
+    (x1, y1, x2, y2), first = (boxes[:, 1:].detach() * spatial_scale - 0.5).T, boxes[:, 0].long() * height * width
+    order, pooled = (y2 - y1).argsort(), []                                        # those alike read as many pixels
+    for r in order.split(ALIGNED_BOXES):
+        wy, y = bin_weights(y1[r], y2[r], rows, height, sampling_ratio)            # (r, rows, m) each
+        wx, x = bin_weights(x1[r], x2[r], columns, width, sampling_ratio)          # (r, columns, n) each
+        weight = wy[:, :, None, :, None] * wx[:, None, :, None]                    # (r, rows, columns, m, n)
+        pixel = (first[r, None, None] + width * y)[:, :, None, :, None] + x[:, None, :, None]
+        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight.to(table.dtype), pixel))
+        pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
+    pooled = torch.cat(pooled).view(-1, rows, columns, channels).permute(0, 3, 1, 2)
+    return pooled[order.argsort()]
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Stretch probabilities (R, m, m) over their boxes (R, 4) in an image of size (H, W) -> masks (R, H, W) bool.
+    """Stretch probabilities (R, m, m) over their boxes (R, 4) in an image of `size` -> masks (R, height, width) bool.
 
     Bilinear: the box's edges are the outer edges of the mask's pixels, outside is 0, and a pixel is True where the
-    value reaches the threshold.  It is separable, so rows and columns are stretched by a matrix product each.
+    value reaches the threshold.
     """
-    def stretch(low, high, length):
-        """(R, length, m): what each pixel of a mask adds to each pixel of the image, along one axis."""
-        m, pixel = masks.shape[-1], torch.arange(length, device=boxes.device)
-        at = (pixel + 0.5 - low[:, None]) / (high - low)[:, None] * m - 0.5        # (R, length)
-        return (1 - (at[:, :, None] - torch.arange(m, device=boxes.device)).abs()).clamp(min=0)
-
-    pasted = torch.empty(len(masks), *size, dtype=torch.bool, device=boxes.device)
-    for r in torch.arange(len(masks)).split(max(1, PASTED_PIXELS // (size[0] * size[1]))):
-        x1, y1, x2, y2 = boxes[r].T
-        rows, columns = stretch(y1, y2, size[0]), stretch(x1, x2, size[1])
-        pasted[r] = rows @ masks[r].to(boxes.dtype) @ columns.transpose(1, 2) >= threshold
+    pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
+    y, x = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    for k, (x1, y1, x2, y2) in enumerate(boxes):
+        rows, columns = 2 * (y - y1) / (y2 - y1) - 1, 2 * (x - x1) / (x2 - x1) - 1             # -1 to 1 in the box
+        at = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)     # (height, width, 2)
+        value = F.grid_sample(masks[None, None, k].to(at.dtype), at[None], align_corners=False)
+        pasted[k] = value[0, 0] >= threshold
     return pasted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# COCO's masks.  Here a mask is its runs, (n, 2) integers: the start and end of each stretch of pixels inside it, with
-# pixels counted down the columns, first column first.  Files hold it as RLE, the lengths of the stretches outside and
-# inside by turns, in a list or packed into a string, or as polygons.
+# COCO's masks.  Files hold a mask as RLE, the numbers of pixels outside and inside by turns, down the columns, first
+# column first, in a list or packed into a string; or as polygons.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def encode_rle(mask: np.ndarray) -> dict:
-    """Mask (H, W), nonzero inside -> {"size": [H, W], "counts": bytes}: compressed RLE, the bytes of pycocotools."""
+    """Mask (height, width), nonzero inside -> {"size": [height, width], "counts": bytes}: RLE as pycocotools packs it.
+
+    From the fourth on, a count is stored less the count two before it.  Each number is cut into digits of five bits,
+    lowest first, until the rest is only sign; bit 5 of a digit says that more follow, and adding 48 makes it text.
+    """
     mask = np.asarray(mask)
     if mask.ndim != 2:
-        raise ValueError(f"want one mask (H, W), got an array of shape {mask.shape}")
-    edges = np.flatnonzero(np.diff(mask.T.ravel() != 0, prepend=False, append=False))
-    return runs_to_rle(edges.reshape(-1, 2), *mask.shape)
+        raise ValueError(f"want one mask (height, width), got an array of shape {mask.shape}")
+    changes = np.flatnonzero(np.diff(mask.T.ravel() != 0, prepend=False))
+    counts, text = np.diff(changes, prepend=0, append=mask.size).tolist(), bytearray()
+    for k, number in enumerate(counts):
+        if k > 2:
+            number -= counts[k - 2]
+        more = True
+        while more:
+            digit, number = number & 31, number >> 5
+            more = number != (-1 if digit & 16 else 0)         # the top bit of the last digit is the sign
+            text.append(digit + 32 * more + 48)
+    return {"size": list(mask.shape), "counts": bytes(text)}
+
+
+def unpack_counts(text: bytes) -> list[int]:
+    """Undoes what encode_rle does to the counts."""
+    counts, number, shift = [], 0, 0
+    for digit in (code - 48 for code in text):
+        if not 0 <= digit < 64:
+            break
+        number += (digit & 31) << shift
+        shift += 5
+        if digit < 32:                                         # the last of its number
+            number -= (digit & 16) << (shift - 4)              # 16 as sign is -16, in place of +16
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number, shift = 0, 0
+    else:
+        if counts and shift == 0:
+            return counts
+    raise ValueError(f"the string {text[:20]!r} is cut off or no RLE")
 
 
 def decode_rle(rle: dict) -> np.ndarray:
-    """RLE, its counts a list, str or bytes -> mask (H, W) uint8, 1 inside."""
-    runs, (h, w) = rle_to_runs(rle), rle["size"]
-    lengths = np.diff(runs.ravel(), prepend=0, append=h * w)
-    return np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2, lengths).reshape(w, h).T
-
-
-def runs_to_rle(runs: np.ndarray, h: int, w: int) -> dict:
-    """Runs -> compressed RLE.
-
-    From the fourth on, a length is stored less the length two before it.  Each number is cut into digits of five bits,
-    lowest first, until the rest is only sign; bit 5 of a digit says that more follow, and adding 48 makes it text.
-    """
-    lengths = np.diff(runs.ravel(), prepend=0, append=h * w)
-    if len(runs) and lengths[-1] == 0:
-        lengths = lengths[:-1]
-    number = lengths.copy()
-    number[3:] -= lengths[1:-2]
-    number = number[:, None] >> np.arange(0, 35, 5)                                # (n, 7) what is left at each digit
-    digit, rest = number & 31, number >> 5
-    more = rest != -(digit >> 4)
-    used = np.insert(more[:, :-1], 0, True, axis=1)
-    return {"size": [int(h), int(w)], "counts": (digit + 32 * more + 48)[used].astype(np.uint8).tobytes()}
-
-
-def rle_to_runs(rle: dict) -> np.ndarray:
-    """RLE, compressed or not -> runs.  ValueError if it does not describe a mask of its size."""
+    """RLE, its counts a list, str or bytes -> mask (height, width) uint8, 1 inside.  ValueError if it is malformed."""
     try:
-        (h, w), lengths = rle["size"], rle["counts"]
-        if isinstance(lengths, (str, bytes)):
-            lengths = unpack_lengths(lengths.encode() if isinstance(lengths, str) else lengths)
-        lengths = np.asarray(lengths, dtype=np.int64)
-    except (KeyError, TypeError, ValueError) as error:
+        (height, width), counts = rle["size"], rle["counts"]
+        if isinstance(counts, (str, bytes)):
+            counts = unpack_counts(counts.encode() if isinstance(counts, str) else counts)
+        counts = np.asarray(counts, dtype=np.int64)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"malformed RLE, want size [h, w] and counts, integers or a string: {error!r}") from None
-    if (lengths < 0).any() or lengths.sum() != h * w:
-        raise ValueError(f"malformed RLE: runs of {lengths.sum()} pixels in all for a mask of {h}x{w}")
-    return lengths.cumsum()[:len(lengths) // 2 * 2].reshape(-1, 2)
+    if (counts < 0).any() or counts.sum() != height * width:
+        raise ValueError(f"malformed RLE: runs of {counts.sum()} pixels in all for a mask of {height}x{width}")
+    return np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts).reshape(width, height).T
 
 
-def unpack_lengths(text: bytes) -> np.ndarray:
-    """The string of a compressed RLE -> its lengths: undoes what runs_to_rle does."""
-    code = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
-    last = code < 32                                                               # digit of its number
-    if len(code) == 0 or (code & ~63).any() or not last[-1]:
-        raise ValueError(f"the string {text[:20]!r} is cut off or no RLE")
-    end = np.flatnonzero(last) + 1
-    first = np.append(0, end[:-1])
-    shift = 5 * (np.arange(len(code)) - np.repeat(first, end - first))
-    number = np.add.reduceat((code & 31) << shift, first)
-    number -= (code[last] >> 4) << 5 * (end - first)                               # the top bit of the last is the sign
-    number[1::2] = number[1::2].cumsum()
-    number[2::2] = number[2::2].cumsum()
-    return number
+def polygons_to_mask(polygons: list, height: int, width: int) -> np.ndarray:
+    """Polygons [[x1, y1, x2, y2, ...], ...] of one object -> their union (height, width) uint8, as pycocotools has it.
 
-
-def polygons_to_rle(polygons: list, h: int, w: int) -> dict:
-    """Polygons [[x1, y1, x2, y2, ...], ...] of one object -> RLE of their union, the bytes of pycocotools."""
-    return runs_to_rle(polygons_to_runs(polygons, h, w), h, w)
-
-
-def polygons_to_mask(polygons: list, h: int, w: int) -> np.ndarray:
-    """Polygons [[x1, y1, x2, y2, ...], ...] of one object -> their union (H, W) uint8, the pixels of pycocotools."""
-    return decode_rle(polygons_to_rle(polygons, h, w))
-
-
-def polygons_to_runs(polygons: list, h: int, w: int) -> np.ndarray:
-    """Polygons -> runs of their union: a pixel is inside while more runs have started than ended."""
-    if not isinstance(polygons, (list, tuple)) or len(polygons) == 0:
-        raise ValueError(f"want a list of polygons [x1, y1, x2, y2, ...], got {str(polygons)[:60]}")
-    edges = np.concatenate([polygon_edges(polygon, h, w) for polygon in polygons])
-    edges, which = np.unique(edges, return_inverse=True)
-    inside = np.bincount(which, weights=np.resize([1, -1], len(which))).cumsum() > 0
-    return edges[np.diff(inside, prepend=False)].reshape(-1, 2)
-
-
-def polygon_edges(polygon: list, h: int, w: int) -> np.ndarray:
-    """One polygon -> the edges of its runs, start and end by turns (COCO's rleFrPoly).
-
-    The outline is walked on a grid five times finer than the pixels.  Where it crosses the middle of a pixel column,
+    An outline is walked on a grid five times finer than the pixels.  Where it crosses the middle of a pixel column,
     all pixels from there on are flipped, so that those between two crossings are inside.
     """
-    try:
-        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
-        points = np.zeros((0, 2))
-    if len(points) < 3 or not np.isfinite(points).all():
-        raise ValueError(f"want a polygon [x1, y1, x2, y2, ...] of 3 points or more, got {str(polygon)[:60]}")
-    start = (5 * points + 0.5).astype(np.int64)                                    # toward zero, as a cast in C
-    end = np.roll(start, -1, axis=0)
-    extent = np.abs(end - start)
-    steep = extent[:, 1] > extent[:, 0]
-    start[steep], end[steep] = start[steep, ::-1], end[steep, ::-1]                # (longer axis, shorter axis)
-    back = end[:, 0] < start[:, 0]
-    start[back], end[back] = end[back], start[back]
-    steps = end[:, 0] - start[:, 0]
-    slope = (end - start)[:, 1] / np.maximum(steps, 1)
+    if not isinstance(polygons, (list, tuple)) or len(polygons) == 0:
+        raise ValueError(f"want a list of polygons [x1, y1, x2, y2, ...], got {str(polygons)[:60]}")
+    union = np.zeros(height * width, dtype=np.uint8)
+    for polygon in polygons:
+        try:
+            points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+        except (TypeError, ValueError):
+            points = np.zeros((0, 2))
+        if len(points) < 3 or not np.isfinite(points).all():
+            raise ValueError(f"want a polygon [x1, y1, x2, y2, ...] of 3 points or more, got {str(polygon)[:60]}")
+        corners = (5 * points + 0.5).astype(np.int64)                              # toward zero, as a cast in C
+        crossings = [crossed_columns(*ends, height, width) for ends in zip(corners, np.roll(corners, -1, axis=0))]
+        flips = np.bincount(np.concatenate(crossings), minlength=height * width)[:height * width]
+        union |= (flips.cumsum() % 2).astype(np.uint8)
+    return union.reshape(width, height).T
 
-    side = np.repeat(np.arange(len(points)), steps + 1)                            # from here on one row a point passed
-    step = np.arange(len(side)) - (np.cumsum(steps + 1) - steps - 1)[side]
-    step = np.where(back[side], steps[side] - step, step)
-    longer = start[side, 0] + step
-    shorter = (start[side, 1] + slope[side] * step + 0.5).astype(np.int64)
-    x, y = np.where(steep[side], (shorter, longer), (longer, shorter))
 
+def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The pixels, counted down the columns, above whose upper edge a side of a polygon crosses the column's middle.
+
+    The side goes from start (x, y) to end, on the grid of five steps a pixel: along its longer axis, from the lower
+    coordinate to the higher, a step at a time.
+    """
+    axis = int(abs(end - start)[1] > abs(end - start)[0])                          # the longer one
+    if start[axis] > end[axis]:
+        start, end = end, start
+    steps = np.arange(end[axis] - start[axis] + 1)
+    slope = (end - start) / max(len(steps) - 1, 1)
+    x, y = ((start + slope * steps[:, None]) + 0.5).astype(np.int64).T
+    if axis == 0:
+        x = start[0] + steps
+    else:
+        y = start[1] + steps
     column, place = np.divmod(np.minimum(x[1:], x[:-1]), 5)
-    crossing = (x[1:] != x[:-1]) & (place == 2) & (column >= 0) & (column < w)
-    row = np.clip((np.minimum(y[1:], y[:-1]) + 2) // 5, 0, h)
-    flips, times = np.unique((column * h + row)[crossing], return_counts=True)
-    return flips[times % 2 == 1]
-
-
-def shared_pixels(a: np.ndarray, b: np.ndarray) -> float:
-    """Number of pixels inside both of two masks, given as runs."""
-    if len(a) == 0 or len(b) == 0 or a[0, 0] >= b[-1, 1] or b[0, 0] >= a[-1, 1]:
-        return 0.0
-    length = a[:, 1] - a[:, 0]
-    covered = length.cumsum()
-    before = np.interp(b, a.ravel(), np.stack((covered - length, covered), axis=1).ravel())   # pixels of a before it
-    return (before[:, 1] - before[:, 0]).sum()
+    row = np.clip((np.minimum(y[1:], y[:-1]) + 2) // 5, 0, height)
+    crossed = (x[1:] != x[:-1]) & (place == 2) & (column >= 0) & (column < width)
+    return (column * height + row)[crossed]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1063,7 +996,7 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_POINTS = np.linspace(0, 1, 101)
 AREAS = {"": (0, 1e10), "s": (0, 32 ** 2), "m": (32 ** 2, 96 ** 2), "l": (96 ** 2, 1e10)}     # both ends included
 MAX_DETECTIONS = (1, 10, 100)                                                      # of each image and category
-MISS, HIT, PASSED = 0, 1, 2                                                       # what becomes of a detection
+MISS, HIT, PASSED = 0, 1, 2                                                        # what becomes of a detection
 
 
 def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type: str = "bbox") -> dict[str, float]:
@@ -1091,49 +1024,22 @@ def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type:
     unknown = {detection["image_id"] for detection in detections} - set(images)
     if unknown:
         raise ValueError(f"detections of {len(unknown)} images not in the ground truth, such as {unknown.pop()!r}")
-    image_rank = {image: rank for rank, image in enumerate(sorted(images))}
-    categories = sorted({category["id"] for category in ground_truth["categories"]})
-    category_rank = {category: rank for rank, category in enumerate(categories)}
+    objects, found = by_category_and_image(ground_truth["annotations"]), by_category_and_image(detections)
 
-    def grouped(records, score):
-        """Records sorted by group, which is category and image, then by falling score; their groups and scores."""
-        records = [r for r in records if r["category_id"] in category_rank and r["image_id"] in image_rank]
-        group = [category_rank[r["category_id"]] * len(images) + image_rank[r["image_id"]] for r in records]
-        group, score = np.array(group, dtype=np.int64), np.array([score(r) for r in records], dtype=float)
-        order = np.lexsort((-score, group))                                        # stable
-        return [records[i] for i in order], group[order], score[order]
+    precision, recall = {name: [] for name in AREAS}, {name: [] for name in AREAS}
+    for category in sorted({category["id"] for category in ground_truth["categories"]}):
+        here, there = objects.get(category, {}), found.get(category, {})
+        scenes = [Scene(here.get(i, []), there.get(i, []), images[i], iou_type)
+                  for i in sorted(images) if i in here or i in there]
+        for name, (low, high) in AREAS.items():
+            outcomes, n_objects = zip(*(match(scene, low, high) for scene in scenes)) if scenes else ((), ())
+            if sum(n_objects):
+                curve = precision_and_recall(outcomes, [scene.scores for scene in scenes], sum(n_objects))
+                precision[name].append(curve[0])
+                recall[name].append(curve[1])
 
-    objects, object_group, _ = grouped(ground_truth["annotations"], lambda r: 0)
-    crowd = np.array([bool(o.get("iscrowd")) for o in objects], dtype=bool)
-    object_shapes, object_areas = shapes_and_areas(objects, images, iou_type)
-    object_sizes = np.array([o.get("area", area) for o, area in zip(objects, object_areas)], dtype=float)
-
-    found, group, score = grouped(detections, lambda r: r["score"])
-    rank = np.arange(len(found)) - np.searchsorted(group, group)                   # within the group
-    found = [d for d, r in zip(found, rank) if r < MAX_DETECTIONS[-1]]
-    group, score, rank = (x[rank < MAX_DETECTIONS[-1]] for x in (group, score, rank))
-    shapes, areas = shapes_and_areas(found, images, iou_type)
-    sizes = np.array([d["bbox"][2] * d["bbox"][3] if "bbox" in d else a for d, a in zip(found, areas)], dtype=float)
-
-    first = np.searchsorted(object_group, group)
-    count = np.searchsorted(object_group, group, side="right") - first
-    det = np.repeat(np.arange(len(found)), count)                                  # (P,) each detection with
-    obj = np.arange(len(det)) + np.repeat(first - np.cumsum(count) + count, count)     # each object of its group
-    iou = pair_iou(shapes, areas, object_shapes, object_areas, crowd, det, obj)
-    det, obj, iou = (x[iou >= IOU_THRESHOLDS[0]] for x in (det, obj, iou))
-
-    starts = np.searchsorted(group, np.arange(len(categories) + 1) * len(images))  # of a category's detections
-    precision, recall = {}, {}
-    for name, (low, high) in AREAS.items():
-        ignored = crowd | (object_sizes < low) | (object_sizes > high)
-        outcome = match_detections(det, obj, iou, rank, crowd, ignored)             # (T, detections)
-        outcome[(outcome == MISS) & ((sizes < low) | (sizes > high))] = PASSED
-        n_objects = np.bincount(object_group[~ignored] // max(len(images), 1), minlength=len(categories))
-        curves = [precision_and_recall(outcome[:, a:b], score[a:b], rank[a:b], n)
-                  for a, b, n in zip(starts, starts[1:], n_objects) if n]
-        precision[name] = np.array([p for p, _ in curves]).reshape(-1, len(IOU_THRESHOLDS), len(RECALL_POINTS))
-        recall[name] = np.array([r for _, r in curves]).reshape(-1, len(MAX_DETECTIONS), len(IOU_THRESHOLDS))
-
+    precision = {name: np.array(curves).reshape(-1, 10, 101) for name, curves in precision.items()}
+    recall = {name: np.array(values).reshape(-1, 3, 10) for name, values in recall.items()}
     values = {f"AP{name}": precision[name] for name in AREAS}
     values |= {"AP50": precision[""][:, 0], "AP75": precision[""][:, 5]}
     values |= {f"AR{most}": recall[""][:, i] for i, most in enumerate(MAX_DETECTIONS)}
@@ -1141,83 +1047,98 @@ def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type:
     return {name: float(value.mean()) if value.size else -1.0 for name, value in values.items()}
 
 
-def shapes_and_areas(records: list[dict], images: dict, iou_type: str) -> tuple[np.ndarray | list, np.ndarray]:
-    """What is compared of N records: boxes (N, 4), or the runs of their masks as a list; and the areas (N,)."""
-    shapes = []
+def by_category_and_image(records: list[dict]) -> dict:
+    """Records -> {category: {image: [records]}}"""
+    groups = {}
     for record in records:
-        try:
-            if iou_type == "bbox":
-                x, y, width, height = record["bbox"]
-                shapes.append((x, y, width, height))
-                continue
-            mask, image = record["segmentation"], images[record["image_id"]]
-            h, w = image["height"], image["width"]
-            if isinstance(mask, dict) and list(mask["size"]) != [h, w]:
-                raise ValueError(f"the mask is of size {mask['size']}, the image {[h, w]}")
-            shapes.append(polygons_to_runs(mask, h, w) if isinstance(mask, list) else rle_to_runs(mask))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"image {record['image_id']!r} has a record without a valid {iou_type}: {error}") from None
-    if iou_type == "segm":
-        return shapes, np.array([(runs[:, 1] - runs[:, 0]).sum() for runs in shapes], dtype=float)
-    boxes = np.array(shapes, dtype=float).reshape(-1, 4)
-    return boxes, boxes[:, 2] * boxes[:, 3]
+        groups.setdefault(record["category_id"], {}).setdefault(record["image_id"], []).append(record)
+    return groups
 
 
-def pair_iou(shapes, areas, object_shapes, object_areas, crowd, det, obj) -> np.ndarray:
-    """IoU of detection det[p] with object obj[p] -> (P,); for a crowd, the share of the detection that lies in it."""
-    a, b, in_crowd = areas[det], object_areas[obj], crowd[obj]
-    if isinstance(shapes, list):
-        shared = np.zeros(len(det))                                                # stays 0 for areas too far apart
-        for p in np.flatnonzero(np.minimum(a, b) >= IOU_THRESHOLDS[0] * np.where(in_crowd, a, np.maximum(a, b))):
-            shared[p] = shared_pixels(shapes[det[p]], object_shapes[obj[p]])
-    else:
-        x, y = shapes[det], object_shapes[obj]                                     # (P, 4)
-        sides = np.minimum(x[:, :2] + x[:, 2:], y[:, :2] + y[:, 2:]) - np.maximum(x[:, :2], y[:, :2])
-        shared = np.maximum(sides, 0).prod(axis=1)
-    return np.divide(shared, np.where(in_crowd, a, a + b - shared), out=np.zeros(len(det)), where=shared > 0)
+class Scene:
+    """The G objects of one category in one image beside the D detections, best first.
 
-
-def match_detections(det, obj, iou, rank, crowd, ignored) -> np.ndarray:
-    """What becomes of each detection at each IoU threshold, (T, detections): MISS, HIT or PASSED.
-
-    det, obj, iou  (P,) the pairs of a group whose IoU reaches the lowest threshold
-    rank           (detections,) place of each in its group, by falling score
-    crowd, ignored (objects,) bool, True where an object may be matched again, and where it does not count
-
-    From the best of a group down, each detection takes the free object that it overlaps most: one that counts if it
-    can, of equals the later one.  Groups do not touch each other, so the r-th detections of all groups choose together.
+    iou (D, G);  crowd (G,) bool;  object_sizes (G,);  scores, sizes (D,)
     """
-    outcome = np.full((len(IOU_THRESHOLDS), len(rank)), MISS, dtype=np.int8)
-    taken = np.zeros((len(IOU_THRESHOLDS), len(ignored)), dtype=bool)
-    order = np.lexsort((obj, iou, ~ignored[obj], det, rank[det]))                  # a detection's best pair is its last
-    det, obj, iou = det[order], obj[order], iou[order]
-    turns = np.searchsorted(rank[det], np.arange(MAX_DETECTIONS[-1] + 1))
-    for start, stop in zip(turns, turns[1:]):
-        if start == stop:
-            continue
-        d, o = det[start:stop], obj[start:stop]
-        free = (iou[start:stop] >= IOU_THRESHOLDS[:, None]) & (crowd[o] | ~taken[:, o])              # (T, pairs)
-        first = np.flatnonzero(np.diff(d, prepend=-1))                             # pair of each detection
-        best = np.maximum.reduceat(np.where(free, np.arange(len(o)), -1), first, axis=1)             # (T, detections)
-        t, i = np.nonzero(best >= 0)
-        won = o[best[t, i]]
-        taken[t, won] = True
-        outcome[t, d[first[i]]] = np.where(ignored[won], PASSED, HIT)
-    return outcome
+    def __init__(self, objects: list[dict], found: list[dict], image: dict, iou_type: str):
+        found = sorted(found, key=lambda d: -d["score"])[:MAX_DETECTIONS[-1]]      # equals stay in their order
+        shapes, object_shapes = ([read_shape(record, image, iou_type) for record in some] for some in (found, objects))
+        shared, areas, object_areas = (box_areas if iou_type == "bbox" else mask_areas)(shapes, object_shapes)
+        self.crowd = np.array([bool(o.get("iscrowd")) for o in objects], dtype=bool)
+        union = np.where(self.crowd, 0, object_areas - shared) + areas[:, None]    # of a crowd any part will do
+        self.iou = shared / np.maximum(union, 1e-10)
+        self.object_sizes = np.array([o.get("area", area) for o, area in zip(objects, object_areas)])
+        self.sizes = np.array([d["bbox"][2] * d["bbox"][3] if "bbox" in d else a for d, a in zip(found, areas)])
+        self.scores = np.array([d["score"] for d in found], dtype=float)
 
 
-def precision_and_recall(outcome, score, rank, n_objects: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Of one category: precision at the recall points (T, 101), and recall of the best 1, 10, 100 an image (3, T).
+def read_shape(record: dict, image: dict, iou_type: str) -> tuple | np.ndarray:
+    """A record's box x, y, width, height, or its mask, (height, width) bool."""
+    try:
+        if iou_type == "bbox":
+            x, y, width, height = record["bbox"]
+            return x, y, width, height
+        mask, size = record["segmentation"], (image["height"], image["width"])
+        mask = (polygons_to_mask(mask, *size) if isinstance(mask, list) else decode_rle(mask)) == 1
+        if mask.shape != size:
+            raise ValueError(f"the mask is of size {list(mask.shape)}, the image {list(size)}")
+        return mask
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"image {record['image_id']!r} has a record without a valid {iou_type}: {error}") from None
+
+
+def box_areas(a: list[tuple], b: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """N and M boxes x, y, width, height -> area that each pair shares (N, M), areas (N,) and (M,)."""
+    a, b = (np.array(boxes, dtype=float).reshape(-1, 4) for boxes in (a, b))
+    start, end = a[:, None, :2], a[:, None, :2] + a[:, None, 2:]                   # (N, 1, 2)
+    sides = np.minimum(end, b[:, :2] + b[:, 2:]) - np.maximum(start, b[:, :2])     # (N, M, 2)
+    return np.maximum(sides, 0).prod(axis=2), a[:, 2] * a[:, 3], b[:, 2] * b[:, 3]
+
+
+def mask_areas(a: list[np.ndarray], b: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same of N and M masks."""
+    shared = [[np.count_nonzero(x & y) for y in b] for x in a]
+    areas, others = (np.array([np.count_nonzero(mask) for mask in masks], dtype=float) for masks in (a, b))
+    return np.array(shared, dtype=float).reshape(len(a), len(b)), areas, others
+
+
+def match(scene: Scene, low: float, high: float) -> tuple[np.ndarray, int]:
+    """What becomes of each detection at each IoU threshold (T, D), and how many objects there are to find.
+
+    From the best down, each detection takes the free object that it overlaps most: one that counts if it can, of
+    equals the later one.  What takes a crowd or an object of another size is passed over, neither hit nor miss; so is
+    what takes nothing and is itself of another size.  A crowd can be taken again.
+    """
+    passed = scene.crowd | (scene.object_sizes < low) | (scene.object_sizes > high)            # (G,)
+    of_other_size = (scene.sizes < low) | (scene.sizes > high)
+    outcome = np.tile(np.where(of_other_size, PASSED, MISS), (len(IOU_THRESHOLDS), 1))         # (T, D)
+    iou, everything = scene.iou.tolist(), range(len(passed))
+    for t, threshold in enumerate(IOU_THRESHOLDS):
+        taken = set()
+        for d, overlaps in enumerate(iou):
+            free = [g for g in everything if overlaps[g] >= threshold and g not in taken]
+            if free:
+                best = max(free, key=lambda g: (not passed[g], overlaps[g], g))
+                outcome[t, d] = PASSED if passed[best] else HIT
+                if not scene.crowd[best]:
+                    taken.add(best)
+    return outcome, int((~passed).sum())
+
+
+def precision_and_recall(outcomes: list[np.ndarray], scores: list[np.ndarray], n_objects: int) -> tuple:
+    """Of one category, from the outcomes (T, D) and scores (D,) in all images: precision at the recall points (T, 101),
+    and recall of the best 1, 10, 100 an image (3, T).
 
     The precision at a recall is the best one at that recall or above, and 0 where the recall is not reached.
     """
-    order = np.argsort(-score, kind="stable")
-    hit, miss = outcome[:, order] == HIT, outcome[:, order] == MISS                # (T, detections)
-    hits, misses = hit.cumsum(axis=1), miss.cumsum(axis=1)
+    recall = [sum((outcome[:, :most] == HIT).sum(axis=1) for outcome in outcomes) / n_objects
+              for most in MAX_DETECTIONS]
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    outcome = np.concatenate(outcomes, axis=1)[:, order]                           # (T, all detections)
+    hits, misses = (outcome == HIT).cumsum(axis=1), (outcome == MISS).cumsum(axis=1)
     precision = np.pad(hits / np.maximum(hits + misses, 1), ((0, 0), (0, 1)))
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    at_points = [p[np.searchsorted(r, RECALL_POINTS)] for p, r in zip(precision, hits / n_objects)]
-    return at_points, [(hit & (rank[order] < most)).sum(axis=1) / n_objects for most in MAX_DETECTIONS]
+    return [p[np.searchsorted(r, RECALL_POINTS)] for p, r in zip(precision, hits / n_objects)], recall
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1426,7 +1347,7 @@ class MaskRCNN(nn.Module):
         for score, box, k, size in zip(*(torch.cat(x, dim=1) for x in (best, boxes, level)), sizes):
             box, is_left = clip_boxes(box, *size)
             box = box[is_left]
-            proposals.append(box[batched_nms(box, score[is_left], k[is_left], 0.7)[:keep]])
+            proposals.append(box[nms(box, score[is_left], 0.7, k[is_left])[:keep]])
         return proposals
 
     def pool(self, maps: list[Tensor], boxes: list[Tensor], bins: int) -> Tensor:
@@ -1485,7 +1406,7 @@ class MaskRCNN(nn.Module):
             boxes, is_left = clip_boxes(decode_boxes(delta, boxes[:, None], BOX_SCALE), *size)       # (P, C, 4), (P, C)
             place, label = ((score > self.options.score_threshold) & is_left).nonzero(as_tuple=True)
             boxes, score = boxes[place, label], score[place, label]
-            best = batched_nms(boxes, score, label, 0.5)[:MAX_DETECTIONS[-1]]
+            best = nms(boxes, score, 0.5, label)[:MAX_DETECTIONS[-1]]
             objects.append(dict(boxes=boxes[best], labels=label[best], scores=score[best]))
         boxes, labels = ([found[key] for found in objects] for key in ("boxes", "labels"))
         masks = of_class(self.mask_head(self.pool(maps, boxes, MASK_BINS)), torch.cat(labels)).sigmoid()
