@@ -779,7 +779,7 @@ def upernet(argv=None):
 # x2 - x1 is its width, and the center of the first pixel is at 0.5.
 # ---------------------------------------------------------------------------------------------------------------------
 
-NMS_BLOCK = 256                # boxes settled at a time
+NMS_BLOCK = 64                 # boxes settled at a time
 ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two bound the memory
 
 
@@ -947,11 +947,11 @@ def polygons_to_mask(polygons: list, height: int, width: int) -> np.ndarray:
     """Polygons [[x1, y1, x2, y2, ...], ...] of one object -> their union (height, width) uint8, as pycocotools has it.
 
     An outline is walked on a grid five times finer than the pixels.  Where it crosses the middle of a pixel column,
-    all pixels from there on are flipped, so that those between two crossings are inside.
+    inside and outside change places for all pixels from there on: the crossings, sorted, are the edges of an RLE.
     """
     if not isinstance(polygons, (list, tuple)) or len(polygons) == 0:
         raise ValueError(f"want a list of polygons [x1, y1, x2, y2, ...], got {str(polygons)[:60]}")
-    union = np.zeros(height * width, dtype=np.uint8)
+    union = np.zeros((height, width), dtype=np.uint8)
     for polygon in polygons:
         try:
             points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
@@ -961,9 +961,9 @@ def polygons_to_mask(polygons: list, height: int, width: int) -> np.ndarray:
             raise ValueError(f"want a polygon [x1, y1, x2, y2, ...] of 3 points or more, got {str(polygon)[:60]}")
         corners = (5 * points + 0.5).astype(np.int64)                              # toward zero, as a cast in C
         crossings = [crossed_columns(*ends, height, width) for ends in zip(corners, np.roll(corners, -1, axis=0))]
-        flips = np.bincount(np.concatenate(crossings), minlength=height * width)[:height * width]
-        union |= (flips.cumsum() % 2).astype(np.uint8)
-    return union.reshape(width, height).T
+        counts = np.diff(np.sort(np.concatenate(crossings)), prepend=0, append=height * width)
+        union |= decode_rle({"size": [height, width], "counts": counts})
+    return union
 
 
 def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -977,11 +977,9 @@ def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int)
         start, end = end, start
     steps = np.arange(end[axis] - start[axis] + 1)
     slope = (end - start) / max(len(steps) - 1, 1)
-    x, y = ((start + slope * steps[:, None]) + 0.5).astype(np.int64).T
-    if axis == 0:
-        x = start[0] + steps
-    else:
-        y = start[1] + steps
+    path = (start + slope * steps[:, None] + 0.5).astype(np.int64)                 # (steps, 2)
+    path[:, axis] = start[axis] + steps
+    x, y = path.T
     column, place = np.divmod(np.minimum(x[1:], x[:-1]), 5)
     row = np.clip((np.minimum(y[1:], y[:-1]) + 2) // 5, 0, height)
     crossed = (x[1:] != x[:-1]) & (place == 2) & (column >= 0) & (column < width)
@@ -1073,16 +1071,16 @@ class Scene:
 
 
 def read_shape(record: dict, image: dict, iou_type: str) -> tuple | np.ndarray:
-    """A record's box x, y, width, height, or its mask, (height, width) bool."""
+    """A record's box x, y, width, height, or its mask, (height * width,) bool."""
     try:
         if iou_type == "bbox":
             x, y, width, height = record["bbox"]
             return x, y, width, height
         mask, size = record["segmentation"], (image["height"], image["width"])
-        mask = (polygons_to_mask(mask, *size) if isinstance(mask, list) else decode_rle(mask)) == 1
+        mask = polygons_to_mask(mask, *size) if isinstance(mask, list) else decode_rle(mask)
         if mask.shape != size:
             raise ValueError(f"the mask is of size {list(mask.shape)}, the image {list(size)}")
-        return mask
+        return mask.ravel(order="F") == 1
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"image {record['image_id']!r} has a record without a valid {iou_type}: {error}") from None
 
