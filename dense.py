@@ -12,6 +12,7 @@ of four blocks as they are and trains everything.  With no options each command 
 Letters: B images, C classes (or words), D width, E embedding, H x W pixels of an image, w pixels along a window.
 Labels are 0 ... C-1, and 255 for pixels that do not count.      Check:  python -m pytest tests/test_segmentation.py
 """
+import colorsys
 import itertools
 import json
 import math
@@ -39,10 +40,11 @@ from data import BadRecord, UserError
 from losses import mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, StopSignal, check_bad, check_full, check_same_data, find_resumable, first_look,
-                   layer_decay_groups, load_checkpoint, load_resumed, load_state, parse, refuse_update, report_bad,
-                   run, save_atomically, seeded, setup, show_curves)
+                   gather, layer_decay_groups, load_checkpoint, load_resumed, load_state, parse, refuse_update,
+                   report_bad, run, save_atomically, seeded, setup, show_curves)
 
 IGNORED = 255
+MEAN_COLOR = tuple(round(255 * mean) for mean in data_module.MEAN)                   # is 0 to the model
 BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
 
 
@@ -123,16 +125,55 @@ def slide(image: Tensor, predict: Callable[[Tensor], Tensor], window: int, strid
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+def palette(n: int) -> np.ndarray:
+    """(n, 3) uint8, colors that differ, those of neighbors most."""
+    colors = [colorsys.hsv_to_rgb(0.618 * i % 1, (1, 0.6, 0.8)[i % 3], (0.9, 1, 0.7)[i // 3 % 3]) for i in range(n)]
+    return np.uint8(255 * np.array(colors))
+
+
+def sheet(rows: list[list[tuple[str, PIL.Image.Image]]], height: int, line: int = 18, gap: int = 6) -> PIL.Image.Image:
+    """Rows of (text, picture): each picture, made `height` pixels high, with the lines of its text above it."""
+    rows = [[(text, picture.resize((max(1, round(height * picture.width / picture.height)), height), NEAREST))
+             for text, picture in row] for row in rows]
+    head = line * max(text.count("\n") + 1 for row in rows for text, _ in row)
+    width = gap + max(picture.width for row in rows for _, picture in row)
+    page = PIL.Image.new("RGB", (width * max(map(len, rows)), (head + height + gap) * len(rows)), "white")
+    pen, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(13)
+    for i, row in enumerate(rows):
+        for j, (text, picture) in enumerate(row):
+            x, y = j * width, i * (head + height + gap)
+            pen.text((x, y), text, "black", font)
+            page.paste(picture, (x, y + head))
+    return page
+
+
+def draw_labels(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, n_classes: int) -> list[tuple]:
+    """image (h, w, 3), two label maps (H, W) -> (text, picture) of each, darker where the truth is not known."""
+    colors, known = palette(n_classes), (truth != IGNORED)[:, :, None]
+    true_colors = colors[np.where(truth == IGNORED, 0, truth)] * known                               # (H, W, 3)
+    pictures = dict(image=image, truth=true_colors, prediction=colors[predicted] // np.where(known, 1, 3))
+    return [(text, PIL.Image.fromarray(pixels.astype(np.uint8))) for text, pixels in pictures.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The test that zero-shot segmentation and UperNet share
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class SegmentationOptions(RunOptions):
+class EvalOptions(RunOptions):
+    """What all commands take that are tested on labels."""
     checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
-    data: str = opt("shapes:objects=2-4", "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR or voc:DIR")
     json: str = opt("", "file for the results, as one JSON object")
-    draw: int = opt(8, "how many images are drawn into OUT/maps.png, with truth and prediction")
+    draw: int = opt(8, "how many test images are drawn into a picture in OUT, truth beside prediction")
     limit: int = opt(0, "how many images to test on, 0: all", "test")
+
+
+@dataclass
+class SegmentationOptions(EvalOptions):
+    data: str = opt("shapes:objects=2-4", "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR or voc:DIR")
     background: str = opt("auto", "label 0: left out or a class; auto: left out where the protocol does so (ADE20K, "
                           "Pascal Context, Shapes)", "test", ("auto", "ignore", "class"))
     test_size: int = opt(0, "test images are resized to this, pixels; 0: as the paper", "test")
@@ -141,7 +182,7 @@ class SegmentationOptions(RunOptions):
 
 
 def open_segmentation(options: SegmentationOptions, split: str):
-    """The data set, the names of its C classes, and whether its label maps must be reduced."""
+    """The data set, the names of its classes, and whether its label maps must be reduced."""
     data = data_module.open_data(options.data, split, "segmentation", size=options.test_size)
     names, reduce = list(data.classes), data.reduce_zero_label
     if options.background == "class" and reduce:
@@ -167,80 +208,68 @@ class ResizeTransform:
         return dict(images=data_module.to_tensor(image), labels=labels)
 
 
+def each_test_image(data, transform, options: EvalOptions, runtime, bad: list, collate=data_module.collate):
+    """This process's share of the test images, a batch of one each, up to --limit; bad records are told, and join bad."""
+    loader, done = data_module.eval_loader(data, transform, 1, runtime.rank, runtime.world, runtime.workers, collate), 0
+    for batch in data_module.progress(loader, len(loader), "images tested", runtime.is_main):
+        report_bad(batch["bad"])
+        bad += batch["bad"]
+        if "images" in batch:
+            yield batch
+            done += 1
+        if options.limit and done * runtime.world >= options.limit:
+            break
+
+
+def write_json(options, results: dict, task: str):
+    if options.json:
+        Path(options.json).write_text(json.dumps(dict(results, task=task)) + "\n")
+
+
 @torch.no_grad()
 def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, runtime, out: Path, protocol: dict):
-    """Tests score, (3, h, w) -> (C, h, w), against all labels at their own size; prints, draws and writes the results:
+    """Tests score, (3, h, w) -> (classes, h, w), against all labels at their own size; prints, draws and writes:
 
     miou, accuracy, class_accuracy (its mean over classes), images, bad (records), iou {class: IoU, None for NaN}, and
     the protocol that these numbers depend on
     """
     data, names, reduce = open_segmentation(options, "val")
-    loader = data_module.eval_loader(data, ResizeTransform(options.test_size, options.fit, reduce), 1, runtime.rank,
-                                     runtime.world, runtime.workers)
     confusion = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
-    counts, rows, started = torch.zeros(2, dtype=torch.long, device=runtime.device), [], time.monotonic()
-    for batch in data_module.progress(loader, len(loader), "images tested", runtime.is_main):
-        bad = report_bad(batch["bad"])
-        counts += torch.tensor([1 - bad, bad], device=runtime.device)
-        if not bad:
-            with runtime.autocast():
-                scores = score(data_module.normalize(batch["images"].to(runtime.device))[0])         # (C, h, w)
-            truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                          # (H, W)
-            predicted = resize(scores[None], truth.shape)[0].argmax(dim=0)                           # (H, W)
-            confusion += confusion_matrix(truth, predicted, len(names))
-            if len(rows) < options.draw:
-                rows.append((batch["images"][0].permute(1, 2, 0).numpy(), truth.cpu().numpy(), predicted.cpu().numpy()))
-        if options.limit and counts[0] * runtime.world >= options.limit:
-            break
-    if runtime.world > 1:
-        dist.all_reduce(confusion)
-        dist.all_reduce(counts)
-    if not counts[0]:
+    n_images, bad, drawn, started = 0, [], [], time.monotonic()
+    transform = ResizeTransform(options.test_size, options.fit, reduce)
+    for batch in each_test_image(data, transform, options, runtime, bad):
+        with runtime.autocast():
+            scores = score(data_module.normalize(batch["images"].to(runtime.device))[0])             # (classes, h, w)
+        truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                              # (H, W)
+        predicted = resize(scores[None], truth.shape)[0].argmax(dim=0)                               # (H, W)
+        confusion += confusion_matrix(truth, predicted, len(names))
+        n_images += 1
+        if len(drawn) < options.draw:
+            pixels = batch["images"][0].permute(1, 2, 0).numpy()
+            drawn.append(draw_labels(pixels, truth.cpu().numpy(), predicted.cpu().numpy(), len(names)))
+    confusion, n_images, n_bad = map(sum, zip(*gather((confusion.cpu(), n_images, len(bad)), runtime)))
+    if not n_images:
         raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
-    confusion = confusion.cpu()
     if not confusion.any():
-        raise UserError(f"no pixel of the {counts[0]} test images of {options.data} has a label")
+        raise UserError(f"no pixel of the {n_images} test images of {options.data} has a label")
     miou, iou, accuracy = mean_iou(confusion)
     by_class = (confusion.diag() / confusion.sum(dim=1)).nanmean().item()
-    results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=counts[0].item(), bad=counts[1].item(),
+    protocol = dict(data=options.data, resized_to=f"{options.fit} {options.test_size}", **protocol,
+                    classes=f"{len(names)} ({data_module.fingerprint(names)})",
+                    label_0="left out" if reduce else names[0])
+    results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=n_images, bad=n_bad,
                    iou={name: None if math.isnan(value) else value for name, value in zip(names, iou.tolist())},
-                   protocol=dict(data=options.data, resized_to=f"{options.fit} {options.test_size}", **protocol,
-                                 classes=f"{len(names)} ({data_module.fingerprint(names)})",
-                                 label_0="left out" if reduce else names[0]))
+                   protocol=protocol)
     if runtime.is_main:
-        known = sorted(((value, name) for name, value in results["iou"].items() if value is not None), reverse=True)
-        for what, some in (("best", known[:5]), ("worst", known[-5:])):
-            print(f"{what:9} " + "   ".join(f"{name} {value:.1%}" for value, name in some))
-        print("protocol  " + "   ".join(f"{key.replace('_', ' ')} {v}" for key, v in results["protocol"].items()))
-        print(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({counts[0]} images, "
-              f"{counts[1]} bad, {time.monotonic() - started:.0f} s)", flush=True)
-        if rows:
+        print("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
+        print(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({n_images} images, "
+              f"{n_bad} bad, {time.monotonic() - started:.0f} s)", flush=True)
+        if drawn:
             out.mkdir(parents=True, exist_ok=True)
-            draw_label_maps(rows, len(names)).save(out / "maps.png")
+            sheet(drawn, 192).save(out / "maps.png")
             print(f"image, truth and prediction side by side: {out}/maps.png", flush=True)
-        if options.json:
-            Path(options.json).write_text(json.dumps(dict(results, task="segmentation")) + "\n")
+        write_json(options, results, "segmentation")
     return results
-
-
-def palette(n: int) -> np.ndarray:
-    """(n, 3) uint8, colors that differ, those of neighbors most."""
-    hsv = [(int(158.2 * i) % 256, (255, 160, 210)[i % 3], (235, 255, 170)[i // 3 % 3]) for i in range(n)]
-    return np.asarray(PIL.Image.frombytes("HSV", (n, 1), bytes(sum(hsv, ()))).convert("RGB"))[0]
-
-
-def draw_label_maps(rows: list[tuple], n_classes: int, cell: int = 192) -> PIL.Image.Image:
-    """Rows of image (h, w, 3), true and predicted labels (H, W): side by side, darker where the truth is not known."""
-    colors, gap = palette(n_classes), 4
-    sheet = PIL.Image.new("RGB", (3 * (cell + gap), len(rows) * (cell + gap)), "white")
-    for k, (image, truth, predicted) in enumerate(rows):
-        known = (truth != IGNORED)[:, :, None]
-        pictures = [image, colors[truth * known[:, :, 0]] * known, colors[predicted] // np.where(known, 1, 3)]
-        size = [round(cell * side / max(truth.shape)) for side in truth.shape[::-1]]
-        for column, pixels in enumerate(pictures):
-            picture = PIL.Image.fromarray(pixels.astype(np.uint8)).resize(size, NEAREST)
-            sheet.paste(picture, (column * (cell + gap), k * (cell + gap)))
-    return sheet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,14 +279,20 @@ def draw_label_maps(rows: list[tuple], n_classes: int, cell: int = 192) -> PIL.I
 @dataclass
 class ZeroShotOptions(SegmentationOptions):
     templates: str = opt("auto", "sentences around a name: 85, 80, 7, a file, or one with {}; auto: 85 (paper), for "
-                         "shapes a {}", "test")
+                         "a model trained on shapes a {}", "test")
     value_path: str = opt("code", "last block: with residual and MLP as DenseCLIP's code, or plain as its text", "test",
                           ("code", "plain"))
 
 
-def templates_for(choice: str, spec: str) -> tuple[str, ...]:
-    """What --templates says.  The Shapes world's language knows few words, so its default is the plainest sentence."""
-    return data_module.find_templates(choice if choice != "auto" else "a {}" if spec.startswith("shapes") else "85")
+def reads_shapes_only(model: MaskCLIP) -> bool:
+    """Whether the Shapes world is all that a model was pre-trained on: its language knows few words."""
+    return bool(model.trained_on) and all(spec.startswith("shapes") for spec in model.trained_on)
+
+
+def templates_for(choice: str, model: MaskCLIP) -> tuple[str, ...]:
+    """What --templates says; auto takes sentences such as the model has read."""
+    auto = "a {}" if reads_shapes_only(model) else "85"
+    return data_module.find_templates(auto if choice == "auto" else choice)
 
 
 def patch_scores(model: MaskCLIP, texts: Tensor, path: str) -> Callable[[Tensor], Tensor]:
@@ -279,7 +314,7 @@ def zeroshot(argv=None):
     window, spec = config.image_size, options.data
     paper = 480 if spec.startswith("pascal-context") else 512
     options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else paper * window // 224)
-    templates = templates_for(options.templates, spec)
+    templates = templates_for(options.templates, model)
     names = open_segmentation(options, "val")[1]
     texts = model.encode_classes(data_module.progress(names, len(names), "classes embedded", runtime.is_main),
                                  templates, tokenizer)                                              # (C, E)
@@ -309,9 +344,9 @@ class WordOptions(RunOptions):
     caption: str = opt("", "its caption")
     words: str = opt("", "words or phrases to look for, with commas; empty: those of the caption that mean something")
     unit: str = opt("auto", "what of the caption a map is drawn for: words, as in the paper's figures, or phrases; "
-                    "auto: words, for shapes phrases, whose text tower has read no form without its color", "run",
-                    ("auto", "word", "phrase"))
-    templates: str = opt("auto", "sentences around a word, as for zeroshot; auto: 85 (paper silent), for shapes a {}")
+                    "auto: words, for a model trained on shapes phrases, as it has read no form without its color",
+                    "run", ("auto", "word", "phrase"))
+    templates: str = opt("auto", "sentences around a word, as for zeroshot (paper silent)")
     value_path: str = opt("code", "last block: with residual and MLP, or plain", "run", ("code", "plain"))
     test_size: int = opt(0, "short side of the image, pixels, seen in windows of the model's size; 0: that size")
     scale: str = opt("shared", "a word's colors go from its least to its greatest value: over both models, or in each",
@@ -369,25 +404,16 @@ def overlay(image: PIL.Image.Image, values: np.ndarray, low: float, high: float)
     return PIL.Image.fromarray((0.4 * gray + 0.6 * colors).astype(np.uint8))                         # (H, W, 3)
 
 
-def draw_word_maps(rows: list[tuple], models: list[str], own_scale: bool, cell: int = 160) -> PIL.Image.Image:
-    """Rows of (image, caption, phrases, maps (models, phrases, H, W)): the image, then each phrase's map by each."""
-    font, gap, line = PIL.ImageFont.load_default(14), 6, 20
-    names = models if len(models) > 1 else [""]                     # a line for them only where there are several
-    top = (2 + bool(names[0])) * line
-    high, wide = top + cell + line, [round(cell * image.width / image.height) for image, *_ in rows]
-    width = max((1 + len(phrases) * len(names)) * (w + gap) for w, (_, _, phrases, _) in zip(wide, rows))
-    sheet = PIL.Image.new("RGB", (width + gap, len(rows) * high), "white")
-    draw = PIL.ImageDraw.Draw(sheet)
-    for k, (w, (image, caption, phrases, maps)) in enumerate(zip(wide, rows)):
-        draw.text((gap, k * high), caption, "black", font)
-        sheet.paste(image.resize((w, cell)), (gap, k * high + top))
-        for (j, phrase), (m, name) in itertools.product(enumerate(phrases), enumerate(names)):
-            x = gap + (1 + j * len(names) + m) * (w + gap)
-            span = maps[m, j] if own_scale else maps[:, j]
-            draw.text((x, k * high + line), phrase, "black", font)
-            draw.text((x, k * high + 2 * line), name, "#606060", font)
-            sheet.paste(overlay(image, maps[m, j], span.min(), span.max()).resize((w, cell)), (x, k * high + top))
-    return sheet
+def draw_words(image: PIL.Image.Image, caption: str, phrases: list[str], maps: np.ndarray, models: list[str],
+               own_scale: bool) -> list[tuple]:
+    """maps (models, phrases, H, W) -> (text, picture): the image below its caption, then each phrase's map by each."""
+    pictures = [(caption, image)]
+    for j, phrase in enumerate(phrases):
+        for values, name in zip(maps[:, j], models):
+            span = values if own_scale else maps[:, j]
+            text = f"\n{phrase}\n{name}" if len(models) > 1 else f"\n{phrase}"
+            pictures.append((text, overlay(image, values, span.min(), span.max())))
+    return pictures
 
 
 def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Image, str]]:
@@ -398,9 +424,9 @@ def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Im
         except BadRecord as error:
             raise UserError(f"--image {options.image}: {error}") from None
     data, pairs = data_module.open_data(options.data, "val", "captions", size=size), []
-    order = np.random.default_rng(options.seed).permutation(len(data)).tolist()
-    while order and len(pairs) < options.samples:
-        i = order.pop()
+    for i in np.random.default_rng(options.seed).permutation(len(data)).tolist():
+        if len(pairs) == options.samples:
+            break
         try:
             sample = data.read(i)
             pairs.append((data_module.decode(sample.image), sample.captions[0] if sample.captions else ""))
@@ -413,37 +439,36 @@ def words(argv=None):
     options = parse(WordOptions, __doc__, argv, positional=("checkpoint",))
     runtime, out = setup(options), Path(options.out or "runs/words")
     paths = [options.checkpoint, options.compare] if options.compare else [options.checkpoint]
-    loaded = [load_checkpoint(path, runtime.device) for path in paths]              # (model, tokenizer, config) each
-    spec = "" if options.image else options.data
-    templates, rows, arrays = templates_for(options.templates, spec), [], {}
-    unit = options.unit if options.unit != "auto" else "phrase" if spec.startswith("shapes") else "word"
-    pictures = captioned_images(options, loaded[0][2].image_size)
+    models, tokenizers, configs = zip(*(load_checkpoint(path, runtime.device) for path in paths))
+    methods = [config.method for config in configs]
+    names = paths if len(set(methods)) < len(methods) else methods
+    templates = templates_for(options.templates, models[0])
+    unit = ("phrase" if reads_shapes_only(models[0]) else "word") if options.unit == "auto" else options.unit
+    asked = [phrase.strip() for phrase in options.words.split(",") if phrase.strip()]
+    pictures, rows, arrays = captioned_images(options, configs[0].image_size), [], {}
     for k, (image, caption) in enumerate(data_module.progress(pictures, len(pictures), "pictures")):
-        phrases = [*filter(None, map(str.strip, options.words.split(",")))] or words_of(caption, unit)
+        phrases = asked or words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
         maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer),
                                    options.value_path, options.test_size)
-                         for model, tokenizer, _ in loaded])                        # (models, phrases, H, W)
-        rows.append((image, caption, phrases, maps))
+                         for model, tokenizer in zip(models, tokenizers)])          # (models, phrases, H, W)
+        rows.append(draw_words(image, caption, phrases, maps, names, options.scale == "own"))
         arrays.update({f"image{k}": np.asarray(image), f"words{k}": np.array(phrases), f"maps{k}": maps})
     out.mkdir(parents=True, exist_ok=True)
-    methods = [config.method for _, _, config in loaded]
-    names = methods if len(set(methods)) == len(methods) else paths
-    draw_word_maps(rows, names, options.scale == "own").save(out / "words.png")
+    sheet(rows, 160).save(out / "words.png")
     np.savez_compressed(out / "words.npz", models=np.array(paths), **arrays)
     print(f"{out}/words.png: {len(rows)} images;  {out}/words.npz: image, words and maps of each", flush=True)
     pointing = {}
-    if spec.startswith("shapes"):       # where the truth is known
-        for name, (model, tokenizer, config) in zip(names, loaded):
-            world = data_module.open_data(spec, "val", "segmentation", size=config.image_size)
+    if options.data.startswith("shapes") and not options.image:                     # where the truth is known
+        for name, model, tokenizer, config in zip(names, models, tokenizers, configs):
+            world = data_module.open_data(options.data, "val", "segmentation", size=config.image_size)
             hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates, options.value_path,
                                        options.test_size)
             print(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
                   f"(chance {share:.1%})", flush=True)
             pointing[name] = dict(hit=hit, chance=share)
-    if options.json:
-        Path(options.json).write_text(json.dumps(dict(pointing, task="words")) + "\n")
+    write_json(options, pointing, "words")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,23 +551,6 @@ class UperNet(nn.Module):
         return resize(self(images)[0], images.shape[2:])
 
 
-@torch.no_grad()
-def parts_of(net: UperNet, images: Tensor) -> list[tuple[str, int, list[tuple]]]:
-    """(name, number of parameters, shapes (channels, h, w) of its outputs) of each part, from one pass over images."""
-    parts = {**dict(net.pyramid.named_children()), **dict(net.named_children())}
-    del parts["pyramid"]
-    layers = {name: part if isinstance(part, nn.ModuleList) else [part] for name, part in parts.items()}
-    layers["visual"] = [net.pyramid.visual.blocks[tap - 1] for tap in net.pyramid.taps]              # (1+N, D) each
-    shapes = {name: [] for name in parts}
-    hooks = [layer.register_forward_hook(lambda _, __, out, name=name: shapes[name].append(tuple(out.shape[1:])))
-             for name in parts for layer in layers[name]]
-    net.eval().training = True                      # the auxiliary head too, but batch norm as in a test
-    net(images)
-    for hook in hooks:
-        hook.remove()
-    return [(name, sum(p.numel() for p in part.parameters()), shapes[name]) for name, part in parts.items()]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: augmentation, loss, and the loop that UperNet and Mask R-CNN share
 # ---------------------------------------------------------------------------------------------------------------------
@@ -596,29 +604,22 @@ def linear_schedule(step: int, total: int, warmup: int) -> float:
     return (1 - step / total) * min(1.0, 1e-6 + step / max(warmup, 1))
 
 
-def affine(image: PIL.Image.Image, scale: float, offset: float = 0.0) -> PIL.Image.Image:
-    """scale * v + offset for each 8-bit value v, clipped."""
-    values = (np.arange(256) * scale + offset).clip(0, 255).astype(np.uint8)
-    return image.point(list(values) * len(image.getbands()))
-
-
 def photometric_distortion(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
     """Brightness +-32, contrast and saturation x 0.5 to 1.5, hue +-18 of 180, each for half of the images (SSD)."""
     brightness, contrast, contrast_first, saturation, hue = rng.random(5) < 0.5
-    gain = rng.uniform(0.5, 1.5)
+    gain = rng.uniform(0.5, 1.5) if contrast else 1
     if brightness:
-        image = affine(image, 1, rng.uniform(-32, 32))
-    if contrast and contrast_first:
-        image = affine(image, gain)
+        offset = rng.uniform(-32, 32)
+        image = image.point(lambda value: value + offset)                           # rounded and clipped to 0 ... 255
+    if contrast_first:
+        image = image.point(lambda value: gain * value)
     if saturation or hue:
+        factor = rng.uniform(0.5, 1.5) if saturation else 1
+        turn = rng.integers(-18, 18) * 256 / 180 if hue else 0
         h, s, v = image.convert("HSV").split()
-        if saturation:
-            s = affine(s, rng.uniform(0.5, 1.5))
-        if hue:
-            turn = rng.integers(-18, 18) * 256 / 180
-            h = h.point([round(value + turn) % 256 for value in range(256)])
+        h, s = h.point(lambda value: round(value + turn) % 256), s.point(lambda value: factor * value)
         image = PIL.Image.merge("HSV", (h, s, v)).convert("RGB")
-    return affine(image, gain) if contrast and not contrast_first else image
+    return image if contrast_first else image.point(lambda value: gain * value)
 
 
 @dataclass
@@ -631,31 +632,33 @@ class CropTransform:
 
     def __call__(self, sample, rng: np.random.Generator) -> dict:
         image = data_module.decode(sample.image)
-        labels = reduce_zero_label(sample.label_map) if self.reduce else sample.label_map
+        labels = PIL.Image.fromarray(reduce_zero_label(sample.label_map) if self.reduce else sample.label_map)
         sides = scaled_sides(*image.size, self.size * rng.uniform(0.5, 2))
-        labels = np.asarray(PIL.Image.fromarray(labels).resize(sides, NEAREST))
-        left, top = self.corner(labels, rng)
-        labels = labels[top:top + self.crop, left:left + self.crop]
-        height, width = labels.shape
-        image = image.resize(sides, BILINEAR).crop((left, top, left + width, top + height))
+        labels = labels.resize(sides, NEAREST)
+        area = self.area(np.asarray(labels), rng)
+        image, labels = image.resize(sides, BILINEAR).crop(area), labels.crop(area)
         if rng.random() < 0.5:
-            image, labels = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), labels[:, ::-1]
-        mean_color = tuple(round(255 * mean) for mean in data_module.MEAN)          # 0 to the model
-        padded = PIL.Image.new("RGB", (self.crop, self.crop), mean_color)
-        padded.paste(photometric_distortion(image, rng) if self.distort else image, (0, 0))
-        full = np.full((self.crop, self.crop), IGNORED, dtype=np.int64)
-        full[:height, :width] = labels
-        return dict(images=data_module.to_tensor(padded), labels=torch.from_numpy(full))
+            image, labels = (picture.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) for picture in (image, labels))
+        if self.distort:
+            image = photometric_distortion(image, rng)
+        labels = torch.from_numpy(np.array(self.padded(labels, IGNORED)))
+        return dict(images=data_module.to_tensor(self.padded(image, MEAN_COLOR)), labels=labels.long())
 
-    def corner(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
-        """(left, top) of a random crop with several classes, none over 75% of what has a label; ten redraws at most."""
+    def area(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """A random crop with several classes, none over 75% of what has a label; ten redraws at most."""
+        height, width = labels.shape
         for _ in range(1 + 10):
-            top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in labels.shape)
-            area = labels[top:top + self.crop, left:left + self.crop]
-            count = np.bincount(area.ravel(), minlength=256)[:IGNORED]
+            top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in (height, width))
+            bottom, right = min(top + self.crop, height), min(left + self.crop, width)
+            count = np.bincount(labels[top:bottom, left:right].ravel(), minlength=256)[:IGNORED]
             if (count > 0).sum() > 1 and count.max() < 0.75 * count.sum():
                 break
-        return left, top
+        return left, top, right, bottom
+
+    def padded(self, picture: PIL.Image.Image, color) -> PIL.Image.Image:
+        canvas = PIL.Image.new(picture.mode, (self.crop, self.crop), color)
+        canvas.paste(picture)
+        return canvas
 
 
 def pixel_cross_entropy(scores: Tensor, labels: Tensor, mean_over: str = "all") -> Tensor:
@@ -756,9 +759,8 @@ def upernet(argv=None):
     if runtime.is_main:
         print(f"UperNet, recipe {options.recipe}, on blocks {net.pyramid.taps} of {options.checkpoint}: {len(names)} "
               f"classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
-        for name, count, shapes in parts_of(net, torch.zeros(2, 3, options.crop, options.crop, device=runtime.device)):
-            print(f"{name:10}{count:12,}  " + "  ".join("x".join(map(str, shape)) for shape in shapes))
-        print(f"{'in all':10}{sum(p.numel() for p in net.parameters()):12,}  parameters", flush=True)
+        for name, part in net.named_children():
+            print(f"{name:10}{sum(p.numel() for p in part.parameters()):12,}  parameters", flush=True)
 
     def losses_of(net: nn.Module, batch: dict) -> dict[str, Tensor]:
         labels = batch["labels"].to(runtime.device)
@@ -1155,6 +1157,7 @@ LARGEST_GROWTH = 1000 / 16              # how many times a box can become as lar
 BOX_SCALE = (0.1, 0.1, 0.2, 0.2)        # of the numbers that the box head puts out
 FINEST_SIDE = 14                        # boxes up to twice as large, in strides of the finest map, are read from there
 BOX_BINS, MASK_BINS = 7, 14             # of roi_align, for the two heads
+DRAWN_HEIGHT = 320                      # of a picture of detections
 NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are to find no object
 
 
@@ -1214,7 +1217,7 @@ def assign(iou: Tensor, positive: float, negative: float, low_quality: float = m
     return torch.where(last > 0, last - 1, assigned)
 
 
-def sample(assigned: Tensor, count: int, share: float) -> tuple[Tensor, Tensor]:
+def draw_boxes(assigned: Tensor, count: int, share: float) -> tuple[Tensor, Tensor]:
     """Indices drawn at random: of boxes with an object at most a `share` of `count`, of NEGATIVE ones the rest."""
     def draw(candidates: Tensor, most: int) -> Tensor:
         indices = candidates.nonzero()[:, 0]
@@ -1426,7 +1429,7 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: li
     score_loss, box_loss, drawn = 0, 0, 0
     for score, delta, target in zip(scores, deltas, targets):
         assigned = assign(box_iou(target["boxes"], anchors), 0.7, 0.3, low_quality=0.3)
-        positives, negatives = sample(assigned, count, 0.5)
+        positives, negatives = draw_boxes(assigned, count, 0.5)
         chosen = score[torch.cat([positives, negatives])]
         truth = (torch.arange(len(chosen), device=score.device) < len(positives)).to(score.dtype)
         wanted = encode_boxes(target["boxes"][assigned[positives]], anchors[positives])
@@ -1442,21 +1445,16 @@ def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int) -> tuple[Tensor
     boxes = torch.cat([true_boxes, proposals])
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
     assigned = assign(box_iou(true_boxes, boxes), 0.5, 0.5)
-    positives, negatives = sample(assigned, count, 0.25)
+    positives, negatives = draw_boxes(assigned, count, 0.25)
     return boxes[positives], boxes[negatives], assigned[positives]
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
 
 @dataclass
-class MaskRCNNOptions(FineTuneOptions, RunOptions):
-    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
+class MaskRCNNOptions(FineTuneOptions, EvalOptions):
     data: str = opt("shapes:objects=2-4,val=500", "coco:DIR, or shapes, whose classes are the 8 forms of any color")
-    json: str = opt("", "file for the results, as one JSON object")
-    draw: str = opt("8", "how many test images are drawn, truth and detections, into OUT/detections.png; or a "
-                    "folder, for a picture of each")
     eval: bool = opt(False, "only test OUT/last.pt", "test")
-    limit: int = opt(0, "how many images to test on, 0: all", "test")
     score_threshold: float = opt(0.05, "least score of a detection (mmdetection)", "test")
     recipe: str = opt("auto", "the defaults of all other options: the paper's on COCO, or one for a CPU; auto: the "
                       "latter for shapes", "recipe", ("auto", "coco", "pocket"))
@@ -1548,26 +1546,28 @@ class TrainObjects:
 
     def __call__(self, sample, rng: np.random.Generator) -> dict:
         image = data_module.decode(sample.image)
-        (W, H), (w, h) = image.size, fitted_sides(*image.size, self.short, self.long)
-        things = [thing for thing in sample.objects if self.label_of[thing["category"]] >= 0 and not thing["crowd"]
-                  and data_module.has_area(thing["box"], W, H)]
-        boxes = np.array([thing["box"] for thing in things]).reshape(-1, 4).clip(0, [W, H, W, H])
-        boxes = boxes * [w / W, h / H, w / W, h / H]
-        masks = np.zeros((len(things), h, w), dtype=bool)
-        for k, thing in enumerate(things):
-            masks[k] = PIL.Image.fromarray(decode_mask(thing["mask"], H, W)).resize((w, h), NEAREST)
-        image = image.resize((w, h), BILINEAR)
-        if rng.random() < 0.5:
+        width, height = image.size
+        sides = fitted_sides(width, height, self.short, self.long)
+        image, mirrored = image.resize(sides, BILINEAR), rng.random() < 0.5
+        boxes, labels, masks = np.zeros((0, 4)), [], np.zeros((0, *sides[::-1]), dtype=bool)
+        for thing in sample.objects:
+            label = self.label_of[thing["category"]]
+            if label >= 0 and not thing["crowd"] and data_module.has_area(thing["box"], width, height):
+                mask = PIL.Image.fromarray(decode_mask(thing["mask"], height, width)).resize(sides, NEAREST)
+                boxes, masks = np.append(boxes, [thing["box"]], axis=0), np.append(masks, [mask], axis=0)
+                labels.append(label)
+        boxes = boxes.clip(0, [width, height] * 2) / ([width, height] * 2) * (sides * 2)
+        if mirrored:
             image, masks = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1].copy()
-            boxes = ([w, 0, w, 0] + [-1, 1, -1, 1] * boxes)[:, [2, 1, 0, 3]]
-        labels = np.array([self.label_of[thing["category"]] for thing in things], dtype=np.int64)
-        return dict(images=data_module.to_tensor(image), boxes=boxes.astype(np.float32), labels=labels, masks=masks)
+            boxes[:, [0, 2]] = sides[0] - boxes[:, [2, 0]]
+        return dict(images=data_module.to_tensor(image), boxes=boxes.astype(np.float32),
+                    labels=np.array(labels, dtype=np.int64), masks=masks)
 
 
 @dataclass
 class EvalObjects:
-    """A record, resized -> images uint8 (3, h, w), full_size (H, W) before that, and truth, COCO's annotations of all
-    objects of a known class, with category_id the class and without image_id."""
+    """A record, resized -> images uint8 (3, h, w), full_size (height, width) before that, and truth, COCO's annotations
+    of all objects of a known class, with category_id the class and without image_id."""
     short: int
     long: int
     label_of: list[int]
@@ -1577,10 +1577,9 @@ class EvalObjects:
         for thing in sample.objects:
             (x1, y1, x2, y2), mask, label = thing["box"], thing["mask"], self.label_of[thing["category"]]
             if label >= 0:
-                drawn = isinstance(mask, np.ndarray)
                 truth.append(dict(category_id=label, bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=int(thing["crowd"]),
-                                  area=float(mask.sum()) if drawn else thing["area"],
-                                  segmentation=encode_rle(mask) if drawn else mask))
+                                  area=thing["area"] if "area" in thing else float(mask.sum()),
+                                  segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
         resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
         return dict(images=data_module.to_tensor(resized), full_size=image.size[::-1], truth=truth)
 
@@ -1593,7 +1592,7 @@ def collate_padded(items: list[dict], multiple: int) -> dict:
     """
     whole = [item for item in items if "images" in item]
     sizes = [tuple(item["images"].shape[1:]) for item in whole]
-    mean = torch.tensor(data_module.MEAN).mul(255).round().byte()[:, None, None]           # what is 0 to the model
+    mean = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
     for item, (h, w) in zip(whole, sizes):
         canvas = mean.repeat(1, *(-(-max(sides) // multiple) * multiple for sides in zip(*sizes)))
         canvas[:, :h, :w] = item["images"]
@@ -1619,40 +1618,28 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
     OUT/detections.json   all that was found, as COCO's server takes it
     """
     data, names, label_of = open_objects(options, "val", names)
-    loader = data_module.eval_loader(
-        data, EvalObjects(options.short_side, options.long_side, label_of), 1, runtime.rank, runtime.world,
-        runtime.workers, partial(collate_padded, multiple=net.strides[3]))
     images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
-    folder, n_drawn = (None, int(options.draw)) if options.draw.isdigit() else (Path(options.draw), 0)
-    for batch in data_module.progress(loader, len(loader), "images tested", runtime.is_main):
-        bad.append(report_bad(batch["bad"]))
-        if "images" in batch:
-            with runtime.autocast():
-                objects = net.detect(data_module.normalize(batch["images"].to(runtime.device)), batch["sizes"])[0]
-            (h, w), (H, W), i, truth = (batch[key][0] for key in ("sizes", "full_size", "index", "truth"))
-            records = as_records(objects, H / h, W / w, (H, W))
-            images.append(dict(id=int(i), height=H, width=W))
-            annotations += [dict(record, image_id=int(i)) for record in truth]
-            found += [dict(record, image_id=int(i)) for record in records]
-            if folder or len(drawn) < 2 * n_drawn:
-                picture = PIL.Image.fromarray(batch["images"][0, :, :h, :w].permute(1, 2, 0).numpy()).resize((W, H))
-                drawn += [draw_records(picture, some, names) for some in (truth, records)]
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-                arrange([drawn.pop(0), drawn.pop(0)], 2).save(folder / f"{int(i):06}.png")
-        if options.limit and len(images) * runtime.world >= options.limit:
-            break
-    if runtime.world > 1:
-        parts = [None] * runtime.world
-        dist.all_gather_object(parts, (images, annotations, found, bad))
-        images, annotations, found, bad = (sum(lists, []) for lists in zip(*parts))
+    for batch in each_test_image(data, EvalObjects(options.short_side, options.long_side, label_of), options, runtime,
+                                 bad, partial(collate_padded, multiple=net.strides[3])):
+        with runtime.autocast():
+            objects = net.detect(data_module.normalize(batch["images"].to(runtime.device)), batch["sizes"])[0]
+        (h, w), (height, width), i, truth = (batch[key][0] for key in ("sizes", "full_size", "index", "truth"))
+        records = as_records(objects, height / h, width / w, (height, width))
+        images.append(dict(id=int(i), height=height, width=width))
+        annotations += [dict(record, image_id=int(i)) for record in truth]
+        found += [dict(record, image_id=int(i)) for record in records]
+        if len(drawn) < options.draw:
+            image = PIL.Image.fromarray(batch["images"][0, :, :h, :w].permute(1, 2, 0).numpy()).resize((width, height))
+            drawn.append([("truth", draw_records(image, truth, names)), ("found", draw_records(image, records, names))])
+    images, annotations, found, bad = (sum(parts, []) for parts in
+                                       zip(*gather((images, annotations, found, bad), runtime)))
     if not images:
         raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
     truth = dict(images=images, annotations=annotations, categories=[dict(id=k) for k in range(len(names))])
     masks = [{key: value for key, value in record.items() if key != "bbox"} for record in found]     # sized by the mask
     said = ("data", "checkpoint", "from_scratch", "steps", "score_threshold")
     results = dict(box=coco_average_precision(truth, found, "bbox"), mask=coco_average_precision(truth, masks, "segm"),
-                   images=len(images), bad=sum(bad), classes=len(names),
+                   images=len(images), bad=len(bad), classes=len(names),
                    protocol={key: getattr(options, key) for key in said})
     if runtime.is_main:
         out.mkdir(parents=True, exist_ok=True)
@@ -1660,13 +1647,11 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
         for what in ("box", "mask"):
             print(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
                                           for key, value in results[what].items()))
-        print(f"({len(images)} images, {sum(bad)} bad, {time.monotonic() - started:.0f} s)   {out}/detections.json")
+        print(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)   {out}/detections.json")
         if drawn:
-            arrange(drawn, 4).save(out / "detections.png")
-        if drawn or folder:
-            print(f"truth and detections side by side: {folder or out / 'detections.png'}", flush=True)
-        if options.json:
-            Path(options.json).write_text(json.dumps(dict(results, task="detection")) + "\n")
+            sheet(drawn, DRAWN_HEIGHT).save(out / "detections.png")
+            print(f"truth and detections side by side: {out}/detections.png", flush=True)
+        write_json(options, results, "detection")
     return results
 
 
@@ -1690,33 +1675,21 @@ def with_own_ids(found: list[dict], data, label_of: list[int]) -> list[dict]:
 
 
 def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], least: float = 0.5) -> PIL.Image.Image:
-    """The image, enlarged if small, with mask, box, name and score of COCO's records that score `least` or more."""
+    """The image, DRAWN_HEIGHT high, with mask, box, name and score of COCO's records that score `least` or more."""
     records = [record for record in records if record.get("score", 1) >= least]
-    pixels, colors = np.asarray(image).astype(np.float32), palette(len(names))
+    pixels, colors = np.array(image), palette(len(names))
     for record in records:
         inside = decode_mask(record["segmentation"], image.height, image.width)
         pixels[inside] = 0.4 * pixels[inside] + 0.6 * colors[record["category_id"]]
-    times = max(1, round(320 / max(image.size)))
-    picture = PIL.Image.fromarray(pixels.astype(np.uint8)).resize([times * side for side in image.size], BILINEAR)
-    draw, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
+    times = DRAWN_HEIGHT / image.height
+    picture = PIL.Image.fromarray(pixels).resize((max(1, round(times * image.width)), DRAWN_HEIGHT), BILINEAR)
+    pen, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
     for record in records:
-        color = tuple(colors[record["category_id"]].tolist())
-        x, y, w, h = (times * side for side in record["bbox"])
-        draw.rectangle((x, y, x + w, y + h), outline=color, width=2)
-        text = f" {names[record['category_id']]} " + (f"{record['score']:.0%} " if "score" in record else "")
-        left, top = min(max(x, 0), picture.width - font.getlength(text)), max(y - 17, 0)
-        draw.rectangle((left, top, left + font.getlength(text), top + 17), fill=color)
-        draw.text((left, top), text, "black" if sum(color) > 330 else "white", font)
+        x, y, width, height = (times * side for side in record["bbox"])
+        pen.rectangle((x, y, x + width, y + height), outline=tuple(colors[record["category_id"]].tolist()), width=2)
+        text = names[record["category_id"]] + (f" {record['score']:.0%}" if "score" in record else "")
+        pen.text((x + 4, y + 2), text, "white", font, stroke_width=2, stroke_fill="black")
     return picture
-
-
-def arrange(pictures: list[PIL.Image.Image], columns: int, gap: int = 6) -> PIL.Image.Image:
-    """Pictures row by row, in cells as large as the largest."""
-    across, down = (max(sides) + gap for sides in zip(*(picture.size for picture in pictures)))
-    sheet = PIL.Image.new("RGB", (columns * across, -(-len(pictures) // columns) * down), "white")
-    for k, picture in enumerate(pictures):
-        sheet.paste(picture, (k % columns * across, k // columns * down))
-    return sheet
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -276,6 +276,19 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def trained_on(monkeypatch):
+    """Says in place of load_checkpoint what data a model was pre-trained with."""
+    real, specs = dense.load_checkpoint, ["shapes"]
+
+    def load(*arguments):
+        model, *others = real(*arguments)
+        model.trained_on = tuple(specs)
+        return model, *others
+    monkeypatch.setattr(dense, "load_checkpoint", load)
+    return specs
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("path", ["code", "plain"])
 def test_value_path_is_attention_of_each_token_to_itself(path):
@@ -345,7 +358,7 @@ def test_zero_shot_with_a_perfect_model(tmp_path):
     runtime = dense.setup(replace(options, device="cpu"))
     results = dense.evaluate(lambda image: dense.slide(image, predict, 32, 16), options, runtime, tmp_path / "out", {})
     assert results["images"] == 3 and results["miou"] > 0.93 and results["accuracy"] > 0.96
-    assert PIL.Image.open(tmp_path / "out/maps.png").size == (3 * 196, 3 * 196)
+    assert PIL.Image.open(tmp_path / "out/maps.png").size[1] == 3 * (192 + 18 + 6)
 
 
 def test_word_map_lights_up_where_the_word_is():
@@ -396,16 +409,25 @@ def test_words_command(checkpoint, tmp_path, more, n_models, phrases):
     for k in range(2):
         assert saved[f"maps{k}"].shape == (n_models, len(saved[f"words{k}"]), 32, 32)
         assert phrases is None or saved[f"words{k}"].tolist() == phrases
-    assert PIL.Image.open(tmp_path / "words.png").size[1] == 2 * (200 + 20 * n_models)
+    assert PIL.Image.open(tmp_path / "words.png").size[1] == 2 * (160 + 6 + 18 * (2 if n_models == 1 else 3))
 
 
-@needs_shared
-def test_words_of_a_photograph(checkpoint, tmp_path):
-    photo = SHARED / "photos" / "chelsea_cat.jpg"
-    dense.main(["words", str(checkpoint), "--image", str(photo), "--caption", "a cat", "--templates", "85",
-                "--out", str(tmp_path)])
+@pytest.mark.parametrize("specs, template, words", [
+    (["shapes", "shapes:size=48"], "a {}", ["small red circle"]),          # as its captions have them
+    (["shapes", "csv:pairs.csv"], "85", ["small", "red", "circle"]),
+    ([], "85", ["small", "red", "circle"]),                                # weights from elsewhere
+])
+def test_a_model_is_asked_in_words_it_has_read(checkpoint, trained_on, tmp_path, specs, template, words):
+    trained_on[:] = specs
+    model = dense.load_checkpoint(checkpoint)[0]
+    assert dense.templates_for("auto", model) == data.find_templates(template)
+    assert dense.templates_for("7", model) == data.TEMPLATES_7
+    photo = tmp_path / "photo.png"
+    PIL.Image.new("RGB", (40, 30), "red").save(photo)
+    dense.main(["words", str(checkpoint), "--image", str(photo), "--caption", "A small red circle.", "--out",
+                str(tmp_path)])
     saved = np.load(tmp_path / "words.npz")
-    assert saved["maps0"].shape == (1, 1, *PIL.Image.open(photo).size[::-1]) and saved["words0"].tolist() == ["cat"]
+    assert saved["maps0"].shape == (1, len(words), 30, 40) and saved["words0"].tolist() == words
 
 
 def test_zeroshot_command(checkpoint, tmp_path):
@@ -424,8 +446,9 @@ def test_zeroshot_command(checkpoint, tmp_path):
     ("coco-stuff", ["--templates", "a photo of a {}."], 512 * 32 // 224, 171, 1),
     ("voc", ["--background", "ignore", "--templates", "7"], 512 * 32 // 224, 3, 7),
 ])
-def test_protocol_of_each_data_set(checkpoint, tmp_path, kind, more, size, n_classes, templates):
+def test_protocol_of_each_data_set(checkpoint, trained_on, tmp_path, kind, more, size, n_classes, templates):
     """The paper's 512, 480 and 85 for windows of 224, here in proportion to a window of 32."""
+    trained_on.append("shards:pairs.tar")
     build(kind, tmp_path)
     dense.main(["zeroshot", str(checkpoint), "--data", f"{kind}:{tmp_path}", "--limit", "2", "--draw", "0", "--json",
                 str(tmp_path / "r.json"), *more])
@@ -551,28 +574,14 @@ def independent_count(D: int, C: int, n_classes: int, aux: int = 256) -> dict[st
 
 
 @pytest.mark.parametrize("channels, total", [(768, 162_650_924), (512, 127_020_332)])
-def test_parameters_and_shapes_of_vit_b(channels, total):
+def test_parameters_of_vit_b(channels, total):
     with torch.device("meta"):                                          # shapes without numbers
         net = dense.UperNet(VisionTransformer(), 150, channels)
-        parts = dense.parts_of(net, torch.zeros(2, 3, 512, 512))
-    want = independent_count(768, channels, 150)
-    assert {name: count for name, count, _ in parts} == want
-    assert sum(p.numel() for p in net.parameters()) == sum(want.values()) == total
-    shapes, c = {name: shape for name, _, shape in parts}, channels
-    assert shapes["visual"] == [(1025, 768)] * 4 and shapes["down2"] == [(768, 16, 16)]
-    assert shapes["up4"] == [(768, 128, 128)] and shapes["up2"] == [(768, 64, 64)]
-    assert shapes["pools"] == [(c, side, side) for side in (1, 2, 3, 6)] and shapes["top"] == [(c, 16, 16)]
-    assert sorted(shapes["lateral"]) == sorted(shapes["smooth"]) == [(c, 32, 32), (c, 64, 64), (c, 128, 128)]
-    assert shapes["fuse"] == [(c, 128, 128)] and shapes["classify"] == [(150, 128, 128)]
-    assert shapes["auxiliary"] == [(150, 32, 32)]
-
-
-def test_looking_at_the_parts_changes_nothing():
-    net = dense.UperNet(VisionTransformer(32, 8, 16, 3, 2), 5, channels=8, aux_channels=4)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    shapes = {name: shape for name, _, shape in dense.parts_of(net, torch.randn(1, 3, 32, 32))}
-    assert shapes["classify"] == [(5, 16, 16)] and shapes["auxiliary"] == [(5, 4, 4)]
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+        scores, auxiliary = net(torch.zeros(2, 3, 512, 512))
+    parts = {name: sum(p.numel() for p in part.parameters())
+             for name, part in [*net.named_children(), *net.pyramid.named_children()] if name != "pyramid"}
+    assert parts == independent_count(768, channels, 150) and sum(parts.values()) == total
+    assert scores.shape == (2, 150, 128, 128) and auxiliary.shape == (2, 150, 32, 32)
 
 
 @pytest.mark.slow
@@ -637,13 +646,14 @@ def test_no_class_fills_a_crop():
     labels[:28, :28] = 1                                                # most crops of 32 show class 0 alone
     transform, good = dense.CropTransform(64, 32, False, False), 0
     for seed in range(50):
-        left, top = transform.corner(labels, RNG(seed))
-        share = (labels[top:top + 32, left:left + 32] == 0).mean()
+        left, top, right, bottom = transform.area(labels, RNG(seed))
+        assert (right - left, bottom - top) == (32, 32)
+        share = (labels[top:bottom, left:right] == 0).mean()
         good += share < 0.75
     anywhere = np.mean([(labels[t:t + 32, l:l + 32] == 0).mean() < 0.75 for t in range(33) for l in range(33)])
     assert anywhere < 0.3 and good / 50 > 0.8                           # 1 - 0.7 ** 11
     labels[:] = 255                                                     # nothing labeled: any crop, after ten redraws
-    assert all(0 <= at <= 32 for at in transform.corner(labels, RNG(0)))
+    assert all(0 <= at <= 32 for at in transform.area(labels, RNG(0))[:2])
 
 
 def test_photometric_distortion_changes_within_its_bounds():
