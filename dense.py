@@ -9,8 +9,9 @@ Zero-shot features are those of the value path (VisionTransformer.value_features
 would mix all patches, so the identity takes its place, and a patch's feature stays its own.  UperNet takes the outputs
 of four blocks as they are and trains everything.  With no options each command runs on the Shapes world.
 
-Letters: B images, C classes (or words), D width, E embedding, H x W pixels of an image, w pixels along a window.
-Labels are 0 ... C-1, and 255 for pixels that do not count.      Check:  python -m pytest tests/test_segmentation.py
+Letters: B images, N patches, D width, E embedding, as everywhere; p the side of a patch, c channels of a map.  Shapes
+say (classes, height, width) for an image at its full size and (classes, h, w) for one that was resized.  Labels count
+from 0, and are 255 for pixels that do not count.         Check:  python -m pytest tests/test_segmentation.py
 """
 import colorsys
 import itertools
@@ -28,6 +29,7 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+import PIL.ImageOps
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -36,20 +38,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data as data_module
-from data import BadRecord, UserError
+from data import (BadRecord, MEAN, UserError, collate, decode, eval_loader, find_templates, fingerprint, has_area,
+                  normalize, open_data, open_image, progress, read_file, to_tensor)
 from losses import mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, StopSignal, check_bad, check_full, check_same_data, find_resumable, first_look,
-                   gather, layer_decay_groups, load_checkpoint, load_resumed, load_state, parse, refuse_update,
+                   gather as gather_objects, layer_decay_groups, load_checkpoint, load_resumed, parse, refuse_update,
                    report_bad, run, save_atomically, seeded, setup, show_curves)
 
 IGNORED = 255
-MEAN_COLOR = tuple(round(255 * mean) for mean in data_module.MEAN)                   # is 0 to the model
+MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model
 BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    """(B, c, h, w) -> (B, c, *size), bilinear."""
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
@@ -58,21 +61,21 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def reduce_zero_label(label_map: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 labels of which 0 is no class: 0 -> 255, 1 -> 0, 2 -> 1, ...; 255 stays."""
+    """(height, width) uint8 labels of which 0 is no class: 0 -> 255, 1 -> 0, 2 -> 1, ...; 255 stays."""
     reduced = label_map - np.uint8(1)                               # wraps around: 0 -> 255, as wanted, and 255 -> 254
     reduced[reduced == 254] = IGNORED
     return reduced
 
 
 def confusion_matrix(truth: Tensor, predicted: Tensor, n_classes: int) -> Tensor:
-    """Two (H, W) label maps -> (C, C) int64 counts of pixels, a row a true class, a column a predicted one."""
+    """Two label maps -> (classes, classes) counts of pixels, a row for each true class, a column a predicted one."""
     counts = truth != IGNORED
     pairs = truth[counts].long() * n_classes + predicted[counts].long()
     return torch.bincount(pairs, minlength=n_classes ** 2).view(n_classes, n_classes)
 
 
 def mean_iou(confusion: Tensor) -> tuple[float, Tensor, float]:
-    """(C, C) counts, summed over a whole data set -> mIoU, (C,) IoU of each class, accuracy over all pixels.
+    """(classes, classes) counts over a whole data set -> mIoU, (classes,) IoU of each class, accuracy over all pixels.
 
     IoU = both / (true + predicted - both); NaN for a class that is neither true nor predicted, and not in the mean.
     """
@@ -85,17 +88,16 @@ def mean_iou(confusion: Tensor) -> tuple[float, Tensor, float]:
 # From an image of any size to scores for each of its pixels
 # ---------------------------------------------------------------------------------------------------------------------
 
-def scaled_sides(width: int, height: int, size: float, fit: str = "short") -> tuple[int, int]:
-    """(width, height) that an image is resized to.
-
-    "short": short side `size`, long side at most 4 times that, which is mmsegmentation's scale (2048, 512);
-    "inside": long side `size`;  "square": both, whatever the shape.
-    """
-    if fit == "square":
-        return round(size), round(size)
-    short, long = min(width, height), max(width, height)
-    scale = size / long if fit == "inside" else min(size / short, 4 * size / long)
+def fitted_sides(width: int, height: int, short: float, long: float) -> tuple[int, int]:
+    """(width, height), the shape kept, as large as a short side of at most `short` and a long one of `long` allow."""
+    scale = min(short / min(width, height), long / max(width, height))
     return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+
+
+def scaled_sides(width: int, height: int, size: float) -> tuple[int, int]:
+    """The same for a short side of `size`, a long one of 4 times that at most: mmsegmentation's scale (2048, 512)."""
+    # paper: 512 x 512, silent on what becomes of the shape; here: as mmsegmentation does
+    return fitted_sides(width, height, size, 4 * size)
 
 
 def starts(size: int, window: int, stride: int) -> list[int]:
@@ -104,34 +106,32 @@ def starts(size: int, window: int, stride: int) -> list[int]:
     return [min(i * stride, size - window) for i in range(count)]
 
 
-def slide(image: Tensor, predict: Callable[[Tensor], Tensor], window: int, stride: int, at_once: int = 16) -> Tensor:
-    """image (3, H, W) -> scores (C, H, W), averaged where windows overlap.
+def slide(image: Tensor, predict: Callable[[Tensor], Tensor], window: int, stride: int) -> Tensor:
+    """image (3, height, width) -> scores (classes, height, width), averaged where windows overlap.
 
-    predict   (n, 3, w, w) -> (n, C, w, w) scores of n <= at_once windows
+    predict   (1, 3, window, window) -> scores (1, classes, window, window)
     """
-    H, W = image.shape[1:]
-    image = F.pad(image, (0, max(0, window - W), 0, max(0, window - H)))               # with the mean color, which is 0
-    corners = itertools.product(starts(image.shape[1], window, stride), starts(image.shape[2], window, stride))
-    areas = [(..., slice(y, y + window), slice(x, x + window)) for y, x in corners]
+    height, width = image.shape[1:]
+    image = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))      # with the mean color, which is 0
     total, count = None, torch.zeros(image.shape[1:], device=image.device)
-    for first in range(0, len(areas), at_once):
-        some = areas[first:first + at_once]
-        scores = predict(torch.stack([image[area] for area in some])).float()                        # (n, C, w, w)
-        total = scores.new_zeros(scores.shape[1], *image.shape[1:]) if total is None else total      # (C, H, W)
-        for area, score in zip(some, scores):
-            total[area] += score
-            count[area] += 1
-    return (total / count)[:, :H, :W]
+    for y, x in itertools.product(starts(image.shape[1], window, stride), starts(image.shape[2], window, stride)):
+        area = (..., slice(y, y + window), slice(x, x + window))
+        scores = predict(image[area][None])[0].float()                              # (classes, window, window)
+        if total is None:
+            total = scores.new_zeros(len(scores), *image.shape[1:])
+        total[area] += scores
+        count[area] += 1
+    return (total / count)[:, :height, :width]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-def palette(n: int) -> np.ndarray:
-    """(n, 3) uint8, colors that differ, those of neighbors most."""
-    colors = [colorsys.hsv_to_rgb(0.618 * i % 1, (1, 0.6, 0.8)[i % 3], (0.9, 1, 0.7)[i // 3 % 3]) for i in range(n)]
-    return np.uint8(255 * np.array(colors))
+# Colors of classes, (256, 3) uint8: those of neighbors differ most; the last is black, for what has no class
+COLORS = np.array([colorsys.hsv_to_rgb(0.618 * i % 1, (1, 0.6, 0.8)[i % 3], (0.9, 1, 0.7)[i // 3 % 3])
+                   for i in range(IGNORED)] + [(0, 0, 0)])
+COLORS = (255 * COLORS).astype(np.uint8)
 
 
 def sheet(rows: list[list[tuple[str, PIL.Image.Image]]], height: int, line: int = 18, gap: int = 6) -> PIL.Image.Image:
@@ -150,12 +150,11 @@ def sheet(rows: list[list[tuple[str, PIL.Image.Image]]], height: int, line: int 
     return page
 
 
-def draw_labels(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, n_classes: int) -> list[tuple]:
-    """image (h, w, 3), two label maps (H, W) -> (text, picture) of each, darker where the truth is not known."""
-    colors, known = palette(n_classes), (truth != IGNORED)[:, :, None]
-    true_colors = colors[np.where(truth == IGNORED, 0, truth)] * known                               # (H, W, 3)
-    pictures = dict(image=image, truth=true_colors, prediction=colors[predicted] // np.where(known, 1, 3))
-    return [(text, PIL.Image.fromarray(pixels.astype(np.uint8))) for text, pixels in pictures.items()]
+def draw_labels(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> list[tuple]:
+    """image (h, w, 3), two label maps (height, width) -> (text, picture) of each, darker where no truth is known."""
+    shade = np.where(truth == IGNORED, 3, 1).astype(np.uint8)[:, :, None]
+    pictures = dict(image=image, truth=COLORS[truth], prediction=COLORS[predicted] // shade)
+    return [(text, PIL.Image.fromarray(pixels)) for text, pixels in pictures.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,44 +173,30 @@ class EvalOptions(RunOptions):
 @dataclass
 class SegmentationOptions(EvalOptions):
     data: str = opt("shapes:objects=2-4", "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR or voc:DIR")
-    background: str = opt("auto", "label 0: left out or a class; auto: left out where the protocol does so (ADE20K, "
-                          "Pascal Context, Shapes)", "test", ("auto", "ignore", "class"))
-    test_size: int = opt(0, "test images are resized to this, pixels; 0: as the paper", "test")
-    fit: str = opt("short", "what gets that size: the short side, the long one (inside), or both (paper: 512x512, in "
-                   "mmsegmentation short)", "test", ("short", "inside", "square"))
+    test_size: int = opt(0, "short side of test images, pixels; 0: as the paper", "test")
 
 
-def open_segmentation(options: SegmentationOptions, split: str):
-    """The data set, the names of its classes, and whether its label maps must be reduced."""
-    data = data_module.open_data(options.data, split, "segmentation", size=options.test_size)
-    names, reduce = list(data.classes), data.reduce_zero_label
-    if options.background == "class" and reduce:
-        names, reduce = ["background", *names], False
-    elif options.background == "ignore" and not reduce:
-        if names[0] != "background":
-            raise UserError(f"--background ignore: label 0 of {options.data} is {names[0]}, not the background")
-        names, reduce = names[1:], True
-    return data, names, reduce
+def labels_of(data, sample) -> np.ndarray:
+    """(height, width) uint8, without label 0 where the protocol leaves it out: ADE20K, Pascal Context, Shapes."""
+    return reduce_zero_label(sample.label_map) if data.reduce_zero_label else sample.label_map
 
 
 @dataclass
 class ResizeTransform:
-    """A record -> images, uint8 (3, h, w), resized; labels (H, W), as they are."""
+    """A record of data -> images, uint8 (3, h, w), resized; labels (height, width), as they are."""
+    data: object
     size: int
-    fit: str
-    reduce: bool
 
     def __call__(self, sample, rng) -> dict:
-        image = data_module.decode(sample.image)
-        image = image.resize(scaled_sides(*image.size, self.size, self.fit), BILINEAR)
-        labels = reduce_zero_label(sample.label_map) if self.reduce else sample.label_map
-        return dict(images=data_module.to_tensor(image), labels=labels)
+        image = decode(sample.image)
+        image = image.resize(scaled_sides(*image.size, self.size), BILINEAR)
+        return dict(images=to_tensor(image), labels=labels_of(self.data, sample))
 
 
-def each_test_image(data, transform, options: EvalOptions, runtime, bad: list, collate=data_module.collate):
-    """This process's share of the test images, a batch of one each, up to --limit; bad records are told, and join bad."""
-    loader, done = data_module.eval_loader(data, transform, 1, runtime.rank, runtime.world, runtime.workers, collate), 0
-    for batch in data_module.progress(loader, len(loader), "images tested", runtime.is_main):
+def each_test_image(data, transform, options: EvalOptions, runtime, bad: list, collate=collate):
+    """This process's share of the test images, up to --limit, in batches of one; bad records are told and join bad."""
+    loader, done = eval_loader(data, transform, 1, runtime.rank, runtime.world, runtime.workers, collate), 0
+    for batch in progress(loader, len(loader), "images tested", runtime.is_main):
         report_bad(batch["bad"])
         bad += batch["bad"]
         if "images" in batch:
@@ -233,30 +218,30 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
     miou, accuracy, class_accuracy (its mean over classes), images, bad (records), iou {class: IoU, None for NaN}, and
     the protocol that these numbers depend on
     """
-    data, names, reduce = open_segmentation(options, "val")
+    data = open_data(options.data, "val", "segmentation", size=options.test_size)
+    names = list(data.classes)
     confusion = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
     n_images, bad, drawn, started = 0, [], [], time.monotonic()
-    transform = ResizeTransform(options.test_size, options.fit, reduce)
-    for batch in each_test_image(data, transform, options, runtime, bad):
+    for batch in each_test_image(data, ResizeTransform(data, options.test_size), options, runtime, bad):
         with runtime.autocast():
-            scores = score(data_module.normalize(batch["images"].to(runtime.device))[0])             # (classes, h, w)
-        truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                              # (H, W)
-        predicted = resize(scores[None], truth.shape)[0].argmax(dim=0)                               # (H, W)
+            scores = score(normalize(batch["images"].to(runtime.device))[0])             # (classes, h, w)
+        truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                              # (height, width)
+        predicted = resize(scores[None], truth.shape)[0].argmax(dim=0)                               # (height, width)
         confusion += confusion_matrix(truth, predicted, len(names))
         n_images += 1
         if len(drawn) < options.draw:
             pixels = batch["images"][0].permute(1, 2, 0).numpy()
-            drawn.append(draw_labels(pixels, truth.cpu().numpy(), predicted.cpu().numpy(), len(names)))
-    confusion, n_images, n_bad = map(sum, zip(*gather((confusion.cpu(), n_images, len(bad)), runtime)))
+            drawn.append(draw_labels(pixels, truth.cpu().numpy(), predicted.cpu().numpy()))
+    confusion, n_images, n_bad = map(sum, zip(*gather_objects((confusion.cpu(), n_images, len(bad)), runtime)))
     if not n_images:
         raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
     if not confusion.any():
         raise UserError(f"no pixel of the {n_images} test images of {options.data} has a label")
     miou, iou, accuracy = mean_iou(confusion)
     by_class = (confusion.diag() / confusion.sum(dim=1)).nanmean().item()
-    protocol = dict(data=options.data, resized_to=f"{options.fit} {options.test_size}", **protocol,
-                    classes=f"{len(names)} ({data_module.fingerprint(names)})",
-                    label_0="left out" if reduce else names[0])
+    protocol = dict(data=options.data, resized_to=f"short {options.test_size}", **protocol,
+                    classes=f"{len(names)} ({fingerprint(names)})",
+                    label_0="left out" if data.reduce_zero_label else names[0])
     results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=n_images, bad=n_bad,
                    iou={name: None if math.isnan(value) else value for name, value in zip(names, iou.tolist())},
                    protocol=protocol)
@@ -292,14 +277,14 @@ def reads_shapes_only(model: MaskCLIP) -> bool:
 def templates_for(choice: str, model: MaskCLIP) -> tuple[str, ...]:
     """What --templates says; auto takes sentences such as the model has read."""
     auto = "a {}" if reads_shapes_only(model) else "85"
-    return data_module.find_templates(auto if choice == "auto" else choice)
+    return find_templates(auto if choice == "auto" else choice)
 
 
 def patch_scores(model: MaskCLIP, texts: Tensor, path: str) -> Callable[[Tensor], Tensor]:
-    """texts (C, E), unit length -> function (n, 3, h, w) -> (n, C, h, w), the cosine of text and patch, upsampled."""
+    """texts (classes, E), unit length -> function (n, 3, h, w) -> (n, classes, h, w), cosines of patches, upsampled."""
     def predict(images: Tensor) -> Tensor:
         h, w = images.shape[2:]
-        cosine = model.encode_patches(images, path) @ texts.T                                        # (n, N, C)
+        cosine = model.encode_patches(images, path) @ texts.T                                        # (n, N, classes)
         grid = h // model.config.patch_size, w // model.config.patch_size
         return resize(cosine.transpose(1, 2).unflatten(2, grid), (h, w))
     return predict
@@ -315,9 +300,9 @@ def zeroshot(argv=None):
     paper = 480 if spec.startswith("pascal-context") else 512
     options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else paper * window // 224)
     templates = templates_for(options.templates, model)
-    names = open_segmentation(options, "val")[1]
-    texts = model.encode_classes(data_module.progress(names, len(names), "classes embedded", runtime.is_main),
-                                 templates, tokenizer)                                              # (C, E)
+    names = open_data(spec, "val", "segmentation", size=options.test_size).classes
+    texts = model.encode_classes(progress(names, len(names), "classes embedded", runtime.is_main),
+                                 templates, tokenizer)                                              # (classes, E)
     predict = patch_scores(model, texts, options.value_path)
     evaluate(partial(slide, predict=predict, window=window, stride=window // 2), options, runtime,
              Path(options.out or "runs/zeroshot-segmentation"),
@@ -349,8 +334,6 @@ class WordOptions(RunOptions):
     templates: str = opt("auto", "sentences around a word, as for zeroshot (paper silent)")
     value_path: str = opt("code", "last block: with residual and MLP, or plain", "run", ("code", "plain"))
     test_size: int = opt(0, "short side of the image, pixels, seen in windows of the model's size; 0: that size")
-    scale: str = opt("shared", "a word's colors go from its least to its greatest value: over both models, or in each",
-                     "run", ("shared", "own"))
 
 
 def words_of(caption: str, unit: str = "word") -> list[str]:
@@ -370,13 +353,13 @@ def words_of(caption: str, unit: str = "word") -> list[str]:
 
 @torch.no_grad()
 def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, path: str = "code", size: int = 0) -> np.ndarray:
-    """RGB image of W x H pixels, texts (C, E) -> (C, H, W) float32, cosine of text and patch, upsampled.
+    """RGB image, texts (classes, E) -> (classes, height, width) float32, cosine of text and patch, upsampled.
 
     # paper: shows such maps, silent on how they are made; here: scores of zero-shot segmentation, phrases for classes
     """
     window = model.config.image_size
-    pixels = data_module.to_tensor(image.resize(scaled_sides(*image.size, size or window), BILINEAR))
-    pixels = data_module.normalize(pixels[None].to(model.logit_scale.device))[0]                     # (3, h, w)
+    pixels = to_tensor(image.resize(scaled_sides(*image.size, size or window), BILINEAR))
+    pixels = normalize(pixels[None].to(model.logit_scale.device))[0]                     # (3, h, w)
     maps = slide(pixels, patch_scores(model, texts, path), window, window // 2)
     return resize(maps[None], image.size[::-1])[0].cpu().numpy()
 
@@ -386,33 +369,32 @@ def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tupl
     """How often the highest point of a class's map lies on an object of that class (Zhang et al. 2018), over the
     classes in the first `count` scenes; and the share of the picture that such objects cover, which is chance."""
     texts, hits, shares = model.encode_classes(world.classes, templates, tokenizer), [], []
-    for sample in map(world.read, data_module.progress(range(count), count, "scenes")):
-        maps = text_maps(model, sample.image, texts, path, size)                                     # (C, H, W)
+    for sample in map(world.read, progress(range(count), count, "scenes")):
+        maps = text_maps(model, sample.image, texts, path, size)                    # (classes, height, width)
         for label in np.unique(sample.label_map[sample.label_map > 0]):
-            there = sample.label_map == label                                                        # (H, W)
+            there = sample.label_map == label                                                        # (height, width)
             hits.append(there.flat[maps[label - 1].argmax()])
             shares.append(there.mean())
     return float(np.mean(hits)), float(np.mean(shares))
 
 
 def overlay(image: PIL.Image.Image, values: np.ndarray, low: float, high: float) -> PIL.Image.Image:
-    """values (H, W) from blue (low) by green and yellow to red (high), over the image in gray."""
-    share = (values - low) / max(high - low, 1e-6)
-    stops = np.array([(20, 20, 140), (20, 130, 220), (60, 200, 120), (250, 220, 50), (200, 20, 20)])
-    colors = np.stack([np.interp(share, np.linspace(0, 1, len(stops)), stops[:, k]) for k in range(3)], axis=-1)
-    gray = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None]
-    return PIL.Image.fromarray((0.4 * gray + 0.6 * colors).astype(np.uint8))                         # (H, W, 3)
+    """values (height, width) from blue (low) by green to red (high), over the image in gray."""
+    share = 255 * (values - low) / max(high - low, 1e-6)
+    colors = PIL.ImageOps.colorize(PIL.Image.fromarray(share.astype(np.uint8)), "navy", "red", mid="limegreen")
+    return PIL.Image.blend(image.convert("L").convert("RGB"), colors, 0.6)
 
 
-def draw_words(image: PIL.Image.Image, caption: str, phrases: list[str], maps: np.ndarray, models: list[str],
-               own_scale: bool) -> list[tuple]:
-    """maps (models, phrases, H, W) -> (text, picture): the image below its caption, then each phrase's map by each."""
+def draw_words(image: PIL.Image.Image, caption: str, phrases: list[str], maps: np.ndarray, models: list[str]) -> list:
+    """maps (models, phrases, height, width) -> (text, picture): the image below its caption, then each phrase by each.
+
+    A phrase's colors go from its least to its greatest value over all models.
+    """
     pictures = [(caption, image)]
     for j, phrase in enumerate(phrases):
         for values, name in zip(maps[:, j], models):
-            span = values if own_scale else maps[:, j]
             text = f"\n{phrase}\n{name}" if len(models) > 1 else f"\n{phrase}"
-            pictures.append((text, overlay(image, values, span.min(), span.max())))
+            pictures.append((text, overlay(image, values, maps[:, j].min(), maps[:, j].max())))
     return pictures
 
 
@@ -420,16 +402,16 @@ def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Im
     """(RGB image, caption) of the file, or of records drawn by the seed; bad ones are named and left out."""
     if options.image:
         try:
-            return [(data_module.decode(data_module.open_image(data_module.read_file(options.image))), options.caption)]
+            return [(decode(open_image(read_file(options.image))), options.caption)]
         except BadRecord as error:
             raise UserError(f"--image {options.image}: {error}") from None
-    data, pairs = data_module.open_data(options.data, "val", "captions", size=size), []
+    data, pairs = open_data(options.data, "val", "captions", size=size), []
     for i in np.random.default_rng(options.seed).permutation(len(data)).tolist():
         if len(pairs) == options.samples:
             break
         try:
             sample = data.read(i)
-            pairs.append((data_module.decode(sample.image), sample.captions[0] if sample.captions else ""))
+            pairs.append((decode(sample.image), sample.captions[0] if sample.captions else ""))
         except BadRecord as error:
             report_bad([(data.name(i), str(error))])
     return pairs
@@ -446,14 +428,14 @@ def words(argv=None):
     unit = ("phrase" if reads_shapes_only(models[0]) else "word") if options.unit == "auto" else options.unit
     asked = [phrase.strip() for phrase in options.words.split(",") if phrase.strip()]
     pictures, rows, arrays = captioned_images(options, configs[0].image_size), [], {}
-    for k, (image, caption) in enumerate(data_module.progress(pictures, len(pictures), "pictures")):
+    for k, (image, caption) in enumerate(progress(pictures, len(pictures), "pictures")):
         phrases = asked or words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
         maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer),
                                    options.value_path, options.test_size)
-                         for model, tokenizer in zip(models, tokenizers)])          # (models, phrases, H, W)
-        rows.append(draw_words(image, caption, phrases, maps, names, options.scale == "own"))
+                         for model, tokenizer in zip(models, tokenizers)])          # (models, phrases, height, width)
+        rows.append(draw_words(image, caption, phrases, maps, names))
         arrays.update({f"image{k}": np.asarray(image), f"words{k}": np.array(phrases), f"maps{k}": maps})
     out.mkdir(parents=True, exist_ok=True)
     sheet(rows, 160).save(out / "words.png")
@@ -462,7 +444,7 @@ def words(argv=None):
     pointing = {}
     if options.data.startswith("shapes") and not options.image:                     # where the truth is known
         for name, model, tokenizer, config in zip(names, models, tokenizers, configs):
-            world = data_module.open_data(options.data, "val", "segmentation", size=config.image_size)
+            world = open_data(options.data, "val", "segmentation", size=config.image_size)
             hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates, options.value_path,
                                        options.test_size)
             print(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
@@ -495,7 +477,7 @@ class Pyramid(nn.Module):
         self.down2 = nn.MaxPool2d(2, stride=2)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W), sides multiples of p -> four maps (B, D, ., .), the finest first"""
+        """(B, 3, height, width), sides multiples of p -> four maps (B, D, ., .), the finest first"""
         grid = [side // self.visual.patch_size for side in images.shape[2:]]
         outputs = dict(zip(sorted(set(self.taps)), self.visual.block_outputs(images, self.taps)))    # (B, 1+N, D) each
         a, b, c, d = (outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in self.taps)   # (B, D, *grid)
@@ -534,20 +516,20 @@ class UperNet(nn.Module):
             nn.init.zeros_(head[-1].bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 3, H, W) -> scores (B, C, 4H/p, 4W/p); in training those of the auxiliary head too, (B, C, H/p, W/p)"""
+        """(B, 3, h, w) -> scores (B, classes, 4h/p, 4w/p); in training the auxiliary head's too, at h/p, w/p"""
         *fine, coarse = self.pyramid(images)
         pooled = [resize(pool(coarse), coarse.shape[2:]) for pool in self.pools]
-        x = top = self.top(torch.cat([coarse, *pooled], dim=1))                                     # (B, c, H/2p, W/2p)
+        x = top = self.top(torch.cat([coarse, *pooled], dim=1))                                     # (B, c, h/2p, w/2p)
         levels = []
         for lateral, smooth, y in zip(self.lateral[::-1], self.smooth[::-1], fine[::-1]):
             x = lateral(y) + resize(x, y.shape[2:])
             levels.append(smooth(x))
-        size = x.shape[2:]                                                                           # 4H/p, 4W/p
+        size = x.shape[2:]                                                                           # 4h/p, 4w/p
         x = self.fuse(torch.cat([resize(level, size) for level in (*levels[::-1], top)], dim=1))     # (B, c, *size)
         return self.classify(x), self.auxiliary(fine[2]) if self.training else None
 
     def predict(self, images: Tensor) -> Tensor:
-        """(n, 3, h, w) -> (n, C, h, w)"""
+        """(n, 3, h, w) -> (n, classes, h, w)"""
         return resize(self(images)[0], images.shape[2:])
 
 
@@ -581,8 +563,6 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
     aux_channels: int = opt(256, "width of the auxiliary head (mmsegmentation)", "recipe")
     aux_weight: float = opt(0.4, "weight of its loss (mmsegmentation)", "recipe")
     distort: bool = opt(True, "photometric distortion of training images (paper)", "recipe")
-    mean_over: str = opt("all", "pixels the loss is divided by: all (BootMAE's mmsegmentation), or those with a label; "
-                         "paper silent", "recipe", ("all", "labeled"))
 
 
 # paper: nothing so small; here: few steps at a higher rate; colors stay as they are, as they are half of the class.
@@ -590,13 +570,17 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
 POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, crop=64, test_size=64, channels=48, aux_channels=32, distort=False)
 
 
+def parse_recipe(paper: FineTuneOptions, pocket: dict, name: str, large: str, argv):
+    """The command line over the recipe that it, or else the data, names: `large`, the paper's, or pocket."""
+    asked = first_look(type(paper), argv, "recipe", "data")
+    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else large
+    defaults = replace(paper, **pocket) if recipe == "pocket" else paper
+    options = parse(type(paper), __doc__, argv, positional=("checkpoint",), defaults=defaults, own=large)
+    return replace(options, recipe=recipe, out=options.out or f"runs/{name}-{recipe}")
+
+
 def parse_upernet(argv=None) -> UperNetOptions:
-    """The command line over the recipe that it, or else the data, names."""
-    asked = first_look(UperNetOptions, argv, "recipe", "data")
-    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "ade20k"
-    defaults = replace(UperNetOptions(test_size=512), **(POCKET if recipe == "pocket" else {}))
-    options = parse(UperNetOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults, own="ade20k")
-    return replace(options, recipe=recipe, out=options.out or f"runs/upernet-{recipe}")
+    return parse_recipe(UperNetOptions(test_size=512), POCKET, "upernet", "ade20k", argv)
 
 
 def linear_schedule(step: int, total: int, warmup: int) -> float:
@@ -624,15 +608,15 @@ def photometric_distortion(image: PIL.Image.Image, rng: np.random.Generator) -> 
 
 @dataclass
 class CropTransform:
-    """A record, rescaled, cropped, flipped, distorted, padded -> images (3, crop, crop) uint8, labels (crop, crop)."""
+    """A record, rescaled, cropped, flipped, distorted, padded -> images uint8 (3, crop, crop), labels (crop, crop)."""
+    data: object
     size: int
     crop: int
-    reduce: bool
     distort: bool
 
     def __call__(self, sample, rng: np.random.Generator) -> dict:
-        image = data_module.decode(sample.image)
-        labels = PIL.Image.fromarray(reduce_zero_label(sample.label_map) if self.reduce else sample.label_map)
+        image = decode(sample.image)
+        labels = PIL.Image.fromarray(labels_of(self.data, sample))
         sides = scaled_sides(*image.size, self.size * rng.uniform(0.5, 2))
         labels = labels.resize(sides, NEAREST)
         area = self.area(np.asarray(labels), rng)
@@ -642,7 +626,7 @@ class CropTransform:
         if self.distort:
             image = photometric_distortion(image, rng)
         labels = torch.from_numpy(np.array(self.padded(labels, IGNORED)))
-        return dict(images=data_module.to_tensor(self.padded(image, MEAN_COLOR)), labels=labels.long())
+        return dict(images=to_tensor(self.padded(image, MEAN_COLOR)), labels=labels.long())
 
     def area(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """A random crop with several classes, none over 75% of what has a label; ten redraws at most."""
@@ -661,12 +645,13 @@ class CropTransform:
         return canvas
 
 
-def pixel_cross_entropy(scores: Tensor, labels: Tensor, mean_over: str = "all") -> Tensor:
-    """scores (B, C, h, w), upsampled, against labels (B, H, W): cross-entropy summed over the pixels that have a label,
-    over the number of all pixels, or of the labeled ones."""
+def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """scores (B, classes, h, w), upsampled, against labels (B, height, width): the mean cross-entropy.
+
+    # paper: silent on pixels without a label; here: they add 0 and count in the mean, as in BootMAE's mmsegmentation
+    """
     total = F.cross_entropy(resize(scores.float(), labels.shape[1:]), labels, ignore_index=IGNORED, reduction="sum")
-    labeled = (labels != IGNORED).sum().float()
-    return total / (labels.numel() if mean_over == "all" else mean_over_processes(labeled).clamp(min=1))
+    return total / labels.numel()
 
 
 def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, transform, options: FineTuneOptions,
@@ -743,34 +728,39 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     net.eval()
 
 
+def begin(options, out: Path, kind: str) -> tuple[dict | None, Config, VisionTransformer]:
+    """An earlier OUT/last.pt to go on from, if there is one; the config of the image tower, and the tower."""
+    state = find_resumable(options, out, kind)
+    if state:
+        config = Config(**state["backbone"])
+        return state, config, image_tower(config)
+    model, _, config = load_checkpoint(options.checkpoint)
+    return None, config, model.visual
+
+
 def upernet(argv=None):
     options = parse_upernet(argv)
     runtime, out = setup(options), Path(options.out)
     runtime.claim(out)
-    state = find_resumable(options, out, "upernet")
-    if state:
-        c = Config(**state["backbone"])
-        visual = image_tower(c)
-    else:
-        pretrained, _, c = load_checkpoint(options.checkpoint)
-        visual = pretrained.visual
-    data, names, reduce = open_segmentation(options, "train")
-    net = UperNet(visual, len(names), options.channels, options.aux_channels, options.drop_path).to(runtime.device)
+    state, config, visual = begin(options, out, "upernet")
+    data = open_data(options.data, "train", "segmentation", size=options.test_size)
+    net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
+    net = net.to(runtime.device)
     if runtime.is_main:
-        print(f"UperNet, recipe {options.recipe}, on blocks {net.pyramid.taps} of {options.checkpoint}: {len(names)} "
-              f"classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
+        print(f"UperNet, recipe {options.recipe}, on blocks {net.pyramid.taps} of {options.checkpoint}: "
+              f"{len(data.classes)} classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
         for name, part in net.named_children():
             print(f"{name:10}{sum(p.numel() for p in part.parameters()):12,}  parameters", flush=True)
 
     def losses_of(net: nn.Module, batch: dict) -> dict[str, Tensor]:
         labels = batch["labels"].to(runtime.device)
-        scores, auxiliary = net(data_module.normalize(batch["images"].to(runtime.device)))
-        return dict(segmentation=pixel_cross_entropy(scores, labels, options.mean_over),
-                    auxiliary=options.aux_weight * pixel_cross_entropy(auxiliary, labels, options.mean_over))
+        scores, auxiliary = net(normalize(batch["images"].to(runtime.device)))
+        return dict(segmentation=pixel_cross_entropy(scores, labels),
+                    auxiliary=options.aux_weight * pixel_cross_entropy(auxiliary, labels))
 
-    transform = CropTransform(options.test_size, options.crop, reduce, options.distort)
+    transform = CropTransform(data, options.test_size, options.crop, options.distort)
     fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, out, state,
-              dict(kind="upernet", backbone=asdict(c), classes=names))
+              dict(kind="upernet", backbone=asdict(config), classes=list(data.classes)))
     stride = options.crop * 2 // 3                                  # 341 of 512, as in BEiT, iBOT and BootMAE
     evaluate(partial(slide, predict=net.predict, window=options.crop, stride=stride), options, runtime, out,
              dict(checkpoint=options.checkpoint, steps=options.steps, window=options.crop, stride=stride))
@@ -951,16 +941,14 @@ def polygons_to_mask(polygons: list, height: int, width: int) -> np.ndarray:
     An outline is walked on a grid five times finer than the pixels.  Where it crosses the middle of a pixel column,
     inside and outside change places for all pixels from there on: the crossings, sorted, are the edges of an RLE.
     """
-    if not isinstance(polygons, (list, tuple)) or len(polygons) == 0:
-        raise ValueError(f"want a list of polygons [x1, y1, x2, y2, ...], got {str(polygons)[:60]}")
+    try:
+        outlines = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons]
+    except (TypeError, ValueError):
+        outlines = []
+    if not outlines or any(len(points) < 3 or not np.isfinite(points).all() for points in outlines):
+        raise ValueError(f"want polygons [x1, y1, x2, y2, ...] of 3 points or more, got {str(polygons)[:60]}")
     union = np.zeros((height, width), dtype=np.uint8)
-    for polygon in polygons:
-        try:
-            points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-        except (TypeError, ValueError):
-            points = np.zeros((0, 2))
-        if len(points) < 3 or not np.isfinite(points).all():
-            raise ValueError(f"want a polygon [x1, y1, x2, y2, ...] of 3 points or more, got {str(polygon)[:60]}")
+    for points in outlines:
         corners = (5 * points + 0.5).astype(np.int64)                              # toward zero, as a cast in C
         crossings = [crossed_columns(*ends, height, width) for ends in zip(corners, np.roll(corners, -1, axis=0))]
         counts = np.diff(np.sort(np.concatenate(crossings)), prepend=0, append=height * width)
@@ -1056,28 +1044,31 @@ def by_category_and_image(records: list[dict]) -> dict:
 
 
 class Scene:
-    """The G objects of one category in one image beside the D detections, best first.
+    """The G objects of one category in one image beside what was found, n detections, best first.
 
-    iou (D, G);  crowd (G,) bool;  object_sizes (G,);  scores, sizes (D,)
+    iou (n, G);  is_crowd (G,);  object_sizes (G,);  scores, sizes (n,)
     """
     def __init__(self, objects: list[dict], found: list[dict], image: dict, iou_type: str):
-        found = sorted(found, key=lambda d: -d["score"])[:MAX_DETECTIONS[-1]]      # equals stay in their order
+        found = sorted(found, key=lambda record: -record["score"])[:MAX_DETECTIONS[-1]]        # equals keep their order
         shapes, object_shapes = ([read_shape(record, image, iou_type) for record in some] for some in (found, objects))
-        shared, areas, object_areas = (box_areas if iou_type == "bbox" else mask_areas)(shapes, object_shapes)
-        self.crowd = np.array([bool(o.get("iscrowd")) for o in objects], dtype=bool)
-        union = np.where(self.crowd, 0, object_areas - shared) + areas[:, None]    # of a crowd any part will do
-        self.iou = shared / np.maximum(union, 1e-10)
-        self.object_sizes = np.array([o.get("area", area) for o, area in zip(objects, object_areas)])
-        self.sizes = np.array([d["bbox"][2] * d["bbox"][3] if "bbox" in d else a for d, a in zip(found, areas)])
-        self.scores = np.array([d["score"] for d in found], dtype=float)
+        areas, object_areas = ([area_of(shape) for shape in some] for some in (shapes, object_shapes))
+        self.is_crowd = np.array([bool(record.get("iscrowd")) for record in objects], dtype=bool)
+        shared = np.array([[shared_area(a, b) for b in object_shapes] for a in shapes])
+        shared = shared.reshape(len(found), len(objects))
+        union = np.array(areas)[:, None] + np.where(self.is_crowd, 0, np.array(object_areas) - shared)
+        self.iou = shared / np.maximum(union, 1e-10)           # of a crowd any part will do
+        self.scores = np.array([record["score"] for record in found], dtype=float)
+        self.sizes = np.array([area_of(record["bbox"]) if "bbox" in record else area
+                               for record, area in zip(found, areas)])
+        self.object_sizes = np.array([record.get("area", area) for record, area in zip(objects, object_areas)])
 
 
-def read_shape(record: dict, image: dict, iou_type: str) -> tuple | np.ndarray:
-    """A record's box x, y, width, height, or its mask, (height * width,) bool."""
+def read_shape(record: dict, image: dict, iou_type: str) -> list | np.ndarray:
+    """A record's box [x, y, width, height], or its mask, (height * width,) bool."""
     try:
         if iou_type == "bbox":
-            x, y, width, height = record["bbox"]
-            return x, y, width, height
+            x, y, width, height = map(float, record["bbox"])
+            return [x, y, width, height]
         mask, size = record["segmentation"], (image["height"], image["width"])
         mask = polygons_to_mask(mask, *size) if isinstance(mask, list) else decode_rle(mask)
         if mask.shape != size:
@@ -1087,31 +1078,29 @@ def read_shape(record: dict, image: dict, iou_type: str) -> tuple | np.ndarray:
         raise ValueError(f"image {record['image_id']!r} has a record without a valid {iou_type}: {error}") from None
 
 
-def box_areas(a: list[tuple], b: list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """N and M boxes x, y, width, height -> area that each pair shares (N, M), areas (N,) and (M,)."""
-    a, b = (np.array(boxes, dtype=float).reshape(-1, 4) for boxes in (a, b))
-    start, end = a[:, None, :2], a[:, None, :2] + a[:, None, 2:]                   # (N, 1, 2)
-    sides = np.minimum(end, b[:, :2] + b[:, 2:]) - np.maximum(start, b[:, :2])     # (N, M, 2)
-    return np.maximum(sides, 0).prod(axis=2), a[:, 2] * a[:, 3], b[:, 2] * b[:, 3]
+def area_of(shape: list | np.ndarray) -> float:
+    return np.count_nonzero(shape) if isinstance(shape, np.ndarray) else shape[2] * shape[3]
 
 
-def mask_areas(a: list[np.ndarray], b: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same of N and M masks."""
-    shared = [[np.count_nonzero(x & y) for y in b] for x in a]
-    areas, others = (np.array([np.count_nonzero(mask) for mask in masks], dtype=float) for masks in (a, b))
-    return np.array(shared, dtype=float).reshape(len(a), len(b)), areas, others
+def shared_area(a: list | np.ndarray, b: list | np.ndarray) -> float:
+    """The area that two boxes or two masks share."""
+    if isinstance(a, np.ndarray):
+        return np.count_nonzero(a & b)
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0)
 
 
 def match(scene: Scene, low: float, high: float) -> tuple[np.ndarray, int]:
-    """What becomes of each detection at each IoU threshold (T, D), and how many objects there are to find.
+    """What becomes of each detection at each IoU threshold, (10, n), and how many objects there are to find.
 
     From the best down, each detection takes the free object that it overlaps most: one that counts if it can, of
     equals the later one.  What takes a crowd or an object of another size is passed over, neither hit nor miss; so is
     what takes nothing and is itself of another size.  A crowd can be taken again.
     """
-    passed = scene.crowd | (scene.object_sizes < low) | (scene.object_sizes > high)            # (G,)
+    passed = scene.is_crowd | (scene.object_sizes < low) | (scene.object_sizes > high)            # (G,)
     of_other_size = (scene.sizes < low) | (scene.sizes > high)
-    outcome = np.tile(np.where(of_other_size, PASSED, MISS), (len(IOU_THRESHOLDS), 1))         # (T, D)
+    outcome = np.tile(np.where(of_other_size, PASSED, MISS), (len(IOU_THRESHOLDS), 1))         # (10, n)
     iou, everything = scene.iou.tolist(), range(len(passed))
     for t, threshold in enumerate(IOU_THRESHOLDS):
         taken = set()
@@ -1120,21 +1109,21 @@ def match(scene: Scene, low: float, high: float) -> tuple[np.ndarray, int]:
             if free:
                 best = max(free, key=lambda g: (not passed[g], overlaps[g], g))
                 outcome[t, d] = PASSED if passed[best] else HIT
-                if not scene.crowd[best]:
+                if not scene.is_crowd[best]:
                     taken.add(best)
     return outcome, int((~passed).sum())
 
 
 def precision_and_recall(outcomes: list[np.ndarray], scores: list[np.ndarray], n_objects: int) -> tuple:
-    """Of one category, from the outcomes (T, D) and scores (D,) in all images: precision at the recall points (T, 101),
-    and recall of the best 1, 10, 100 an image (3, T).
+    """Of one category, from the outcomes (10, n) and scores (n,) in all images: precision at the recall points
+    (10, 101), and recall of the best 1, 10, 100 an image (3, 10).
 
     The precision at a recall is the best one at that recall or above, and 0 where the recall is not reached.
     """
     recall = [sum((outcome[:, :most] == HIT).sum(axis=1) for outcome in outcomes) / n_objects
               for most in MAX_DETECTIONS]
     order = np.argsort(-np.concatenate(scores), kind="stable")
-    outcome = np.concatenate(outcomes, axis=1)[:, order]                           # (T, all detections)
+    outcome = np.concatenate(outcomes, axis=1)[:, order]                           # (10, n of all images)
     hits, misses = (outcome == HIT).cumsum(axis=1), (outcome == MISS).cumsum(axis=1)
     precision = np.pad(hits / np.maximum(hits + misses, 1), ((0, 0), (0, 1)))
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
@@ -1148,7 +1137,7 @@ def precision_and_recall(outcomes: list[np.ndarray], scores: list[np.ndarray], n
 #                                            4 of them ─► roi_align, 7 x 7 ─► BoxHead ─► class, better box
 #                                                     ─► roi_align, 14 x 14 ─► MaskHead ─► mask, 28 x 28
 #
-# Letters: G objects of an image, A anchors, P proposals, R boxes given to a head, C classes, c channels.
+# Letters: G objects of an image, A anchors, P proposals, R boxes given to a head, c channels.
 # ---------------------------------------------------------------------------------------------------------------------
 
 ANCHOR_SIDE = 8                         # of a square anchor, in strides
@@ -1294,13 +1283,13 @@ class BoxHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, c, 7, 7) -> scores (R, C+1), deltas (R, C, 4)"""
+        """(R, c, 7, 7) -> scores (R, classes + 1), deltas (R, classes, 4)"""
         x = F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))
         return self.score(x).float(), self.delta(x).float().unflatten(1, (-1, 4))
 
 
 class MaskHead(nn.Sequential):
-    """Convolutions, doubled resolution, a mask for each class: (R, c, 14, 14) -> (R, C, 28, 28)"""
+    """Convolutions, doubled resolution, a mask for each class: (R, c, 14, 14) -> (R, classes, 28, 28)"""
 
     def __init__(self, channels: int, n_classes: int, depth: int):
         layers = [layer for _ in range(depth) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
@@ -1326,7 +1315,7 @@ class MaskRCNN(nn.Module):
         self.mask_head = MaskHead(options.channels, n_classes, options.mask_depth)
 
     def see(self, images: Tensor) -> tuple[list[Tensor], ...]:
-        """(B, 3, H, W) -> of each level: map (B, c, ., .), scores (B, A), deltas (B, A, 4), anchors (A, 4)"""
+        """(B, 3, height, width) -> of each level: map (B, c, ., .), scores (B, A), deltas (B, A, 4), anchors (A, 4)"""
         maps = self.fpn(self.pyramid(images))
         scores, deltas = zip(*map(self.rpn, maps))
         return maps, scores, deltas, [make_anchors(*x.shape[2:], s, x.device) for x, s in zip(maps, self.strides)]
@@ -1362,7 +1351,7 @@ class MaskRCNN(nn.Module):
     def forward(self, images: Tensor, sizes: list, targets: list[dict]) -> dict[str, Tensor]:
         """The five losses of a batch.
 
-        images   (B, 3, H, W), padded to multiples of 2p;  sizes  [(h, w)] of what is in them
+        images   (B, 3, height, width), padded to multiples of 2p;  sizes  [(h, w)] of what is in them
         targets  of each image: boxes (G, 4), labels (G,) and masks (G, h, w) bool of its objects
 
             rpn_score, rpn_box   something or nothing, and L1 of where: mean over the sampled anchors
@@ -1377,9 +1366,9 @@ class MaskRCNN(nn.Module):
                                       for boxes, target in zip(proposals, targets)))
 
         boxes = [torch.cat(pair) for pair in zip(found, others)]
-        scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))                   # (R, C+1), (R, C, 4)
+        scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
         labels = torch.cat([F.pad(target["labels"][owner], (0, len(rest)), value=deltas.shape[1])
-                            for target, owner, rest in zip(targets, owners, others)])      # (R,), C for nothing
+                            for target, owner, rest in zip(targets, owners, others)])      # (R,)
         true_boxes = torch.cat([target["boxes"][owner] for target, owner in zip(targets, owners)])
         found_at = (labels < deltas.shape[1]).nonzero()[:, 0]                              # (R+,) with an object
         label, wanted = labels[found_at], encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
@@ -1403,8 +1392,8 @@ class MaskRCNN(nn.Module):
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
         objects, counts = [], [len(boxes) for boxes in proposals]
         for boxes, score, delta, size in zip(proposals, scores.split(counts), deltas.split(counts), sizes):
-            score = score.softmax(dim=1)[:, :-1]                                           # (P, C)
-            boxes, is_left = clip_boxes(decode_boxes(delta, boxes[:, None], BOX_SCALE), *size)       # (P, C, 4), (P, C)
+            score = score.softmax(dim=1)[:, :-1]                                           # (P, classes)
+            boxes, is_left = clip_boxes(decode_boxes(delta, boxes[:, None], BOX_SCALE), *size)
             place, label = ((score > self.options.score_threshold) & is_left).nonzero(as_tuple=True)
             boxes, score = boxes[place, label], score[place, label]
             best = nms(boxes, score, 0.5, label)[:MAX_DETECTIONS[-1]]
@@ -1415,7 +1404,7 @@ class MaskRCNN(nn.Module):
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """(R, C, 28, 28), labels (R,) -> (R, 28, 28)"""
+    """(R, classes, 28, 28), labels (R,) -> (R, 28, 28)"""
     return masks[torch.arange(len(labels), device=labels.device), labels].float()
 
 
@@ -1454,7 +1443,6 @@ def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int) -> tuple[Tensor
 @dataclass
 class MaskRCNNOptions(FineTuneOptions, EvalOptions):
     data: str = opt("shapes:objects=2-4,val=500", "coco:DIR, or shapes, whose classes are the 8 forms of any color")
-    eval: bool = opt(False, "only test OUT/last.pt", "test")
     score_threshold: float = opt(0.05, "least score of a detection (mmdetection)", "test")
     recipe: str = opt("auto", "the defaults of all other options: the paper's on COCO, or one for a CPU; auto: the "
                       "latter for shapes", "recipe", ("auto", "coco", "pocket"))
@@ -1486,24 +1474,7 @@ POCKET_DETECTOR = dict(
 
 
 def parse_maskrcnn(argv=None) -> MaskRCNNOptions:
-    """The command line over the recipe that it, or else the data, names; with --eval, over the options of OUT's run."""
-    asked = first_look(MaskRCNNOptions, argv, "recipe", "data", "eval", "out")
-    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "coco"
-    defaults = replace(MaskRCNNOptions(), **(POCKET_DETECTOR if recipe == "pocket" else {}), recipe=recipe,
-                       out=f"runs/maskrcnn-{recipe}")
-    if asked.eval:
-        trained = trained_detector(Path(asked.out or defaults.out))["config"]
-        defaults = MaskRCNNOptions(**dict(trained, device="auto", precision="auto", json=""))
-    return replace(parse(MaskRCNNOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults, own="coco"),
-                   recipe=defaults.recipe)
-
-
-def trained_detector(out: Path) -> dict:
-    """What `maskrcnn` left in OUT/last.pt."""
-    state = load_state(out / "last.pt")
-    if state.get("kind") != "maskrcnn":
-        raise UserError(f"{out}/last.pt was not written by dense.py maskrcnn: give --out the folder of a detector")
-    return state
+    return parse_recipe(MaskRCNNOptions(), POCKET_DETECTOR, "maskrcnn", "coco", argv)
 
 
 def step_schedule(step: int, total: int, warmup: int) -> float:
@@ -1516,15 +1487,9 @@ def step_schedule(step: int, total: int, warmup: int) -> float:
 
 def open_objects(options: MaskRCNNOptions, split: str, names: list[str] | None = None):
     """The data set, the names of the classes, by default its own, and the class of each of its own, -1 for none."""
-    data = data_module.open_data(options.data, split, "detection", size=options.short_side)
+    data = open_data(options.data, split, "detection", size=options.short_side)
     names = names or data.classes
     return data, names, [names.index(name) if name in names else -1 for name in data.classes]
-
-
-def fitted_sides(width: int, height: int, short: int, long: int) -> tuple[int, int]:
-    """(width, height), the shape kept, as large as a short side of at most `short` and a long one of `long` allow."""
-    scale = min(short / min(width, height), long / max(width, height))
-    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
 
 
 def decode_mask(mask, height: int, width: int) -> np.ndarray:
@@ -1545,14 +1510,14 @@ class TrainObjects:
     label_of: list[int]
 
     def __call__(self, sample, rng: np.random.Generator) -> dict:
-        image = data_module.decode(sample.image)
+        image = decode(sample.image)
         width, height = image.size
         sides = fitted_sides(width, height, self.short, self.long)
         image, mirrored = image.resize(sides, BILINEAR), rng.random() < 0.5
         boxes, labels, masks = np.zeros((0, 4)), [], np.zeros((0, *sides[::-1]), dtype=bool)
         for thing in sample.objects:
             label = self.label_of[thing["category"]]
-            if label >= 0 and not thing["crowd"] and data_module.has_area(thing["box"], width, height):
+            if label >= 0 and not thing["crowd"] and has_area(thing["box"], width, height):
                 mask = PIL.Image.fromarray(decode_mask(thing["mask"], height, width)).resize(sides, NEAREST)
                 boxes, masks = np.append(boxes, [thing["box"]], axis=0), np.append(masks, [mask], axis=0)
                 labels.append(label)
@@ -1560,7 +1525,7 @@ class TrainObjects:
         if mirrored:
             image, masks = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1].copy()
             boxes[:, [0, 2]] = sides[0] - boxes[:, [2, 0]]
-        return dict(images=data_module.to_tensor(image), boxes=boxes.astype(np.float32),
+        return dict(images=to_tensor(image), boxes=boxes.astype(np.float32),
                     labels=np.array(labels, dtype=np.int64), masks=masks)
 
 
@@ -1573,7 +1538,7 @@ class EvalObjects:
     label_of: list[int]
 
     def __call__(self, sample, rng) -> dict:
-        image, truth = data_module.decode(sample.image), []
+        image, truth = decode(sample.image), []
         for thing in sample.objects:
             (x1, y1, x2, y2), mask, label = thing["box"], thing["mask"], self.label_of[thing["category"]]
             if label >= 0:
@@ -1581,7 +1546,7 @@ class EvalObjects:
                                   area=thing["area"] if "area" in thing else float(mask.sum()),
                                   segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
         resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
-        return dict(images=data_module.to_tensor(resized), full_size=image.size[::-1], truth=truth)
+        return dict(images=to_tensor(resized), full_size=image.size[::-1], truth=truth)
 
 
 def collate_padded(items: list[dict], multiple: int) -> dict:
@@ -1597,7 +1562,7 @@ def collate_padded(items: list[dict], multiple: int) -> dict:
         canvas = mean.repeat(1, *(-(-max(sides) // multiple) * multiple for sides in zip(*sizes)))
         canvas[:, :h, :w] = item["images"]
         item["images"] = canvas
-    return dict(data_module.collate(items), sizes=sizes)
+    return dict(collate(items), sizes=sizes)
 
 
 def losses_of(net: nn.Module, batch: dict, device) -> dict[str, Tensor]:
@@ -1605,7 +1570,7 @@ def losses_of(net: nn.Module, batch: dict, device) -> dict[str, Tensor]:
     names = "boxes", "labels", "masks"
     targets = [{name: torch.from_numpy(array).to(device) for name, array in zip(names, arrays)}
                for arrays in zip(*(batch[name] for name in names))]
-    return net(data_module.normalize(batch["images"].to(device)), batch["sizes"], targets)
+    return net(normalize(batch["images"].to(device)), batch["sizes"], targets)
 
 
 # ---- test -----------------------------------------------------------------------------------------------------------
@@ -1622,7 +1587,7 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
     for batch in each_test_image(data, EvalObjects(options.short_side, options.long_side, label_of), options, runtime,
                                  bad, partial(collate_padded, multiple=net.strides[3])):
         with runtime.autocast():
-            objects = net.detect(data_module.normalize(batch["images"].to(runtime.device)), batch["sizes"])[0]
+            objects = net.detect(normalize(batch["images"].to(runtime.device)), batch["sizes"])[0]
         (h, w), (height, width), i, truth = (batch[key][0] for key in ("sizes", "full_size", "index", "truth"))
         records = as_records(objects, height / h, width / w, (height, width))
         images.append(dict(id=int(i), height=height, width=width))
@@ -1632,7 +1597,7 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
             image = PIL.Image.fromarray(batch["images"][0, :, :h, :w].permute(1, 2, 0).numpy()).resize((width, height))
             drawn.append([("truth", draw_records(image, truth, names)), ("found", draw_records(image, records, names))])
     images, annotations, found, bad = (sum(parts, []) for parts in
-                                       zip(*gather((images, annotations, found, bad), runtime)))
+                                       zip(*gather_objects((images, annotations, found, bad), runtime)))
     if not images:
         raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
     truth = dict(images=images, annotations=annotations, categories=[dict(id=k) for k in range(len(names))])
@@ -1656,10 +1621,10 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
 
 
 def as_records(objects: dict, down: float, across: float, size: tuple[int, int]) -> list[dict]:
-    """What MaskRCNN.detect found in a resized image -> COCO's records without image_id, in the image of `size` (H, W),
-    `down` times as high and `across` times as wide."""
+    """What MaskRCNN.detect found in a resized image -> COCO's records without image_id, in the image of `size` (height,
+    width), `down` times as high and `across` times as wide."""
     boxes = objects["boxes"] * objects["boxes"].new_tensor([across, down, across, down])
-    masks = paste_masks(objects["masks"], boxes, size).cpu().numpy()                       # (R, H, W)
+    masks = paste_masks(objects["masks"], boxes, size).cpu().numpy()                       # (R, height, width)
     return [dict(category_id=label, score=score, bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=encode_rle(mask))
             for (x1, y1, x2, y2), label, score, mask in zip(
                 boxes.tolist(), objects["labels"].tolist(), objects["scores"].tolist(), masks)]
@@ -1677,16 +1642,17 @@ def with_own_ids(found: list[dict], data, label_of: list[int]) -> list[dict]:
 def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], least: float = 0.5) -> PIL.Image.Image:
     """The image, DRAWN_HEIGHT high, with mask, box, name and score of COCO's records that score `least` or more."""
     records = [record for record in records if record.get("score", 1) >= least]
-    pixels, colors = np.array(image), palette(len(names))
+    pixels = np.array(image)
     for record in records:
         inside = decode_mask(record["segmentation"], image.height, image.width)
-        pixels[inside] = 0.4 * pixels[inside] + 0.6 * colors[record["category_id"]]
+        pixels[inside] = 0.4 * pixels[inside] + 0.6 * COLORS[record["category_id"] % IGNORED]
     times = DRAWN_HEIGHT / image.height
     picture = PIL.Image.fromarray(pixels).resize((max(1, round(times * image.width)), DRAWN_HEIGHT), BILINEAR)
     pen, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
     for record in records:
         x, y, width, height = (times * side for side in record["bbox"])
-        pen.rectangle((x, y, x + width, y + height), outline=tuple(colors[record["category_id"]].tolist()), width=2)
+        color = tuple(COLORS[record["category_id"] % IGNORED].tolist())
+        pen.rectangle((x, y, x + width, y + height), outline=color, width=2)
         text = names[record["category_id"]] + (f" {record['score']:.0%}" if "score" in record else "")
         pen.text((x + 4, y + 2), text, "white", font, stroke_width=2, stroke_fill="black")
     return picture
@@ -1697,36 +1663,21 @@ def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], 
 def maskrcnn(argv=None):
     options = parse_maskrcnn(argv)
     runtime, out = setup(options), Path(options.out)
-    if options.eval:
-        state = trained_detector(out)
-    else:
-        data, names, label_of = open_objects(options, "train")
-        options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
-        runtime.claim(out)
-        state = find_resumable(options, out, "maskrcnn")
-    if state:
-        c, names = Config(**state["backbone"]), state["classes"]
-    else:
-        pretrained, _, c = load_checkpoint(options.checkpoint)
-    if state or options.from_scratch:
-        visual = image_tower(c)
-    else:
-        visual = pretrained.visual
-    net = MaskRCNN(visual, len(names), options).to(runtime.device)
-    if options.eval:
-        load_resumed(net.load_state_dict, state["model"], out)
-        net.eval()
-    else:
-        if runtime.is_main:
-            start = "random weights" if options.from_scratch else options.checkpoint
-            millions = sum(p.numel() for p in net.parameters()) / 1e6
-            print(f"Mask R-CNN, recipe {options.recipe}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M "
-                  f"parameters, {len(names)} classes, {len(data)} images, {options.steps} steps of "
-                  f"{options.batch_size}", *getattr(data, "notes", ()), sep="\nnote: ", flush=True)
-        fine_tune(net, partial(losses_of, device=runtime.device), step_schedule, data,
-                  TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, state,
-                  dict(kind="maskrcnn", backbone=asdict(c), classes=names),
-                  partial(collate_padded, multiple=net.strides[3]))
+    data, names, label_of = open_objects(options, "train")
+    options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
+    runtime.claim(out)
+    state, config, visual = begin(options, out, "maskrcnn")
+    net = MaskRCNN(image_tower(config) if options.from_scratch else visual, len(names), options).to(runtime.device)
+    if runtime.is_main:
+        start = "random weights" if options.from_scratch else options.checkpoint
+        millions = sum(p.numel() for p in net.parameters()) / 1e6
+        print(f"Mask R-CNN, recipe {options.recipe}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M "
+              f"parameters, {len(names)} classes, {len(data)} images, {options.steps} steps of {options.batch_size}",
+              *getattr(data, "notes", ()), sep="\nnote: ", flush=True)
+    collate = partial(collate_padded, multiple=net.strides[3])
+    fine_tune(net, partial(losses_of, device=runtime.device), step_schedule, data,
+              TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, state,
+              dict(kind="maskrcnn", backbone=asdict(config), classes=names), collate)
     evaluate_detector(net, names, options, runtime, out)
 
 

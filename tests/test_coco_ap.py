@@ -56,7 +56,7 @@ def test_malformed_rle(rle, message):
 
 
 @pytest.mark.parametrize("polygons, message", [
-    ([], "list of polygons"),
+    ([], "want polygons"),
     ([1, 2, 3, 4, 5, 6], "polygon"),                           # one polygon, not a list of them
     ([[1, 2, 3, 4]], "3 points"),
     ([[1, 2, 3, 4, 5, 6, 7]], "3 points"),                     # half a point

@@ -745,9 +745,8 @@ def test_resumed_run_is_the_same_to_the_bit(checkpoint, tmp_path):
     assert set(result["box"]) == set(result["mask"]) >= {"AP", "AP50", "AR100"}
     assert PIL.Image.open(whole / "detections.png").size == (2 * 326, 2 * 344)
 
-    dense.maskrcnn(["--eval", "--out", str(whole), "--json", str(tmp_path / "again.json"), "--device", "cpu"])
-    again = json.loads((tmp_path / "again.json").read_text())
-    assert again == result, "--eval takes the model, its data and its options from OUT"
+    dense.maskrcnn([*run, "--out", str(whole), "--json", str(tmp_path / "again.json")])
+    assert json.loads((tmp_path / "again.json").read_text()) == result, "a finished run is only tested again"
     with pytest.raises(UserError, match="another"):                             # and another run does not overwrite it
         dense.maskrcnn([checkpoint, *WORLD, "--steps", "9", "--out", str(parts)])
 
@@ -785,7 +784,6 @@ def test_defaults_are_the_papers_on_coco_and_small_on_shapes():
     (["nowhere.pt"], "no checkpoint at nowhere.pt"),
     (["CHECKPOINT", "--data", "folder:x"], "cannot open 'folder:x' for detection"),
     (["CHECKPOINT", "--data", "coco:DIR/nothing"], "wanted DIR/nothing/annotations/instances_train2017.json"),
-    (["--eval", "--out", "DIR"], "no checkpoint at DIR/last.pt"),
     (["CHECKPOINT", "--data", "shapes:train=3"], "3 records are fewer than a batch"),
 ])
 def test_mistakes_are_told_in_a_line(checkpoint, tmp_path, arguments, complaint):
@@ -795,12 +793,6 @@ def test_mistakes_are_told_in_a_line(checkpoint, tmp_path, arguments, complaint)
     with pytest.raises(UserError, match=complaint.replace("DIR", str(tmp_path))) as told:
         dense.maskrcnn(arguments)
     assert "\n" not in str(told.value)
-
-
-def test_eval_wants_a_detector(checkpoint, tmp_path):
-    shutil.copy(checkpoint, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="not written by dense.py maskrcnn"):
-        dense.maskrcnn(["--eval", "--out", str(tmp_path)])
 
 
 def test_backbone_learns_slower_the_lower_it_is():
