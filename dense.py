@@ -233,10 +233,8 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
             pixels = batch["images"][0].permute(1, 2, 0).numpy()
             drawn.append(draw_labels(pixels, truth.cpu().numpy(), predicted.cpu().numpy()))
     confusion, n_images, n_bad = map(sum, zip(*gather_objects((confusion.cpu(), n_images, len(bad)), runtime)))
-    if not n_images:
-        raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
     if not confusion.any():
-        raise UserError(f"no pixel of the {n_images} test images of {options.data} has a label")
+        raise UserError(f"no pixel of {n_images} readable test images of {options.data} has a label")
     miou, iou, accuracy = mean_iou(confusion)
     by_class = (confusion.diag() / confusion.sum(dim=1)).nanmean().item()
     protocol = dict(data=options.data, resized_to=f"short {options.test_size}", **protocol,
@@ -982,7 +980,7 @@ def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int)
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_POINTS = np.linspace(0, 1, 101)
-AREAS = {"": (0, 1e10), "s": (0, 32 ** 2), "m": (32 ** 2, 96 ** 2), "l": (96 ** 2, 1e10)}     # both ends included
+AREAS = (0, 1e10), (0, 32 ** 2), (32 ** 2, 96 ** 2), (96 ** 2, 1e10)    # all, small, medium, large; both ends included
 MAX_DETECTIONS = (1, 10, 100)                                                      # of each image and category
 MISS, HIT, PASSED = 0, 1, 2                                                        # what becomes of a detection
 
@@ -1013,26 +1011,29 @@ def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type:
     if unknown:
         raise ValueError(f"detections of {len(unknown)} images not in the ground truth, such as {unknown.pop()!r}")
     objects, found = by_category_and_image(ground_truth["annotations"]), by_category_and_image(detections)
-
-    precision, recall = {name: [] for name in AREAS}, {name: [] for name in AREAS}
-    for category in sorted({category["id"] for category in ground_truth["categories"]}):
+    categories = sorted({category["id"] for category in ground_truth["categories"]})
+    precision = np.full((len(categories), len(AREAS), len(IOU_THRESHOLDS), len(RECALL_POINTS)), np.nan)
+    recall = np.full((len(categories), len(AREAS), len(MAX_DETECTIONS), len(IOU_THRESHOLDS)), np.nan)
+    for k, category in enumerate(categories):
         here, there = objects.get(category, {}), found.get(category, {})
         scenes = [Scene(here.get(i, []), there.get(i, []), images[i], iou_type)
                   for i in sorted(images) if i in here or i in there]
-        for name, (low, high) in AREAS.items():
-            outcomes, n_objects = zip(*(match(scene, low, high) for scene in scenes)) if scenes else ((), ())
-            if sum(n_objects):
-                curve = precision_and_recall(outcomes, [scene.scores for scene in scenes], sum(n_objects))
-                precision[name].append(curve[0])
-                recall[name].append(curve[1])
+        scores = [scene.scores for scene in scenes]
+        for area, (low, high) in enumerate(AREAS):
+            n_objects = sum((~scene.passed_over(low, high)).sum() for scene in scenes)
+            if n_objects:
+                outcomes = [match(scene, low, high) for scene in scenes]
+                precision[k, area], recall[k, area] = precision_and_recall(outcomes, scores, n_objects)
 
-    precision = {name: np.array(curves).reshape(-1, 10, 101) for name, curves in precision.items()}
-    recall = {name: np.array(values).reshape(-1, 3, 10) for name, values in recall.items()}
-    values = {f"AP{name}": precision[name] for name in AREAS}
-    values |= {"AP50": precision[""][:, 0], "AP75": precision[""][:, 5]}
-    values |= {f"AR{most}": recall[""][:, i] for i, most in enumerate(MAX_DETECTIONS)}
-    values |= {f"AR{name}": recall[name][:, -1] for name in "sml"}
-    return {name: float(value.mean()) if value.size else -1.0 for name, value in values.items()}
+    def mean(values: np.ndarray) -> float:
+        known = values[~np.isnan(values)]
+        return float(known.mean()) if known.size else -1.0
+
+    results = dict(AP=precision[:, 0], AP50=precision[:, 0, 0], AP75=precision[:, 0, 5],
+                   APs=precision[:, 1], APm=precision[:, 2], APl=precision[:, 3],
+                   AR1=recall[:, 0, 0], AR10=recall[:, 0, 1], AR100=recall[:, 0, 2],
+                   ARs=recall[:, 1, 2], ARm=recall[:, 2, 2], ARl=recall[:, 3, 2])
+    return {name: mean(values) for name, values in results.items()}
 
 
 def by_category_and_image(records: list[dict]) -> dict:
@@ -1061,6 +1062,10 @@ class Scene:
         self.sizes = np.array([area_of(record["bbox"]) if "bbox" in record else area
                                for record, area in zip(found, areas)])
         self.object_sizes = np.array([record.get("area", area) for record, area in zip(objects, object_areas)])
+
+    def passed_over(self, low: float, high: float) -> np.ndarray:
+        """(G,) bool, True for objects that need not be found: crowds, and those of another size."""
+        return self.is_crowd | (self.object_sizes < low) | (self.object_sizes > high)
 
 
 def read_shape(record: dict, image: dict, iou_type: str) -> list | np.ndarray:
@@ -1091,27 +1096,25 @@ def shared_area(a: list | np.ndarray, b: list | np.ndarray) -> float:
     return max(width, 0) * max(height, 0)
 
 
-def match(scene: Scene, low: float, high: float) -> tuple[np.ndarray, int]:
-    """What becomes of each detection at each IoU threshold, (10, n), and how many objects there are to find.
+def match(scene: Scene, low: float, high: float) -> np.ndarray:
+    """What becomes of each detection at each IoU threshold, (10, n).
 
     From the best down, each detection takes the free object that it overlaps most: one that counts if it can, of
     equals the later one.  What takes a crowd or an object of another size is passed over, neither hit nor miss; so is
     what takes nothing and is itself of another size.  A crowd can be taken again.
     """
-    passed = scene.is_crowd | (scene.object_sizes < low) | (scene.object_sizes > high)            # (G,)
-    of_other_size = (scene.sizes < low) | (scene.sizes > high)
-    outcome = np.tile(np.where(of_other_size, PASSED, MISS), (len(IOU_THRESHOLDS), 1))         # (10, n)
-    iou, everything = scene.iou.tolist(), range(len(passed))
+    passed, of_other_size = scene.passed_over(low, high), (scene.sizes < low) | (scene.sizes > high)
+    outcome = np.tile(np.where(of_other_size, PASSED, MISS), (len(IOU_THRESHOLDS), 1))
     for t, threshold in enumerate(IOU_THRESHOLDS):
         taken = set()
-        for d, overlaps in enumerate(iou):
-            free = [g for g in everything if overlaps[g] >= threshold and g not in taken]
+        for d, overlaps in enumerate(scene.iou.tolist()):
+            free = [g for g, overlap in enumerate(overlaps) if overlap >= threshold and g not in taken]
             if free:
                 best = max(free, key=lambda g: (not passed[g], overlaps[g], g))
                 outcome[t, d] = PASSED if passed[best] else HIT
                 if not scene.is_crowd[best]:
                     taken.add(best)
-    return outcome, int((~passed).sum())
+    return outcome
 
 
 def precision_and_recall(outcomes: list[np.ndarray], scores: list[np.ndarray], n_objects: int) -> tuple:
@@ -1362,20 +1365,22 @@ class MaskRCNN(nn.Module):
         losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets,
                                  o.rpn_samples)
         proposals = self.propose(scores, deltas, anchors, sizes, o.rpn_before_train, o.rpn_keep_train)
-        found, others, owners = zip(*(draw_rois(boxes, target["boxes"], o.roi_samples)
-                                      for boxes, target in zip(proposals, targets)))
+        boxes, owners = zip(*(draw_rois(some, target["boxes"], o.roi_samples)
+                              for some, target in zip(proposals, targets)))
 
-        boxes = [torch.cat(pair) for pair in zip(found, others)]
         scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
-        labels = torch.cat([F.pad(target["labels"][owner], (0, len(rest)), value=deltas.shape[1])
-                            for target, owner, rest in zip(targets, owners, others)])      # (R,)
-        true_boxes = torch.cat([target["boxes"][owner] for target, owner in zip(targets, owners)])
-        found_at = (labels < deltas.shape[1]).nonzero()[:, 0]                              # (R+,) with an object
-        label, wanted = labels[found_at], encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
-        losses["label"] = per_sample(F.cross_entropy(scores, labels, reduction="sum"), len(labels))
-        losses["box"] = per_sample((deltas[found_at, label] - wanted).abs().sum(), len(labels))
+        found = [some[:len(owner)] for some, owner in zip(boxes, owners)]                  # those with an object
+        labels, true_boxes = (torch.cat([target[key][owner] for target, owner in zip(targets, owners)])
+                              for key in ("labels", "boxes"))                              # (R+,), (R+, 4)
+        has_object = torch.cat([torch.arange(len(some), device=some.device) < len(owner)
+                                for some, owner in zip(boxes, owners)])                    # (R,)
+        truth = torch.full_like(has_object, deltas.shape[1], dtype=torch.long)             # (R,), the last for nothing
+        truth[has_object] = labels
+        wanted = encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
+        losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(truth))
+        losses["box"] = per_sample((deltas[has_object, labels] - wanted).abs().sum(), len(truth))
 
-        masks = of_class(self.mask_head(self.pool(maps, found, MASK_BINS)), label)         # (R+, 28, 28)
+        masks = of_class(self.mask_head(self.pool(maps, found, MASK_BINS)), labels)        # (R+, 28, 28)
         true_masks = torch.cat([mask_targets(target["masks"], owner, some)
                                 for target, owner, some in zip(targets, owners, found)])
         mask_loss = F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum")
@@ -1428,14 +1433,14 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: li
     return dict(rpn_score=per_sample(score_loss, drawn), rpn_box=per_sample(box_loss, drawn))
 
 
-def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the heads of an image learn from: boxes with an object, a quarter of `count` at most, boxes without one, and
-    the object of each of the first.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
+def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What the heads of an image learn from: boxes (R, 4), first those with an object, a quarter of `count` at most,
+    and the objects of these.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
     boxes = torch.cat([true_boxes, proposals])
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
     assigned = assign(box_iou(true_boxes, boxes), 0.5, 0.5)
     positives, negatives = draw_boxes(assigned, count, 0.25)
-    return boxes[positives], boxes[negatives], assigned[positives]
+    return boxes[torch.cat([positives, negatives])], assigned[positives]
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

@@ -160,10 +160,10 @@ def test_sampling(positives, negatives, count, share, want):
 def test_draw_rois_adds_the_true_boxes():
     true_boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 70]])
     proposals = torch.tensor([[0.0, 0, 10, 6], [90, 0, 99, 9]])
-    boxes, others, owner = dense.draw_rois(proposals, true_boxes, 100)
+    boxes, owner = dense.draw_rois(proposals, true_boxes, 100)
     found = sorted(zip(owner.tolist(), boxes.tolist()))
     assert found == [(0, [0, 0, 10, 6]), (0, [0, 0, 10, 10]), (1, [50, 50, 60, 70])]
-    assert others.tolist() == [[90, 0, 99, 9]]
+    assert boxes[3:].tolist() == [[90, 0, 99, 9]]
 
 
 @pytest.mark.parametrize("width, height, level", [

@@ -458,7 +458,7 @@ def test_labels_that_say_nothing_have_no_mean(checkpoint, tmp_path):
     build("ade20k", tmp_path, count=2)
     for path in (tmp_path / "annotations/validation").iterdir():
         PIL.Image.new("L", PIL.Image.open(path).size, 0).save(path)                     # 0: none of the classes
-    with pytest.raises(UserError, match="no pixel of the 2 test images of ade20k:.* has a label"):
+    with pytest.raises(UserError, match="no pixel of 2 readable test images of ade20k:.* has a label"):
         dense.main(["zeroshot", str(checkpoint), "--data", f"ade20k:{tmp_path}", "--json", str(tmp_path / "r.json")])
     assert not (tmp_path / "r.json").exists()
 
