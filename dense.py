@@ -134,19 +134,16 @@ COLORS = np.array([colorsys.hsv_to_rgb(0.618 * i % 1, (1, 0.6, 0.8)[i % 3], (0.9
 COLORS = (255 * COLORS).astype(np.uint8)
 
 
-def sheet(rows: list[list[tuple[str, PIL.Image.Image]]], height: int, line: int = 18, gap: int = 6) -> PIL.Image.Image:
-    """Rows of (text, picture): each picture, made `height` pixels high, with the lines of its text above it."""
-    rows = [[(text, picture.resize((max(1, round(height * picture.width / picture.height)), height), NEAREST))
-             for text, picture in row] for row in rows]
+def sheet(rows: list[list[tuple[str, PIL.Image.Image]]], size: int, line: int = 18, gap: int = 6) -> PIL.Image.Image:
+    """Rows of (text, picture): each picture, made as large as fits a square of `size`, below the lines of its text."""
     head = line * max(text.count("\n") + 1 for row in rows for text, _ in row)
-    width = gap + max(picture.width for row in rows for _, picture in row)
-    page = PIL.Image.new("RGB", (width * max(map(len, rows)), (head + height + gap) * len(rows)), "white")
+    width, height = size + gap, head + size + gap
+    page = PIL.Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
     pen, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(13)
     for i, row in enumerate(rows):
         for j, (text, picture) in enumerate(row):
-            x, y = j * width, i * (head + height + gap)
-            pen.text((x, y), text, "black", font)
-            page.paste(picture, (x, y + head))
+            pen.text((j * width, i * height), text, "black", font)
+            page.paste(PIL.ImageOps.contain(picture, (size, size), NEAREST), (j * width, i * height + head))
     return page
 
 
@@ -263,8 +260,6 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
 class ZeroShotOptions(SegmentationOptions):
     templates: str = opt("auto", "sentences around a name: 85, 80, 7, a file, or one with {}; auto: 85 (paper), for "
                          "a model trained on shapes a {}", "test")
-    value_path: str = opt("code", "last block: with residual and MLP as DenseCLIP's code, or plain as its text", "test",
-                          ("code", "plain"))
 
 
 def reads_shapes_only(model: MaskCLIP) -> bool:
@@ -278,11 +273,11 @@ def templates_for(choice: str, model: MaskCLIP) -> tuple[str, ...]:
     return find_templates(auto if choice == "auto" else choice)
 
 
-def patch_scores(model: MaskCLIP, texts: Tensor, path: str) -> Callable[[Tensor], Tensor]:
+def patch_scores(model: MaskCLIP, texts: Tensor) -> Callable[[Tensor], Tensor]:
     """texts (classes, E), unit length -> function (n, 3, h, w) -> (n, classes, h, w), cosines of patches, upsampled."""
     def predict(images: Tensor) -> Tensor:
         h, w = images.shape[2:]
-        cosine = model.encode_patches(images, path) @ texts.T                                        # (n, N, classes)
+        cosine = model.encode_patches(images) @ texts.T                                        # (n, N, classes)
         grid = h // model.config.patch_size, w // model.config.patch_size
         return resize(cosine.transpose(1, 2).unflatten(2, grid), (h, w))
     return predict
@@ -301,11 +296,10 @@ def zeroshot(argv=None):
     names = open_data(spec, "val", "segmentation", size=options.test_size).classes
     texts = model.encode_classes(progress(names, len(names), "classes embedded", runtime.is_main),
                                  templates, tokenizer)                                              # (classes, E)
-    predict = patch_scores(model, texts, options.value_path)
-    evaluate(partial(slide, predict=predict, window=window, stride=window // 2), options, runtime,
+    evaluate(partial(slide, predict=patch_scores(model, texts), window=window, stride=window // 2), options, runtime,
              Path(options.out or "runs/zeroshot-segmentation"),
              dict(checkpoint=options.checkpoint, method=config.method, window=window, stride=window // 2,
-                  value_path=options.value_path, templates=len(templates)))
+                  templates=len(templates)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +324,6 @@ class WordOptions(RunOptions):
                     "auto: words, for a model trained on shapes phrases, as it has read no form without its color",
                     "run", ("auto", "word", "phrase"))
     templates: str = opt("auto", "sentences around a word, as for zeroshot (paper silent)")
-    value_path: str = opt("code", "last block: with residual and MLP, or plain", "run", ("code", "plain"))
     test_size: int = opt(0, "short side of the image, pixels, seen in windows of the model's size; 0: that size")
 
 
@@ -350,7 +343,7 @@ def words_of(caption: str, unit: str = "word") -> list[str]:
 
 
 @torch.no_grad()
-def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, path: str = "code", size: int = 0) -> np.ndarray:
+def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, size: int = 0) -> np.ndarray:
     """RGB image, texts (classes, E) -> (classes, height, width) float32, cosine of text and patch, upsampled.
 
     # paper: shows such maps, silent on how they are made; here: scores of zero-shot segmentation, phrases for classes
@@ -358,17 +351,17 @@ def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, path: str 
     window = model.config.image_size
     pixels = to_tensor(image.resize(scaled_sides(*image.size, size or window), BILINEAR))
     pixels = normalize(pixels[None].to(model.logit_scale.device))[0]                     # (3, h, w)
-    maps = slide(pixels, patch_scores(model, texts, path), window, window // 2)
+    maps = slide(pixels, patch_scores(model, texts), window, window // 2)
     return resize(maps[None], image.size[::-1])[0].cpu().numpy()
 
 
-def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...], path: str = "code",
+def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...],
                   size: int = 0) -> tuple[float, float]:
     """How often the highest point of a class's map lies on an object of that class (Zhang et al. 2018), over the
     classes in the first `count` scenes; and the share of the picture that such objects cover, which is chance."""
     texts, hits, shares = model.encode_classes(world.classes, templates, tokenizer), [], []
     for sample in map(world.read, progress(range(count), count, "scenes")):
-        maps = text_maps(model, sample.image, texts, path, size)                    # (classes, height, width)
+        maps = text_maps(model, sample.image, texts, size)                    # (classes, height, width)
         for label in np.unique(sample.label_map[sample.label_map > 0]):
             there = sample.label_map == label                                                        # (height, width)
             hits.append(there.flat[maps[label - 1].argmax()])
@@ -431,7 +424,7 @@ def words(argv=None):
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
         maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer),
-                                   options.value_path, options.test_size)
+                                   options.test_size)
                          for model, tokenizer in zip(models, tokenizers)])          # (models, phrases, height, width)
         rows.append(draw_words(image, caption, phrases, maps, names))
         arrays.update({f"image{k}": np.asarray(image), f"words{k}": np.array(phrases), f"maps{k}": maps})
@@ -443,7 +436,7 @@ def words(argv=None):
     if options.data.startswith("shapes") and not options.image:                     # where the truth is known
         for name, model, tokenizer, config in zip(names, models, tokenizers, configs):
             world = open_data(options.data, "val", "segmentation", size=config.image_size)
-            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates, options.value_path,
+            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates,
                                        options.test_size)
             print(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
                   f"(chance {share:.1%})", flush=True)
@@ -736,6 +729,15 @@ def begin(options, out: Path, kind: str) -> tuple[dict | None, Config, VisionTra
     return None, config, model.visual
 
 
+def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
+    if runtime.is_main:
+        start = "random weights" if getattr(options, "from_scratch", False) else options.checkpoint
+        millions = sum(p.numel() for p in net.parameters()) / 1e6
+        print(f"{what}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M parameters, "
+              f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}",
+              *getattr(data, "notes", ()), sep="\nnote: ", flush=True)
+
+
 def upernet(argv=None):
     options = parse_upernet(argv)
     runtime, out = setup(options), Path(options.out)
@@ -744,11 +746,7 @@ def upernet(argv=None):
     data = open_data(options.data, "train", "segmentation", size=options.test_size)
     net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
     net = net.to(runtime.device)
-    if runtime.is_main:
-        print(f"UperNet, recipe {options.recipe}, on blocks {net.pyramid.taps} of {options.checkpoint}: "
-              f"{len(data.classes)} classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
-        for name, part in net.named_children():
-            print(f"{name:10}{sum(p.numel() for p in part.parameters()):12,}  parameters", flush=True)
+    announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)
 
     def losses_of(net: nn.Module, batch: dict) -> dict[str, Tensor]:
         labels = batch["labels"].to(runtime.device)
@@ -812,11 +810,10 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | No
     return torch.cat([rest, *kept])
 
 
-def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> tuple[Tensor, Tensor]:
-    """One axis of RoIAlign: the pixels, of `length`, that a bin reads, and what each adds to the mean of its samples.
+def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
+    """One axis of RoIAlign: what each of `length` pixels adds to the mean of a bin's samples -> (R, bins, length).
 
     low, high  (R,) the ends of the boxes, in coordinates where the center of the first pixel is 0
-    -> weights and pixels, (R, bins, n) each
     """
     low, step = low[:, None, None], ((high - low) / bins)[:, None, None]           # (R, 1, 1)
     count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
@@ -825,8 +822,7 @@ def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_rati
     at = low + (bin + (k + 0.5) / count.clamp(min=1)) * step                       # (R, bins, samples)
     share = ((k < count) & (at >= -1) & (at <= length)) / count.clamp(min=1)       # a sample farther out reads zero
     distance = at.clamp(0, length - 1)[..., None] - torch.arange(length, device=low.device)
-    weights = (share[..., None] * (1 - distance.abs()).clamp(min=0)).sum(dim=2)    # (R, bins, length), few above 0
-    return weights.topk(max((weights > 0).sum(dim=2).flatten().tolist(), default=0) or 1, dim=2)
+    return (share[..., None] * (1 - distance.abs()).clamp(min=0)).sum(dim=2)
 
 
 def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float,
@@ -843,18 +839,15 @@ def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int
     """
     rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
     channels, height, width = features.shape[1:]
-    table = features.permute(0, 2, 3, 1).reshape(-1, channels)                     # a row a pixel, of all images
-    (x1, y1, x2, y2), first = (boxes[:, 1:].detach() * spatial_scale - 0.5).T, boxes[:, 0].long() * height * width
-    order, pooled = (y2 - y1).argsort(), []                                        # those alike read as many pixels
-    for r in order.split(ALIGNED_BOXES):
-        wy, y = bin_weights(y1[r], y2[r], rows, height, sampling_ratio)            # (r, rows, m) each
-        wx, x = bin_weights(x1[r], x2[r], columns, width, sampling_ratio)          # (r, columns, n) each
-        weight = wy[:, :, None, :, None] * wx[:, None, :, None]                    # (r, rows, columns, m, n)
-        pixel = (first[r, None, None] + width * y)[:, :, None, :, None] + x[:, None, :, None]
-        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight.to(table.dtype), pixel))
-        pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
-    pooled = torch.cat(pooled).view(-1, rows, columns, channels).permute(0, 3, 1, 2)
-    return pooled[order.argsort()]
+    x1, y1, x2, y2 = (boxes[:, 1:].detach() * spatial_scale - 0.5).T
+    pooled = features.new_zeros(len(boxes), channels, rows, columns)
+    with torch.autocast(features.device.type, enabled=False):                      # in full precision
+        for k, image in enumerate(features):
+            for r in (boxes[:, 0] == k).nonzero()[:, 0].split(ALIGNED_BOXES):
+                wy = bin_weights(y1[r], y2[r], rows, height, sampling_ratio)       # (r, rows, height)
+                wx = bin_weights(x1[r], x2[r], columns, width, sampling_ratio)     # (r, columns, width)
+                pooled[r] = torch.einsum("cyx,rjx,riy->rcij", image, wx.to(image.dtype), wy.to(image.dtype))
+    return pooled
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
@@ -1011,19 +1004,14 @@ def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type:
     if unknown:
         raise ValueError(f"detections of {len(unknown)} images not in the ground truth, such as {unknown.pop()!r}")
     objects, found = by_category_and_image(ground_truth["annotations"]), by_category_and_image(detections)
-    categories = sorted({category["id"] for category in ground_truth["categories"]})
-    precision = np.full((len(categories), len(AREAS), len(IOU_THRESHOLDS), len(RECALL_POINTS)), np.nan)
-    recall = np.full((len(categories), len(AREAS), len(MAX_DETECTIONS), len(IOU_THRESHOLDS)), np.nan)
-    for k, category in enumerate(categories):
+    groups = []
+    for category in sorted({category["id"] for category in ground_truth["categories"]}):
         here, there = objects.get(category, {}), found.get(category, {})
-        scenes = [Scene(here.get(i, []), there.get(i, []), images[i], iou_type)
-                  for i in sorted(images) if i in here or i in there]
-        scores = [scene.scores for scene in scenes]
-        for area, (low, high) in enumerate(AREAS):
-            n_objects = sum((~scene.passed_over(low, high)).sum() for scene in scenes)
-            if n_objects:
-                outcomes = [match(scene, low, high) for scene in scenes]
-                precision[k, area], recall[k, area] = precision_and_recall(outcomes, scores, n_objects)
+        groups.append([Scene(here.get(i, []), there.get(i, []), images[i], iou_type)
+                       for i in sorted(images) if i in here or i in there])
+    curves = [precision_and_recall(scenes, low, high) for scenes in groups for low, high in AREAS]
+    precision = np.array([curve for curve, _ in curves]).reshape(-1, 4, 10, 101)   # (categories, areas, IoUs, recalls)
+    recall = np.array([values for _, values in curves]).reshape(-1, 4, 3, 10)      # (categories, areas, counts, IoUs)
 
     def mean(values: np.ndarray) -> float:
         known = values[~np.isnan(values)]
@@ -1117,15 +1105,19 @@ def match(scene: Scene, low: float, high: float) -> np.ndarray:
     return outcome
 
 
-def precision_and_recall(outcomes: list[np.ndarray], scores: list[np.ndarray], n_objects: int) -> tuple:
-    """Of one category, from the outcomes (10, n) and scores (n,) in all images: precision at the recall points
-    (10, 101), and recall of the best 1, 10, 100 an image (3, 10).
+def precision_and_recall(scenes: list[Scene], low: float, high: float) -> tuple:
+    """Of one category, for objects of an area from low to high: precision at the recall points (10, 101), and recall of
+    the best 1, 10, 100 an image (3, 10).  NaN where there is nothing to find.
 
     The precision at a recall is the best one at that recall or above, and 0 where the recall is not reached.
     """
+    n_objects = sum((~scene.passed_over(low, high)).sum() for scene in scenes)
+    if n_objects == 0:
+        return np.full((10, 101), np.nan), np.full((3, 10), np.nan)
+    outcomes = [match(scene, low, high) for scene in scenes]                       # (10, n) each
     recall = [sum((outcome[:, :most] == HIT).sum(axis=1) for outcome in outcomes) / n_objects
               for most in MAX_DETECTIONS]
-    order = np.argsort(-np.concatenate(scores), kind="stable")
+    order = np.argsort(-np.concatenate([scene.scores for scene in scenes]), kind="stable")
     outcome = np.concatenate(outcomes, axis=1)[:, order]                           # (10, n of all images)
     hits, misses = (outcome == HIT).cumsum(axis=1), (outcome == MISS).cumsum(axis=1)
     precision = np.pad(hits / np.maximum(hits + misses, 1), ((0, 0), (0, 1)))
@@ -1149,7 +1141,7 @@ LARGEST_GROWTH = 1000 / 16              # how many times a box can become as lar
 BOX_SCALE = (0.1, 0.1, 0.2, 0.2)        # of the numbers that the box head puts out
 FINEST_SIDE = 14                        # boxes up to twice as large, in strides of the finest map, are read from there
 BOX_BINS, MASK_BINS = 7, 14             # of roi_align, for the two heads
-DRAWN_HEIGHT = 320                      # of a picture of detections
+DRAWN_SIZE = 320                        # longer side of a picture of detections
 NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are to find no object
 
 
@@ -1585,7 +1577,6 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
     """Finds the objects of all test images; prints, draws and writes what came of it:
 
     box, mask {AP, AP50, ...}: see coco_average_precision;  images, bad (records), classes: how many;  protocol
-    OUT/detections.json   all that was found, as COCO's server takes it
     """
     data, names, label_of = open_objects(options, "val", names)
     images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
@@ -1612,14 +1603,13 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
                    images=len(images), bad=len(bad), classes=len(names),
                    protocol={key: getattr(options, key) for key in said})
     if runtime.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "detections.json").write_text(json.dumps(with_own_ids(found, data, label_of)))
         for what in ("box", "mask"):
             print(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
                                           for key, value in results[what].items()))
-        print(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)   {out}/detections.json")
+        print(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)", flush=True)
         if drawn:
-            sheet(drawn, DRAWN_HEIGHT).save(out / "detections.png")
+            out.mkdir(parents=True, exist_ok=True)
+            sheet(drawn, DRAWN_SIZE).save(out / "detections.png")
             print(f"truth and detections side by side: {out}/detections.png", flush=True)
         write_json(options, results, "detection")
     return results
@@ -1635,24 +1625,15 @@ def as_records(objects: dict, down: float, across: float, size: tuple[int, int])
                 boxes.tolist(), objects["labels"].tolist(), objects["scores"].tolist(), masks)]
 
 
-def with_own_ids(found: list[dict], data, label_of: list[int]) -> list[dict]:
-    """Detections with the data set's ids for images and categories, if it has its own, and with RLE as text."""
-    images = getattr(data, "image_ids", np.arange(len(data)))
-    category = {label: own for own, label in zip(getattr(data, "category_ids", label_of), label_of)}
-    return [dict(record, image_id=int(images[record["image_id"]]), category_id=category[record["category_id"]],
-                 segmentation=dict(record["segmentation"], counts=record["segmentation"]["counts"].decode()))
-            for record in found if record["category_id"] in category]
-
-
 def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], least: float = 0.5) -> PIL.Image.Image:
-    """The image, DRAWN_HEIGHT high, with mask, box, name and score of COCO's records that score `least` or more."""
+    """The image, resized to DRAWN_SIZE, with mask, box, name and score of COCO's records that score `least` or more."""
     records = [record for record in records if record.get("score", 1) >= least]
     pixels = np.array(image)
     for record in records:
         inside = decode_mask(record["segmentation"], image.height, image.width)
         pixels[inside] = 0.4 * pixels[inside] + 0.6 * COLORS[record["category_id"] % IGNORED]
-    times = DRAWN_HEIGHT / image.height
-    picture = PIL.Image.fromarray(pixels).resize((max(1, round(times * image.width)), DRAWN_HEIGHT), BILINEAR)
+    picture = PIL.ImageOps.contain(PIL.Image.fromarray(pixels), (DRAWN_SIZE, DRAWN_SIZE))
+    times = picture.width / image.width
     pen, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
     for record in records:
         x, y, width, height = (times * side for side in record["bbox"])
@@ -1673,12 +1654,7 @@ def maskrcnn(argv=None):
     runtime.claim(out)
     state, config, visual = begin(options, out, "maskrcnn")
     net = MaskRCNN(image_tower(config) if options.from_scratch else visual, len(names), options).to(runtime.device)
-    if runtime.is_main:
-        start = "random weights" if options.from_scratch else options.checkpoint
-        millions = sum(p.numel() for p in net.parameters()) / 1e6
-        print(f"Mask R-CNN, recipe {options.recipe}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M "
-              f"parameters, {len(names)} classes, {len(data)} images, {options.steps} steps of {options.batch_size}",
-              *getattr(data, "notes", ()), sep="\nnote: ", flush=True)
+    announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, len(names), runtime)
     collate = partial(collate_padded, multiple=net.strides[3])
     fine_tune(net, partial(losses_of, device=runtime.device), step_schedule, data,
               TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, state,

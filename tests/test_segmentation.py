@@ -310,7 +310,7 @@ def test_patch_scores_are_cosines_at_the_patches():
     model, tokenizer, config = tiny_model()
     texts = model.encode_classes(["red circle", "blue square", "moon"], ("a {}", "the {}"), tokenizer)
     images, p = torch.randn(2, 3, 32, 48), config.patch_size
-    scores = dense.patch_scores(model, texts, "code")(images)
+    scores = dense.patch_scores(model, texts)(images)
     assert scores.shape == (2, 3, 32, 48)
     patches = model.encode_patches(images)                                                  # (2, 4 * 6, E), row by row
     for b, c, row, column in itertools.product(range(2), range(3), range(4), range(6)):
@@ -329,7 +329,7 @@ class ColorModel:
     def embed(self, rgb):
         return F.normalize(torch.as_tensor(rgb, dtype=torch.float32) / 255 - 0.5, dim=-1)
 
-    def encode_patches(self, images, path):
+    def encode_patches(self, images):
         mean, std = torch.tensor(data.MEAN)[:, None, None], torch.tensor(data.STD)[:, None, None]
         pixels = F.avg_pool2d((images * std + mean) * 255, 8)                               # (B, 3, rows, columns)
         return self.embed(pixels.flatten(2).transpose(1, 2))
@@ -352,11 +352,11 @@ def test_zero_shot_with_a_perfect_model(tmp_path):
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("0\n1\n2\n")
     (tmp_path / "class_names.txt").write_text("\n".join(colors))
     model, options = ColorModel(), dense.ZeroShotOptions(data=f"voc:{tmp_path}", test_size=116)
-    predict = dense.patch_scores(model, model.encode_classes(colors, (), None), "code")
+    predict = dense.patch_scores(model, model.encode_classes(colors, (), None))
     runtime = dense.setup(replace(options, device="cpu"))
     results = dense.evaluate(lambda image: dense.slide(image, predict, 32, 16), options, runtime, tmp_path / "out", {})
     assert results["images"] == 3 and results["miou"] > 0.93 and results["accuracy"] > 0.96
-    assert PIL.Image.open(tmp_path / "out/maps.png").size[1] == 3 * (192 + 18 + 6)
+    assert PIL.Image.open(tmp_path / "out/maps.png").size == (3 * 198, 3 * 216)
 
 
 def test_word_map_lights_up_where_the_word_is():
@@ -772,7 +772,6 @@ def stopped_after(steps: int, checkpoint, out) -> dict:
 def test_upernet_learns_on_two_processes(checkpoint, tmp_path):
     run_script("dense.py", "upernet", checkpoint, *SMALL, "--steps", 80, "--lr", 3e-3, "--out", tmp_path, "--json", tmp_path / "r.json", processes=2)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert np.mean(losses[:5]) == pytest.approx(1.4 * math.log(64), rel=0.1), "nothing is known at the start"
     assert np.mean(losses[-10:]) < 0.94 * np.mean(losses[:5])
     assert json.loads((tmp_path / "r.json").read_text())["images"] == 4
 
