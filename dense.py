@@ -32,7 +32,6 @@ import PIL.ImageFont
 import PIL.ImageOps
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

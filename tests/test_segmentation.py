@@ -184,6 +184,7 @@ def test_mean_iou_is_a_brute_force_count(C):
     assert accuracy == pytest.approx(sum(t == g for t, g in pixels) / len(pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("C", [2, 5, 150])
 def test_mean_iou_is_torchmetrics(C):
     classification = pytest.importorskip("torchmetrics.classification", reason="torchmetrics is not installed")
@@ -770,7 +771,8 @@ def stopped_after(steps: int, checkpoint, out) -> dict:
 
 @pytest.mark.slow
 def test_upernet_learns_on_two_processes(checkpoint, tmp_path):
-    run_script("dense.py", "upernet", checkpoint, *SMALL, "--steps", 80, "--lr", 3e-3, "--out", tmp_path, "--json", tmp_path / "r.json", processes=2)
+    run_script("dense.py", "upernet", checkpoint, *SMALL, "--steps", 80, "--lr", 3e-3, "--out", tmp_path,
+               "--json", tmp_path / "r.json", processes=2)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert np.mean(losses[-10:]) < 0.94 * np.mean(losses[:5])
     assert json.loads((tmp_path / "r.json").read_text())["images"] == 4
