@@ -551,7 +551,6 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
     crop: int = opt(512, "side of training crops and of test windows, pixels (paper)", "recipe")
     channels: int = opt(768, "width of the head (BEiT, iBOT, BootMAE; mmsegmentation 512; paper silent)", "recipe")
     aux_channels: int = opt(256, "width of the auxiliary head (mmsegmentation)", "recipe")
-    aux_weight: float = opt(0.4, "weight of its loss (mmsegmentation)", "recipe")
     distort: bool = opt(True, "photometric distortion of training images (paper)", "recipe")
 
 
@@ -751,7 +750,7 @@ def upernet(argv=None):
         labels = batch["labels"].to(runtime.device)
         scores, auxiliary = net(normalize(batch["images"].to(runtime.device)))
         return dict(segmentation=pixel_cross_entropy(scores, labels),
-                    auxiliary=options.aux_weight * pixel_cross_entropy(auxiliary, labels))
+                    auxiliary=0.4 * pixel_cross_entropy(auxiliary, labels))        # mmsegmentation's weight
 
     transform = CropTransform(data, options.test_size, options.crop, options.distort)
     fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, out, state,
