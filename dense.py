@@ -9,9 +9,11 @@ Zero-shot features are those of the value path (VisionTransformer.value_features
 would mix all patches, so the identity takes its place, and a patch's feature stays its own.  UperNet takes the outputs
 of four blocks as they are and trains everything.  With no options each command runs on the Shapes world.
 
-Letters: B images, C classes (or words), D width, E embedding, H x W pixels of an image, w pixels along a window.
-Labels are 0 ... C-1, and 255 for pixels that do not count.      Check:  python -m pytest tests/test_segmentation.py
+Letters: B images, N patches, D width, E embedding, as everywhere; p the side of a patch, c channels of a map.  Shapes
+say (classes, height, width) for an image at its full size and (classes, h, w) for one that was resized.  Labels count
+from 0, and are 255 for pixels that do not count.         Check:  python -m pytest tests/test_segmentation.py
 """
+import colorsys
 import itertools
 import json
 import math
@@ -27,27 +29,29 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+import PIL.ImageOps
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data as data_module
-from data import BadRecord, UserError
+from data import (BadRecord, MEAN, UserError, collate, decode, eval_loader, find_templates, fingerprint, has_area,
+                  normalize, open_data, open_image, progress, read_file, to_tensor)
 from losses import mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from train import (Log, RunOptions, StopSignal, check_bad, check_full, check_same_data, find_resumable, first_look,
-                   layer_decay_groups, load_checkpoint, load_resumed, load_state, parse, refuse_update, report_bad,
-                   run, save_atomically, seeded, setup, show_curves)
+                   gather as gather_objects, layer_decay_groups, load_checkpoint, load_resumed, parse, refuse_update,
+                   report_bad, run, save_atomically, seeded, setup, show_curves)
 
 IGNORED = 255
+MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model
 BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    """(B, c, h, w) -> (B, c, *size), bilinear."""
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
@@ -56,21 +60,21 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def reduce_zero_label(label_map: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 labels of which 0 is no class: 0 -> 255, 1 -> 0, 2 -> 1, ...; 255 stays."""
+    """(height, width) uint8 labels of which 0 is no class: 0 -> 255, 1 -> 0, 2 -> 1, ...; 255 stays."""
     reduced = label_map - np.uint8(1)                               # wraps around: 0 -> 255, as wanted, and 255 -> 254
     reduced[reduced == 254] = IGNORED
     return reduced
 
 
 def confusion_matrix(truth: Tensor, predicted: Tensor, n_classes: int) -> Tensor:
-    """Two (H, W) label maps -> (C, C) int64 counts of pixels, a row a true class, a column a predicted one."""
+    """Two label maps -> (classes, classes) counts of pixels, a row for each true class, a column a predicted one."""
     counts = truth != IGNORED
     pairs = truth[counts].long() * n_classes + predicted[counts].long()
     return torch.bincount(pairs, minlength=n_classes ** 2).view(n_classes, n_classes)
 
 
 def mean_iou(confusion: Tensor) -> tuple[float, Tensor, float]:
-    """(C, C) counts, summed over a whole data set -> mIoU, (C,) IoU of each class, accuracy over all pixels.
+    """(classes, classes) counts over a whole data set -> mIoU, (classes,) IoU of each class, accuracy over all pixels.
 
     IoU = both / (true + predicted - both); NaN for a class that is neither true nor predicted, and not in the mean.
     """
@@ -83,17 +87,16 @@ def mean_iou(confusion: Tensor) -> tuple[float, Tensor, float]:
 # From an image of any size to scores for each of its pixels
 # ---------------------------------------------------------------------------------------------------------------------
 
-def scaled_sides(width: int, height: int, size: float, fit: str = "short") -> tuple[int, int]:
-    """(width, height) that an image is resized to.
-
-    "short": short side `size`, long side at most 4 times that, which is mmsegmentation's scale (2048, 512);
-    "inside": long side `size`;  "square": both, whatever the shape.
-    """
-    if fit == "square":
-        return round(size), round(size)
-    short, long = min(width, height), max(width, height)
-    scale = size / long if fit == "inside" else min(size / short, 4 * size / long)
+def fitted_sides(width: int, height: int, short: float, long: float) -> tuple[int, int]:
+    """(width, height), the shape kept, as large as a short side of at most `short` and a long one of `long` allow."""
+    scale = min(short / min(width, height), long / max(width, height))
     return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+
+
+def scaled_sides(width: int, height: int, size: float) -> tuple[int, int]:
+    """The same for a short side of `size`, a long one of 4 times that at most: mmsegmentation's scale (2048, 512)."""
+    # paper: 512 x 512, silent on what becomes of the shape; here: as mmsegmentation does
+    return fitted_sides(width, height, size, 4 * size)
 
 
 def starts(size: int, window: int, stride: int) -> list[int]:
@@ -102,24 +105,52 @@ def starts(size: int, window: int, stride: int) -> list[int]:
     return [min(i * stride, size - window) for i in range(count)]
 
 
-def slide(image: Tensor, predict: Callable[[Tensor], Tensor], window: int, stride: int, at_once: int = 16) -> Tensor:
-    """image (3, H, W) -> scores (C, H, W), averaged where windows overlap.
+def slide(image: Tensor, predict: Callable[[Tensor], Tensor], window: int, stride: int) -> Tensor:
+    """image (3, height, width) -> scores (classes, height, width), averaged where windows overlap.
 
-    predict   (n, 3, w, w) -> (n, C, w, w) scores of n <= at_once windows
+    predict   (1, 3, window, window) -> scores (1, classes, window, window)
     """
-    H, W = image.shape[1:]
-    image = F.pad(image, (0, max(0, window - W), 0, max(0, window - H)))               # with the mean color, which is 0
-    corners = itertools.product(starts(image.shape[1], window, stride), starts(image.shape[2], window, stride))
-    areas = [(..., slice(y, y + window), slice(x, x + window)) for y, x in corners]
+    height, width = image.shape[1:]
+    image = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))      # with the mean color, which is 0
     total, count = None, torch.zeros(image.shape[1:], device=image.device)
-    for first in range(0, len(areas), at_once):
-        some = areas[first:first + at_once]
-        scores = predict(torch.stack([image[area] for area in some])).float()                        # (n, C, w, w)
-        total = scores.new_zeros(scores.shape[1], *image.shape[1:]) if total is None else total      # (C, H, W)
-        for area, score in zip(some, scores):
-            total[area] += score
-            count[area] += 1
-    return (total / count)[:, :H, :W]
+    for y, x in itertools.product(starts(image.shape[1], window, stride), starts(image.shape[2], window, stride)):
+        area = (..., slice(y, y + window), slice(x, x + window))
+        scores = predict(image[area][None])[0].float()                              # (classes, window, window)
+        if total is None:
+            total = scores.new_zeros(len(scores), *image.shape[1:])
+        total[area] += scores
+        count[area] += 1
+    return (total / count)[:, :height, :width]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Colors of classes, (256, 3) uint8: those of neighbors differ most; the last is black, for what has no class
+COLORS = np.array([colorsys.hsv_to_rgb(0.618 * i % 1, (1, 0.6, 0.8)[i % 3], (0.9, 1, 0.7)[i // 3 % 3])
+                   for i in range(IGNORED)] + [(0, 0, 0)])
+COLORS = (255 * COLORS).astype(np.uint8)
+
+
+def sheet(rows: list[list[tuple[str, PIL.Image.Image]]], size: int, line: int = 18, gap: int = 6) -> PIL.Image.Image:
+    """Rows of (text, picture): each picture, made as large as fits a square of `size`, below the lines of its text."""
+    head = line * max(text.count("\n") + 1 for row in rows for text, _ in row)
+    width, height = size + gap, head + size + gap
+    page = PIL.Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
+    pen, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(13)
+    for i, row in enumerate(rows):
+        for j, (text, picture) in enumerate(row):
+            pen.text((j * width, i * height), text, "black", font)
+            page.paste(PIL.ImageOps.contain(picture, (size, size), NEAREST), (j * width, i * height + head))
+    return page
+
+
+def draw_labels(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> list[tuple]:
+    """image (h, w, 3), two label maps (height, width) -> (text, picture) of each, darker where no truth is known."""
+    shade = np.where(truth == IGNORED, 3, 1).astype(np.uint8)[:, :, None]
+    pictures = dict(image=image, truth=COLORS[truth], prediction=COLORS[predicted] // shade)
+    return [(text, PIL.Image.fromarray(pixels)) for text, pixels in pictures.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,120 +158,97 @@ def slide(image: Tensor, predict: Callable[[Tensor], Tensor], window: int, strid
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class SegmentationOptions(RunOptions):
+class EvalOptions(RunOptions):
+    """What all commands take that are tested on labels."""
     checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
-    data: str = opt("shapes:objects=2-4", "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR or voc:DIR")
     json: str = opt("", "file for the results, as one JSON object")
-    draw: int = opt(8, "how many images are drawn into OUT/maps.png, with truth and prediction")
+    draw: int = opt(8, "how many test images are drawn into a picture in OUT, truth beside prediction")
     limit: int = opt(0, "how many images to test on, 0: all", "test")
-    background: str = opt("auto", "label 0: left out or a class; auto: left out where the protocol does so (ADE20K, "
-                          "Pascal Context, Shapes)", "test", ("auto", "ignore", "class"))
-    test_size: int = opt(0, "test images are resized to this, pixels; 0: as the paper", "test")
-    fit: str = opt("short", "what gets that size: the short side, the long one (inside), or both (paper: 512x512, in "
-                   "mmsegmentation short)", "test", ("short", "inside", "square"))
 
 
-def open_segmentation(options: SegmentationOptions, split: str):
-    """The data set, the names of its C classes, and whether its label maps must be reduced."""
-    data = data_module.open_data(options.data, split, "segmentation", size=options.test_size)
-    names, reduce = list(data.classes), data.reduce_zero_label
-    if options.background == "class" and reduce:
-        names, reduce = ["background", *names], False
-    elif options.background == "ignore" and not reduce:
-        if names[0] != "background":
-            raise UserError(f"--background ignore: label 0 of {options.data} is {names[0]}, not the background")
-        names, reduce = names[1:], True
-    return data, names, reduce
+@dataclass
+class SegmentationOptions(EvalOptions):
+    data: str = opt("shapes:objects=2-4", "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR or voc:DIR")
+    test_size: int = opt(0, "short side of test images, pixels; 0: as the paper", "test")
+
+
+def labels_of(data, sample) -> np.ndarray:
+    """(height, width) uint8, without label 0 where the protocol leaves it out: ADE20K, Pascal Context, Shapes."""
+    return reduce_zero_label(sample.label_map) if data.reduce_zero_label else sample.label_map
 
 
 @dataclass
 class ResizeTransform:
-    """A record -> images, uint8 (3, h, w), resized; labels (H, W), as they are."""
+    """A record of data -> images, uint8 (3, h, w), resized; labels (height, width), as they are."""
+    data: object
     size: int
-    fit: str
-    reduce: bool
 
     def __call__(self, sample, rng) -> dict:
-        image = data_module.decode(sample.image)
-        image = image.resize(scaled_sides(*image.size, self.size, self.fit), BILINEAR)
-        labels = reduce_zero_label(sample.label_map) if self.reduce else sample.label_map
-        return dict(images=data_module.to_tensor(image), labels=labels)
+        image = decode(sample.image)
+        image = image.resize(scaled_sides(*image.size, self.size), BILINEAR)
+        return dict(images=to_tensor(image), labels=labels_of(self.data, sample))
+
+
+def each_test_image(data, transform, options: EvalOptions, runtime, bad: list, collate=collate):
+    """This process's share of the test images, up to --limit, in batches of one; bad records are told and join bad."""
+    loader, done = eval_loader(data, transform, 1, runtime.rank, runtime.world, runtime.workers, collate), 0
+    for batch in progress(loader, len(loader), "images tested", runtime.is_main):
+        report_bad(batch["bad"])
+        bad += batch["bad"]
+        if "images" in batch:
+            yield batch
+            done += 1
+        if options.limit and done * runtime.world >= options.limit:
+            break
+
+
+def write_json(options, results: dict, task: str):
+    if options.json:
+        Path(options.json).write_text(json.dumps(dict(results, task=task)) + "\n")
 
 
 @torch.no_grad()
 def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, runtime, out: Path, protocol: dict):
-    """Tests score, (3, h, w) -> (C, h, w), against all labels at their own size; prints, draws and writes the results:
+    """Tests score, (3, h, w) -> (classes, h, w), against all labels at their own size; prints, draws and writes:
 
     miou, accuracy, class_accuracy (its mean over classes), images, bad (records), iou {class: IoU, None for NaN}, and
     the protocol that these numbers depend on
     """
-    data, names, reduce = open_segmentation(options, "val")
-    loader = data_module.eval_loader(data, ResizeTransform(options.test_size, options.fit, reduce), 1, runtime.rank,
-                                     runtime.world, runtime.workers)
+    data = open_data(options.data, "val", "segmentation", size=options.test_size)
+    names = list(data.classes)
     confusion = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
-    counts, rows, started = torch.zeros(2, dtype=torch.long, device=runtime.device), [], time.monotonic()
-    for batch in data_module.progress(loader, len(loader), "images tested", runtime.is_main):
-        bad = report_bad(batch["bad"])
-        counts += torch.tensor([1 - bad, bad], device=runtime.device)
-        if not bad:
-            with runtime.autocast():
-                scores = score(data_module.normalize(batch["images"].to(runtime.device))[0])         # (C, h, w)
-            truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                          # (H, W)
-            predicted = resize(scores[None], truth.shape)[0].argmax(dim=0)                           # (H, W)
-            confusion += confusion_matrix(truth, predicted, len(names))
-            if len(rows) < options.draw:
-                rows.append((batch["images"][0].permute(1, 2, 0).numpy(), truth.cpu().numpy(), predicted.cpu().numpy()))
-        if options.limit and counts[0] * runtime.world >= options.limit:
-            break
-    if runtime.world > 1:
-        dist.all_reduce(confusion)
-        dist.all_reduce(counts)
-    if not counts[0]:
-        raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
-    confusion = confusion.cpu()
+    n_images, bad, drawn, started = 0, [], [], time.monotonic()
+    for batch in each_test_image(data, ResizeTransform(data, options.test_size), options, runtime, bad):
+        with runtime.autocast():
+            scores = score(normalize(batch["images"].to(runtime.device))[0])             # (classes, h, w)
+        truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                              # (height, width)
+        predicted = resize(scores[None], truth.shape)[0].argmax(dim=0)                               # (height, width)
+        confusion += confusion_matrix(truth, predicted, len(names))
+        n_images += 1
+        if len(drawn) < options.draw:
+            pixels = batch["images"][0].permute(1, 2, 0).numpy()
+            drawn.append(draw_labels(pixels, truth.cpu().numpy(), predicted.cpu().numpy()))
+    confusion, n_images, n_bad = map(sum, zip(*gather_objects((confusion.cpu(), n_images, len(bad)), runtime)))
     if not confusion.any():
-        raise UserError(f"no pixel of the {counts[0]} test images of {options.data} has a label")
+        raise UserError(f"no pixel of {n_images} readable test images of {options.data} has a label")
     miou, iou, accuracy = mean_iou(confusion)
     by_class = (confusion.diag() / confusion.sum(dim=1)).nanmean().item()
-    results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=counts[0].item(), bad=counts[1].item(),
+    protocol = dict(data=options.data, resized_to=f"short {options.test_size}", **protocol,
+                    classes=f"{len(names)} ({fingerprint(names)})",
+                    label_0="left out" if data.reduce_zero_label else names[0])
+    results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=n_images, bad=n_bad,
                    iou={name: None if math.isnan(value) else value for name, value in zip(names, iou.tolist())},
-                   protocol=dict(data=options.data, resized_to=f"{options.fit} {options.test_size}", **protocol,
-                                 classes=f"{len(names)} ({data_module.fingerprint(names)})",
-                                 label_0="left out" if reduce else names[0]))
+                   protocol=protocol)
     if runtime.is_main:
-        known = sorted(((value, name) for name, value in results["iou"].items() if value is not None), reverse=True)
-        for what, some in (("best", known[:5]), ("worst", known[-5:])):
-            print(f"{what:9} " + "   ".join(f"{name} {value:.1%}" for value, name in some))
-        print("protocol  " + "   ".join(f"{key.replace('_', ' ')} {v}" for key, v in results["protocol"].items()))
-        print(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({counts[0]} images, "
-              f"{counts[1]} bad, {time.monotonic() - started:.0f} s)", flush=True)
-        if rows:
+        print("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
+        print(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({n_images} images, "
+              f"{n_bad} bad, {time.monotonic() - started:.0f} s)", flush=True)
+        if drawn:
             out.mkdir(parents=True, exist_ok=True)
-            draw_label_maps(rows, len(names)).save(out / "maps.png")
+            sheet(drawn, 192).save(out / "maps.png")
             print(f"image, truth and prediction side by side: {out}/maps.png", flush=True)
-        if options.json:
-            Path(options.json).write_text(json.dumps(dict(results, task="segmentation")) + "\n")
+        write_json(options, results, "segmentation")
     return results
-
-
-def palette(n: int) -> np.ndarray:
-    """(n, 3) uint8, colors that differ, those of neighbors most."""
-    hsv = [(int(158.2 * i) % 256, (255, 160, 210)[i % 3], (235, 255, 170)[i // 3 % 3]) for i in range(n)]
-    return np.asarray(PIL.Image.frombytes("HSV", (n, 1), bytes(sum(hsv, ()))).convert("RGB"))[0]
-
-
-def draw_label_maps(rows: list[tuple], n_classes: int, cell: int = 192) -> PIL.Image.Image:
-    """Rows of image (h, w, 3), true and predicted labels (H, W): side by side, darker where the truth is not known."""
-    colors, gap = palette(n_classes), 4
-    sheet = PIL.Image.new("RGB", (3 * (cell + gap), len(rows) * (cell + gap)), "white")
-    for k, (image, truth, predicted) in enumerate(rows):
-        known = (truth != IGNORED)[:, :, None]
-        pictures = [image, colors[truth * known[:, :, 0]] * known, colors[predicted] // np.where(known, 1, 3)]
-        size = [round(cell * side / max(truth.shape)) for side in truth.shape[::-1]]
-        for column, pixels in enumerate(pictures):
-            picture = PIL.Image.fromarray(pixels.astype(np.uint8)).resize(size, NEAREST)
-            sheet.paste(picture, (column * (cell + gap), k * (cell + gap)))
-    return sheet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,21 +258,25 @@ def draw_label_maps(rows: list[tuple], n_classes: int, cell: int = 192) -> PIL.I
 @dataclass
 class ZeroShotOptions(SegmentationOptions):
     templates: str = opt("auto", "sentences around a name: 85, 80, 7, a file, or one with {}; auto: 85 (paper), for "
-                         "shapes a {}", "test")
-    value_path: str = opt("code", "last block: with residual and MLP as DenseCLIP's code, or plain as its text", "test",
-                          ("code", "plain"))
+                         "a model trained on shapes a {}", "test")
 
 
-def templates_for(choice: str, spec: str) -> tuple[str, ...]:
-    """What --templates says.  The Shapes world's language knows few words, so its default is the plainest sentence."""
-    return data_module.find_templates(choice if choice != "auto" else "a {}" if spec.startswith("shapes") else "85")
+def reads_shapes_only(model: MaskCLIP) -> bool:
+    """Whether the Shapes world is all that a model was pre-trained on: its language knows few words."""
+    return bool(model.trained_on) and all(spec.startswith("shapes") for spec in model.trained_on)
 
 
-def patch_scores(model: MaskCLIP, texts: Tensor, path: str) -> Callable[[Tensor], Tensor]:
-    """texts (C, E), unit length -> function (n, 3, h, w) -> (n, C, h, w), the cosine of text and patch, upsampled."""
+def templates_for(choice: str, model: MaskCLIP) -> tuple[str, ...]:
+    """What --templates says; auto takes sentences such as the model has read."""
+    auto = "a {}" if reads_shapes_only(model) else "85"
+    return find_templates(auto if choice == "auto" else choice)
+
+
+def patch_scores(model: MaskCLIP, texts: Tensor) -> Callable[[Tensor], Tensor]:
+    """texts (classes, E), unit length -> function (n, 3, h, w) -> (n, classes, h, w), cosines of patches, upsampled."""
     def predict(images: Tensor) -> Tensor:
         h, w = images.shape[2:]
-        cosine = model.encode_patches(images, path) @ texts.T                                        # (n, N, C)
+        cosine = model.encode_patches(images) @ texts.T                                        # (n, N, classes)
         grid = h // model.config.patch_size, w // model.config.patch_size
         return resize(cosine.transpose(1, 2).unflatten(2, grid), (h, w))
     return predict
@@ -279,15 +291,14 @@ def zeroshot(argv=None):
     window, spec = config.image_size, options.data
     paper = 480 if spec.startswith("pascal-context") else 512
     options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else paper * window // 224)
-    templates = templates_for(options.templates, spec)
-    names = open_segmentation(options, "val")[1]
-    texts = model.encode_classes(data_module.progress(names, len(names), "classes embedded", runtime.is_main),
-                                 templates, tokenizer)                                              # (C, E)
-    predict = patch_scores(model, texts, options.value_path)
-    evaluate(partial(slide, predict=predict, window=window, stride=window // 2), options, runtime,
+    templates = templates_for(options.templates, model)
+    names = open_data(spec, "val", "segmentation", size=options.test_size).classes
+    texts = model.encode_classes(progress(names, len(names), "classes embedded", runtime.is_main),
+                                 templates, tokenizer)                                              # (classes, E)
+    evaluate(partial(slide, predict=patch_scores(model, texts), window=window, stride=window // 2), options, runtime,
              Path(options.out or "runs/zeroshot-segmentation"),
              dict(checkpoint=options.checkpoint, method=config.method, window=window, stride=window // 2,
-                  value_path=options.value_path, templates=len(templates)))
+                  templates=len(templates)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,13 +320,10 @@ class WordOptions(RunOptions):
     caption: str = opt("", "its caption")
     words: str = opt("", "words or phrases to look for, with commas; empty: those of the caption that mean something")
     unit: str = opt("auto", "what of the caption a map is drawn for: words, as in the paper's figures, or phrases; "
-                    "auto: words, for shapes phrases, whose text tower has read no form without its color", "run",
-                    ("auto", "word", "phrase"))
-    templates: str = opt("auto", "sentences around a word, as for zeroshot; auto: 85 (paper silent), for shapes a {}")
-    value_path: str = opt("code", "last block: with residual and MLP, or plain", "run", ("code", "plain"))
+                    "auto: words, for a model trained on shapes phrases, as it has read no form without its color",
+                    "run", ("auto", "word", "phrase"))
+    templates: str = opt("auto", "sentences around a word, as for zeroshot (paper silent)")
     test_size: int = opt(0, "short side of the image, pixels, seen in windows of the model's size; 0: that size")
-    scale: str = opt("shared", "a word's colors go from its least to its greatest value: over both models, or in each",
-                     "run", ("shared", "own"))
 
 
 def words_of(caption: str, unit: str = "word") -> list[str]:
@@ -334,76 +342,66 @@ def words_of(caption: str, unit: str = "word") -> list[str]:
 
 
 @torch.no_grad()
-def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, path: str = "code", size: int = 0) -> np.ndarray:
-    """RGB image of W x H pixels, texts (C, E) -> (C, H, W) float32, cosine of text and patch, upsampled.
+def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, size: int = 0) -> np.ndarray:
+    """RGB image, texts (classes, E) -> (classes, height, width) float32, cosine of text and patch, upsampled.
 
     # paper: shows such maps, silent on how they are made; here: scores of zero-shot segmentation, phrases for classes
     """
     window = model.config.image_size
-    pixels = data_module.to_tensor(image.resize(scaled_sides(*image.size, size or window), BILINEAR))
-    pixels = data_module.normalize(pixels[None].to(model.logit_scale.device))[0]                     # (3, h, w)
-    maps = slide(pixels, patch_scores(model, texts, path), window, window // 2)
+    pixels = to_tensor(image.resize(scaled_sides(*image.size, size or window), BILINEAR))
+    pixels = normalize(pixels[None].to(model.logit_scale.device))[0]                     # (3, h, w)
+    maps = slide(pixels, patch_scores(model, texts), window, window // 2)
     return resize(maps[None], image.size[::-1])[0].cpu().numpy()
 
 
-def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...], path: str = "code",
+def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...],
                   size: int = 0) -> tuple[float, float]:
     """How often the highest point of a class's map lies on an object of that class (Zhang et al. 2018), over the
     classes in the first `count` scenes; and the share of the picture that such objects cover, which is chance."""
     texts, hits, shares = model.encode_classes(world.classes, templates, tokenizer), [], []
-    for sample in map(world.read, data_module.progress(range(count), count, "scenes")):
-        maps = text_maps(model, sample.image, texts, path, size)                                     # (C, H, W)
+    for sample in map(world.read, progress(range(count), count, "scenes")):
+        maps = text_maps(model, sample.image, texts, size)                    # (classes, height, width)
         for label in np.unique(sample.label_map[sample.label_map > 0]):
-            there = sample.label_map == label                                                        # (H, W)
+            there = sample.label_map == label                                                        # (height, width)
             hits.append(there.flat[maps[label - 1].argmax()])
             shares.append(there.mean())
     return float(np.mean(hits)), float(np.mean(shares))
 
 
 def overlay(image: PIL.Image.Image, values: np.ndarray, low: float, high: float) -> PIL.Image.Image:
-    """values (H, W) from blue (low) by green and yellow to red (high), over the image in gray."""
-    share = (values - low) / max(high - low, 1e-6)
-    stops = np.array([(20, 20, 140), (20, 130, 220), (60, 200, 120), (250, 220, 50), (200, 20, 20)])
-    colors = np.stack([np.interp(share, np.linspace(0, 1, len(stops)), stops[:, k]) for k in range(3)], axis=-1)
-    gray = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None]
-    return PIL.Image.fromarray((0.4 * gray + 0.6 * colors).astype(np.uint8))                         # (H, W, 3)
+    """values (height, width) from blue (low) by green to red (high), over the image in gray."""
+    share = 255 * (values - low) / max(high - low, 1e-6)
+    colors = PIL.ImageOps.colorize(PIL.Image.fromarray(share.astype(np.uint8)), "navy", "red", mid="limegreen")
+    return PIL.Image.blend(image.convert("L").convert("RGB"), colors, 0.6)
 
 
-def draw_word_maps(rows: list[tuple], models: list[str], own_scale: bool, cell: int = 160) -> PIL.Image.Image:
-    """Rows of (image, caption, phrases, maps (models, phrases, H, W)): the image, then each phrase's map by each."""
-    font, gap, line = PIL.ImageFont.load_default(14), 6, 20
-    names = models if len(models) > 1 else [""]                     # a line for them only where there are several
-    top = (2 + bool(names[0])) * line
-    high, wide = top + cell + line, [round(cell * image.width / image.height) for image, *_ in rows]
-    width = max((1 + len(phrases) * len(names)) * (w + gap) for w, (_, _, phrases, _) in zip(wide, rows))
-    sheet = PIL.Image.new("RGB", (width + gap, len(rows) * high), "white")
-    draw = PIL.ImageDraw.Draw(sheet)
-    for k, (w, (image, caption, phrases, maps)) in enumerate(zip(wide, rows)):
-        draw.text((gap, k * high), caption, "black", font)
-        sheet.paste(image.resize((w, cell)), (gap, k * high + top))
-        for (j, phrase), (m, name) in itertools.product(enumerate(phrases), enumerate(names)):
-            x = gap + (1 + j * len(names) + m) * (w + gap)
-            span = maps[m, j] if own_scale else maps[:, j]
-            draw.text((x, k * high + line), phrase, "black", font)
-            draw.text((x, k * high + 2 * line), name, "#606060", font)
-            sheet.paste(overlay(image, maps[m, j], span.min(), span.max()).resize((w, cell)), (x, k * high + top))
-    return sheet
+def draw_words(image: PIL.Image.Image, caption: str, phrases: list[str], maps: np.ndarray, models: list[str]) -> list:
+    """maps (models, phrases, height, width) -> (text, picture): the image below its caption, then each phrase by each.
+
+    A phrase's colors go from its least to its greatest value over all models.
+    """
+    pictures = [(caption, image)]
+    for j, phrase in enumerate(phrases):
+        for values, name in zip(maps[:, j], models):
+            text = f"\n{phrase}\n{name}" if len(models) > 1 else f"\n{phrase}"
+            pictures.append((text, overlay(image, values, maps[:, j].min(), maps[:, j].max())))
+    return pictures
 
 
 def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Image, str]]:
     """(RGB image, caption) of the file, or of records drawn by the seed; bad ones are named and left out."""
     if options.image:
         try:
-            return [(data_module.decode(data_module.open_image(data_module.read_file(options.image))), options.caption)]
+            return [(decode(open_image(read_file(options.image))), options.caption)]
         except BadRecord as error:
             raise UserError(f"--image {options.image}: {error}") from None
-    data, pairs = data_module.open_data(options.data, "val", "captions", size=size), []
-    order = np.random.default_rng(options.seed).permutation(len(data)).tolist()
-    while order and len(pairs) < options.samples:
-        i = order.pop()
+    data, pairs = open_data(options.data, "val", "captions", size=size), []
+    for i in np.random.default_rng(options.seed).permutation(len(data)).tolist():
+        if len(pairs) == options.samples:
+            break
         try:
             sample = data.read(i)
-            pairs.append((data_module.decode(sample.image), sample.captions[0] if sample.captions else ""))
+            pairs.append((decode(sample.image), sample.captions[0] if sample.captions else ""))
         except BadRecord as error:
             report_bad([(data.name(i), str(error))])
     return pairs
@@ -413,37 +411,36 @@ def words(argv=None):
     options = parse(WordOptions, __doc__, argv, positional=("checkpoint",))
     runtime, out = setup(options), Path(options.out or "runs/words")
     paths = [options.checkpoint, options.compare] if options.compare else [options.checkpoint]
-    loaded = [load_checkpoint(path, runtime.device) for path in paths]              # (model, tokenizer, config) each
-    spec = "" if options.image else options.data
-    templates, rows, arrays = templates_for(options.templates, spec), [], {}
-    unit = options.unit if options.unit != "auto" else "phrase" if spec.startswith("shapes") else "word"
-    pictures = captioned_images(options, loaded[0][2].image_size)
-    for k, (image, caption) in enumerate(data_module.progress(pictures, len(pictures), "pictures")):
-        phrases = [*filter(None, map(str.strip, options.words.split(",")))] or words_of(caption, unit)
+    models, tokenizers, configs = zip(*(load_checkpoint(path, runtime.device) for path in paths))
+    methods = [config.method for config in configs]
+    names = paths if len(set(methods)) < len(methods) else methods
+    templates = templates_for(options.templates, models[0])
+    unit = ("phrase" if reads_shapes_only(models[0]) else "word") if options.unit == "auto" else options.unit
+    asked = [phrase.strip() for phrase in options.words.split(",") if phrase.strip()]
+    pictures, rows, arrays = captioned_images(options, configs[0].image_size), [], {}
+    for k, (image, caption) in enumerate(progress(pictures, len(pictures), "pictures")):
+        phrases = asked or words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
         maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer),
-                                   options.value_path, options.test_size)
-                         for model, tokenizer, _ in loaded])                        # (models, phrases, H, W)
-        rows.append((image, caption, phrases, maps))
+                                   options.test_size)
+                         for model, tokenizer in zip(models, tokenizers)])          # (models, phrases, height, width)
+        rows.append(draw_words(image, caption, phrases, maps, names))
         arrays.update({f"image{k}": np.asarray(image), f"words{k}": np.array(phrases), f"maps{k}": maps})
     out.mkdir(parents=True, exist_ok=True)
-    methods = [config.method for _, _, config in loaded]
-    names = methods if len(set(methods)) == len(methods) else paths
-    draw_word_maps(rows, names, options.scale == "own").save(out / "words.png")
+    sheet(rows, 160).save(out / "words.png")
     np.savez_compressed(out / "words.npz", models=np.array(paths), **arrays)
     print(f"{out}/words.png: {len(rows)} images;  {out}/words.npz: image, words and maps of each", flush=True)
     pointing = {}
-    if spec.startswith("shapes"):       # where the truth is known
-        for name, (model, tokenizer, config) in zip(names, loaded):
-            world = data_module.open_data(spec, "val", "segmentation", size=config.image_size)
-            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates, options.value_path,
+    if options.data.startswith("shapes") and not options.image:                     # where the truth is known
+        for name, model, tokenizer, config in zip(names, models, tokenizers, configs):
+            world = open_data(options.data, "val", "segmentation", size=config.image_size)
+            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates,
                                        options.test_size)
             print(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
                   f"(chance {share:.1%})", flush=True)
             pointing[name] = dict(hit=hit, chance=share)
-    if options.json:
-        Path(options.json).write_text(json.dumps(dict(pointing, task="words")) + "\n")
+    write_json(options, pointing, "words")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,7 +467,7 @@ class Pyramid(nn.Module):
         self.down2 = nn.MaxPool2d(2, stride=2)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W), sides multiples of p -> four maps (B, D, ., .), the finest first"""
+        """(B, 3, height, width), sides multiples of p -> four maps (B, D, ., .), the finest first"""
         grid = [side // self.visual.patch_size for side in images.shape[2:]]
         outputs = dict(zip(sorted(set(self.taps)), self.visual.block_outputs(images, self.taps)))    # (B, 1+N, D) each
         a, b, c, d = (outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in self.taps)   # (B, D, *grid)
@@ -509,38 +506,21 @@ class UperNet(nn.Module):
             nn.init.zeros_(head[-1].bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 3, H, W) -> scores (B, C, 4H/p, 4W/p); in training those of the auxiliary head too, (B, C, H/p, W/p)"""
+        """(B, 3, h, w) -> scores (B, classes, 4h/p, 4w/p); in training the auxiliary head's too, at h/p, w/p"""
         *fine, coarse = self.pyramid(images)
         pooled = [resize(pool(coarse), coarse.shape[2:]) for pool in self.pools]
-        x = top = self.top(torch.cat([coarse, *pooled], dim=1))                                     # (B, c, H/2p, W/2p)
+        x = top = self.top(torch.cat([coarse, *pooled], dim=1))                                     # (B, c, h/2p, w/2p)
         levels = []
         for lateral, smooth, y in zip(self.lateral[::-1], self.smooth[::-1], fine[::-1]):
             x = lateral(y) + resize(x, y.shape[2:])
             levels.append(smooth(x))
-        size = x.shape[2:]                                                                           # 4H/p, 4W/p
+        size = x.shape[2:]                                                                           # 4h/p, 4w/p
         x = self.fuse(torch.cat([resize(level, size) for level in (*levels[::-1], top)], dim=1))     # (B, c, *size)
         return self.classify(x), self.auxiliary(fine[2]) if self.training else None
 
     def predict(self, images: Tensor) -> Tensor:
-        """(n, 3, h, w) -> (n, C, h, w)"""
+        """(n, 3, h, w) -> (n, classes, h, w)"""
         return resize(self(images)[0], images.shape[2:])
-
-
-@torch.no_grad()
-def parts_of(net: UperNet, images: Tensor) -> list[tuple[str, int, list[tuple]]]:
-    """(name, number of parameters, shapes (channels, h, w) of its outputs) of each part, from one pass over images."""
-    parts = {**dict(net.pyramid.named_children()), **dict(net.named_children())}
-    del parts["pyramid"]
-    layers = {name: part if isinstance(part, nn.ModuleList) else [part] for name, part in parts.items()}
-    layers["visual"] = [net.pyramid.visual.blocks[tap - 1] for tap in net.pyramid.taps]              # (1+N, D) each
-    shapes = {name: [] for name in parts}
-    hooks = [layer.register_forward_hook(lambda _, __, out, name=name: shapes[name].append(tuple(out.shape[1:])))
-             for name in parts for layer in layers[name]]
-    net.eval().training = True                      # the auxiliary head too, but batch norm as in a test
-    net(images)
-    for hook in hooks:
-        hook.remove()
-    return [(name, sum(p.numel() for p in part.parameters()), shapes[name]) for name, part in parts.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -571,10 +551,7 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
     crop: int = opt(512, "side of training crops and of test windows, pixels (paper)", "recipe")
     channels: int = opt(768, "width of the head (BEiT, iBOT, BootMAE; mmsegmentation 512; paper silent)", "recipe")
     aux_channels: int = opt(256, "width of the auxiliary head (mmsegmentation)", "recipe")
-    aux_weight: float = opt(0.4, "weight of its loss (mmsegmentation)", "recipe")
     distort: bool = opt(True, "photometric distortion of training images (paper)", "recipe")
-    mean_over: str = opt("all", "pixels the loss is divided by: all (BootMAE's mmsegmentation), or those with a label; "
-                         "paper silent", "recipe", ("all", "labeled"))
 
 
 # paper: nothing so small; here: few steps at a higher rate; colors stay as they are, as they are half of the class.
@@ -582,13 +559,17 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
 POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, crop=64, test_size=64, channels=48, aux_channels=32, distort=False)
 
 
+def parse_recipe(paper: FineTuneOptions, pocket: dict, name: str, large: str, argv):
+    """The command line over the recipe that it, or else the data, names: `large`, the paper's, or pocket."""
+    asked = first_look(type(paper), argv, "recipe", "data")
+    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else large
+    defaults = replace(paper, **pocket) if recipe == "pocket" else paper
+    options = parse(type(paper), __doc__, argv, positional=("checkpoint",), defaults=defaults, own=large)
+    return replace(options, recipe=recipe, out=options.out or f"runs/{name}-{recipe}")
+
+
 def parse_upernet(argv=None) -> UperNetOptions:
-    """The command line over the recipe that it, or else the data, names."""
-    asked = first_look(UperNetOptions, argv, "recipe", "data")
-    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "ade20k"
-    defaults = replace(UperNetOptions(test_size=512), **(POCKET if recipe == "pocket" else {}))
-    options = parse(UperNetOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults, own="ade20k")
-    return replace(options, recipe=recipe, out=options.out or f"runs/upernet-{recipe}")
+    return parse_recipe(UperNetOptions(test_size=512), POCKET, "upernet", "ade20k", argv)
 
 
 def linear_schedule(step: int, total: int, warmup: int) -> float:
@@ -596,74 +577,70 @@ def linear_schedule(step: int, total: int, warmup: int) -> float:
     return (1 - step / total) * min(1.0, 1e-6 + step / max(warmup, 1))
 
 
-def affine(image: PIL.Image.Image, scale: float, offset: float = 0.0) -> PIL.Image.Image:
-    """scale * v + offset for each 8-bit value v, clipped."""
-    values = (np.arange(256) * scale + offset).clip(0, 255).astype(np.uint8)
-    return image.point(list(values) * len(image.getbands()))
-
-
 def photometric_distortion(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
     """Brightness +-32, contrast and saturation x 0.5 to 1.5, hue +-18 of 180, each for half of the images (SSD)."""
     brightness, contrast, contrast_first, saturation, hue = rng.random(5) < 0.5
-    gain = rng.uniform(0.5, 1.5)
+    gain = rng.uniform(0.5, 1.5) if contrast else 1
     if brightness:
-        image = affine(image, 1, rng.uniform(-32, 32))
-    if contrast and contrast_first:
-        image = affine(image, gain)
+        offset = rng.uniform(-32, 32)
+        image = image.point(lambda value: value + offset)                           # rounded and clipped to 0 ... 255
+    if contrast_first:
+        image = image.point(lambda value: gain * value)
     if saturation or hue:
+        factor = rng.uniform(0.5, 1.5) if saturation else 1
+        turn = rng.integers(-18, 18) * 256 / 180 if hue else 0
         h, s, v = image.convert("HSV").split()
-        if saturation:
-            s = affine(s, rng.uniform(0.5, 1.5))
-        if hue:
-            turn = rng.integers(-18, 18) * 256 / 180
-            h = h.point([round(value + turn) % 256 for value in range(256)])
+        h, s = h.point(lambda value: round(value + turn) % 256), s.point(lambda value: factor * value)
         image = PIL.Image.merge("HSV", (h, s, v)).convert("RGB")
-    return affine(image, gain) if contrast and not contrast_first else image
+    return image if contrast_first else image.point(lambda value: gain * value)
 
 
 @dataclass
 class CropTransform:
-    """A record, rescaled, cropped, flipped, distorted, padded -> images (3, crop, crop) uint8, labels (crop, crop)."""
+    """A record, rescaled, cropped, flipped, distorted, padded -> images uint8 (3, crop, crop), labels (crop, crop)."""
+    data: object
     size: int
     crop: int
-    reduce: bool
     distort: bool
 
     def __call__(self, sample, rng: np.random.Generator) -> dict:
-        image = data_module.decode(sample.image)
-        labels = reduce_zero_label(sample.label_map) if self.reduce else sample.label_map
+        image = decode(sample.image)
+        labels = PIL.Image.fromarray(labels_of(self.data, sample))
         sides = scaled_sides(*image.size, self.size * rng.uniform(0.5, 2))
-        labels = np.asarray(PIL.Image.fromarray(labels).resize(sides, NEAREST))
-        left, top = self.corner(labels, rng)
-        labels = labels[top:top + self.crop, left:left + self.crop]
-        height, width = labels.shape
-        image = image.resize(sides, BILINEAR).crop((left, top, left + width, top + height))
+        labels = labels.resize(sides, NEAREST)
+        area = self.area(np.asarray(labels), rng)
+        image, labels = image.resize(sides, BILINEAR).crop(area), labels.crop(area)
         if rng.random() < 0.5:
-            image, labels = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), labels[:, ::-1]
-        mean_color = tuple(round(255 * mean) for mean in data_module.MEAN)          # 0 to the model
-        padded = PIL.Image.new("RGB", (self.crop, self.crop), mean_color)
-        padded.paste(photometric_distortion(image, rng) if self.distort else image, (0, 0))
-        full = np.full((self.crop, self.crop), IGNORED, dtype=np.int64)
-        full[:height, :width] = labels
-        return dict(images=data_module.to_tensor(padded), labels=torch.from_numpy(full))
+            image, labels = (picture.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) for picture in (image, labels))
+        if self.distort:
+            image = photometric_distortion(image, rng)
+        labels = torch.from_numpy(np.array(self.padded(labels, IGNORED)))
+        return dict(images=to_tensor(self.padded(image, MEAN_COLOR)), labels=labels.long())
 
-    def corner(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
-        """(left, top) of a random crop with several classes, none over 75% of what has a label; ten redraws at most."""
+    def area(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """A random crop with several classes, none over 75% of what has a label; ten redraws at most."""
+        height, width = labels.shape
         for _ in range(1 + 10):
-            top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in labels.shape)
-            area = labels[top:top + self.crop, left:left + self.crop]
-            count = np.bincount(area.ravel(), minlength=256)[:IGNORED]
+            top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in (height, width))
+            bottom, right = min(top + self.crop, height), min(left + self.crop, width)
+            count = np.bincount(labels[top:bottom, left:right].ravel(), minlength=256)[:IGNORED]
             if (count > 0).sum() > 1 and count.max() < 0.75 * count.sum():
                 break
-        return left, top
+        return left, top, right, bottom
+
+    def padded(self, picture: PIL.Image.Image, color) -> PIL.Image.Image:
+        canvas = PIL.Image.new(picture.mode, (self.crop, self.crop), color)
+        canvas.paste(picture)
+        return canvas
 
 
-def pixel_cross_entropy(scores: Tensor, labels: Tensor, mean_over: str = "all") -> Tensor:
-    """scores (B, C, h, w), upsampled, against labels (B, H, W): cross-entropy summed over the pixels that have a label,
-    over the number of all pixels, or of the labeled ones."""
+def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """scores (B, classes, h, w), upsampled, against labels (B, height, width): the mean cross-entropy.
+
+    # paper: silent on pixels without a label; here: they add 0 and count in the mean, as in BootMAE's mmsegmentation
+    """
     total = F.cross_entropy(resize(scores.float(), labels.shape[1:]), labels, ignore_index=IGNORED, reduction="sum")
-    labeled = (labels != IGNORED).sum().float()
-    return total / (labels.numel() if mean_over == "all" else mean_over_processes(labeled).clamp(min=1))
+    return total / labels.numel()
 
 
 def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, transform, options: FineTuneOptions,
@@ -740,35 +717,44 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     net.eval()
 
 
+def begin(options, out: Path, kind: str) -> tuple[dict | None, Config, VisionTransformer]:
+    """An earlier OUT/last.pt to go on from, if there is one; the config of the image tower, and the tower."""
+    state = find_resumable(options, out, kind)
+    if state:
+        config = Config(**state["backbone"])
+        return state, config, image_tower(config)
+    model, _, config = load_checkpoint(options.checkpoint)
+    return None, config, model.visual
+
+
+def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
+    if runtime.is_main:
+        start = "random weights" if getattr(options, "from_scratch", False) else options.checkpoint
+        millions = sum(p.numel() for p in net.parameters()) / 1e6
+        print(f"{what}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M parameters, "
+              f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}",
+              *getattr(data, "notes", ()), sep="\nnote: ", flush=True)
+
+
 def upernet(argv=None):
     options = parse_upernet(argv)
     runtime, out = setup(options), Path(options.out)
     runtime.claim(out)
-    state = find_resumable(options, out, "upernet")
-    if state:
-        c = Config(**state["backbone"])
-        visual = image_tower(c)
-    else:
-        pretrained, _, c = load_checkpoint(options.checkpoint)
-        visual = pretrained.visual
-    data, names, reduce = open_segmentation(options, "train")
-    net = UperNet(visual, len(names), options.channels, options.aux_channels, options.drop_path).to(runtime.device)
-    if runtime.is_main:
-        print(f"UperNet, recipe {options.recipe}, on blocks {net.pyramid.taps} of {options.checkpoint}: {len(names)} "
-              f"classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
-        for name, count, shapes in parts_of(net, torch.zeros(2, 3, options.crop, options.crop, device=runtime.device)):
-            print(f"{name:10}{count:12,}  " + "  ".join("x".join(map(str, shape)) for shape in shapes))
-        print(f"{'in all':10}{sum(p.numel() for p in net.parameters()):12,}  parameters", flush=True)
+    state, config, visual = begin(options, out, "upernet")
+    data = open_data(options.data, "train", "segmentation", size=options.test_size)
+    net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
+    net = net.to(runtime.device)
+    announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)
 
     def losses_of(net: nn.Module, batch: dict) -> dict[str, Tensor]:
         labels = batch["labels"].to(runtime.device)
-        scores, auxiliary = net(data_module.normalize(batch["images"].to(runtime.device)))
-        return dict(segmentation=pixel_cross_entropy(scores, labels, options.mean_over),
-                    auxiliary=options.aux_weight * pixel_cross_entropy(auxiliary, labels, options.mean_over))
+        scores, auxiliary = net(normalize(batch["images"].to(runtime.device)))
+        return dict(segmentation=pixel_cross_entropy(scores, labels),
+                    auxiliary=0.4 * pixel_cross_entropy(auxiliary, labels))        # mmsegmentation's weight
 
-    transform = CropTransform(options.test_size, options.crop, reduce, options.distort)
+    transform = CropTransform(data, options.test_size, options.crop, options.distort)
     fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, out, state,
-              dict(kind="upernet", backbone=asdict(c), classes=names))
+              dict(kind="upernet", backbone=asdict(config), classes=list(data.classes)))
     stride = options.crop * 2 // 3                                  # 341 of 512, as in BEiT, iBOT and BootMAE
     evaluate(partial(slide, predict=net.predict, window=options.crop, stride=stride), options, runtime, out,
              dict(checkpoint=options.checkpoint, steps=options.steps, window=options.crop, stride=stride))
@@ -780,8 +766,7 @@ def upernet(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 NMS_BLOCK = 64                 # boxes settled at a time
-POOLED_PIXELS = 1 << 21        # pixel reads of roi_align at a time, and
-PASTED_PIXELS = 1 << 24        # pixels of paste_masks: these two bound the memory
+ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two bound the memory
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -794,265 +779,190 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None = None) -> Tensor:
     """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first.
 
-    Going down the scores, a box is kept unless its IoU with one kept before exceeds the threshold.  The best boxes left
-    are settled among themselves, a block at a time; the survivors then strike out what they cover in the rest.
+    Going down the scores, a box is kept unless its IoU with one kept before exceeds the threshold.  Boxes of different
+    groups (N,), such as classes or pyramid levels, let each other be.
+
+    The best boxes left are settled among themselves, a block at a time: at first all stand, and then by turns those
+    fall that a standing one covers.  After k turns the best k + 1 are right, and once nothing changes all are.  The
+    survivors then strike out what they cover in the rest.
     """
-    order = np.argsort(-scores.detach().cpu().numpy(), kind="stable")
-    rest = np.ascontiguousarray(boxes.detach().cpu().numpy()[order].T)             # (4, N), best first
-    limit = rest.dtype.type(iou_threshold)
-    if float(limit) > iou_threshold:             # 0.3 rounds up to float32, and an IoU of just that value exceeds 0.3
-        limit = np.nextafter(limit, rest.dtype.type(-1))
+    groups = torch.zeros_like(scores) if groups is None else groups
 
-    def covers(a, b):
-        """Boxes (4, n, 1) and (4, m) -> (n, m) bool, True where their IoU exceeds the threshold."""
-        width = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
-        height = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
-        shared = np.maximum(width, 0, out=width) * np.maximum(height, 0, out=height)
-        union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-        with np.errstate(divide="ignore", invalid="ignore"):                       # 0/0 covers nothing
-            return shared / union > limit
+    def covers(a: Tensor, b: Tensor) -> Tensor:
+        """Indices (n,), (m,) -> (n, m) bool, True where box a would strike out box b."""
+        iou = box_iou(boxes[a], boxes[b]).double()             # 0.3 in float32 exceeds the threshold 0.3
+        return (iou > iou_threshold) & (groups[a, None] == groups[b])
 
-    kept = [order[:0]]
-    while len(order):
-        best, rest = rest[:, :NMS_BLOCK, None], rest[:, NMS_BLOCK:]
-        struck, alive = covers(best, best[:, :, 0]), np.ones(best.shape[1], dtype=bool)
-        for i in range(len(alive)):
-            if alive[i]:
-                alive[i + 1:] &= ~struck[i, i + 1:]
-        kept.append(order[:NMS_BLOCK][alive])
-        clear = ~covers(best[:, alive], rest).any(axis=0)
-        order, rest = order[NMS_BLOCK:][clear], rest[:, clear]
-    return torch.from_numpy(np.concatenate(kept)).to(boxes.device)
-
-
-def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """nms() within each group (N,), a class or pyramid level -> indices kept of all groups, by falling score."""
-    kept = [groups.new_empty(0, dtype=torch.long)]
-    for group in groups.unique():
-        members = (groups == group).nonzero()[:, 0]
-        kept.append(members[nms(boxes[members], scores[members], iou_threshold)])
-    kept = torch.cat(kept).sort().values                                           # so that the first of equals leads
-    return kept[scores[kept].sort(descending=True, stable=True).indices]
-
-
-def joined_ranges(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The ranges start[i] ... start[i] + count[i] - 1, end to end -> for each number its i, and the number."""
-    owner = torch.repeat_interleave(count)                                         # (count.sum(),)
-    return owner, torch.arange(len(owner), device=count.device) + (start - count.cumsum(0) + count)[owner]
+    rest, kept = scores.sort(descending=True, stable=True).indices, []
+    while len(rest):
+        block, rest = rest[:NMS_BLOCK], rest[NMS_BLOCK:]
+        strikes = covers(block, block).triu(diagonal=1)        # (n, n), a row a better box
+        stands, before = torch.ones_like(block, dtype=torch.bool), None
+        while before is None or not torch.equal(stands, before):
+            before, stands = stands, ~(strikes & stands[:, None]).any(dim=0)       # (n,)
+        kept.append(block[stands])
+        rest = rest[~covers(kept[-1], rest).any(dim=0)]
+    return torch.cat([rest, *kept])
 
 
 def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
-    """One axis of RoIAlign: what each of `length` pixels adds to the mean of a bin's samples -> (R * bins, length).
+    """One axis of RoIAlign: what each of `length` pixels adds to the mean of a bin's samples -> (R, bins, length).
 
     low, high  (R,) the ends of the boxes, in coordinates where the center of the first pixel is 0
     """
-    step = (high - low) / bins
-    samples = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
-    box, k = joined_ranges(torch.zeros_like(samples, dtype=torch.long), samples.long())        # (S,) each
-    bin = torch.arange(bins, device=low.device)
-    at = low[box, None] + bin * step[box, None] + ((k + 0.5) * step[box] / samples[box])[:, None]      # (S, bins)
-    share = ((at >= -1) & (at <= length)) / samples[box, None]                     # a sample farther out reads zero
-    at = at.clamp(0, length - 1)
-    pixel, cell = at.long(), (box[:, None] * bins + bin) * length
-    weights = torch.zeros(len(low) * bins * length, dtype=low.dtype, device=low.device)
-    weights.index_add_(0, (cell + pixel).flatten(), ((1 - at % 1) * share).flatten())
-    weights.index_add_(0, (cell + (pixel + 1).clamp(max=length - 1)).flatten(), (at % 1 * share).flatten())
-    return weights.view(-1, length)
+    low, step = low[:, None, None], ((high - low) / bins)[:, None, None]           # (R, 1, 1)
+    count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
+    bin = torch.arange(bins, device=low.device)[:, None]
+    k = torch.arange(max(count.flatten().long().tolist(), default=0), device=low.device)
+    at = low + (bin + (k + 0.5) / count.clamp(min=1)) * step                       # (R, bins, samples)
+    share = ((k < count) & (at >= -1) & (at <= length)) / count.clamp(min=1)       # a sample farther out reads zero
+    distance = at.clamp(0, length - 1)[..., None] - torch.arange(length, device=low.device)
+    return (share[..., None] * (1 - distance.abs()).clamp(min=0)).sum(dim=2)
 
 
 def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float,
               sampling_ratio: int = 0) -> Tensor:
     """Pool each box to a grid of bins, averaging bilinear samples (He et al. 2017, Mask R-CNN; half-pixel shift).
 
-    features        (B, C, H, W); the result (R, C, oh, ow) has a gradient with respect to it
+    features        (B, c, height, width); the result (R, c, rows, columns) has a gradient with respect to it
     boxes           (R, 5) image index, x1, y1, x2, y2 in pixels of the image
+    output_size     (rows, columns), or both as one number
     spatial_scale   size of the map over size of the image
     sampling_ratio  samples per bin and axis; 0 for one a pixel of the map, rounded up
 
-    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] features[y, x],
-    with few weights above 0.  So a bin is a bag of pixels, and one weighted embedding_bag fills all bins.
+    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] features[y, x].
     """
-    oh, ow = (output_size, output_size) if isinstance(output_size, int) else output_size
-    (B, C, H, W), R, device = features.shape, len(boxes), features.device
-    image, (x1, y1, x2, y2) = boxes[:, 0].long(), (boxes[:, 1:].detach() * spatial_scale - 0.5).T
-    wy, wx = bin_weights(y1, y2, oh, H, sampling_ratio), bin_weights(x1, x2, ow, W, sampling_ratio)
-    rows, columns = (wy != 0).sum(dim=1), (wx != 0).sum(dim=1)                     # (R * oh,), (R * ow,) pixels of each
-    first_row, first_column = rows.cumsum(0) - rows, columns.cumsum(0) - columns
-    (row_bin, y), (column_bin, x) = wy.nonzero().T, wx.nonzero().T                 # the pixels of all, end to end
-    wy, wx = wy[row_bin, y], wx[column_bin, x]
-    y = y + H * image[row_bin // oh]                                               # in the stack of all images
-
-    table, pooled = features.permute(0, 2, 3, 1).contiguous().view(B * H * W, C), []
-    reads = rows.view(R, oh).sum(dim=1) * columns.view(R, ow).sum(dim=1)           # (R,)
-    for box in torch.arange(R, device=device).split((reads.cumsum(0) // POOLED_PIXELS).bincount().tolist() or [0]):
-        row = (box[:, None] * oh + torch.arange(oh, device=device)).repeat_interleave(ow)      # (bins,) box, i, j
-        column = (box[:, None] * ow + torch.arange(ow, device=device)).repeat(1, oh).flatten()
-        bin, i = joined_ranges(first_row[row], rows[row])                          # (strips,) a pixel row of a bin
-        strip, j = joined_ranges(first_column[column[bin]], columns[column[bin]])  # (reads,) a pixel of a strip
-        count = rows[row] * columns[column]
-        pooled.append(F.embedding_bag((y[i] * W)[strip] + x[j], table, count.cumsum(0) - count, mode="sum",
-                                      per_sample_weights=(wy[i][strip] * wx[j]).to(table.dtype)))      # (bins, C)
-    return torch.cat(pooled).view(R, oh, ow, C).permute(0, 3, 1, 2)                # (R, C, oh, ow)
+    rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
+    channels, height, width = features.shape[1:]
+    x1, y1, x2, y2 = (boxes[:, 1:].detach() * spatial_scale - 0.5).T
+    pooled = features.new_zeros(len(boxes), channels, rows, columns)
+    with torch.autocast(features.device.type, enabled=False):                      # in full precision
+        for k, image in enumerate(features):
+            for r in (boxes[:, 0] == k).nonzero()[:, 0].split(ALIGNED_BOXES):
+                wy = bin_weights(y1[r], y2[r], rows, height, sampling_ratio)       # (r, rows, height)
+                wx = bin_weights(x1[r], x2[r], columns, width, sampling_ratio)     # (r, columns, width)
+                pooled[r] = torch.einsum("cyx,rjx,riy->rcij", image, wx.to(image.dtype), wy.to(image.dtype))
+    return pooled
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Stretch probabilities (R, m, m) over their boxes (R, 4) in an image of size (H, W) -> masks (R, H, W) bool.
+    """Stretch probabilities (R, m, m) over their boxes (R, 4) in an image of `size` -> masks (R, height, width) bool.
 
     Bilinear: the box's edges are the outer edges of the mask's pixels, outside is 0, and a pixel is True where the
-    value reaches the threshold.  It is separable, so rows and columns are stretched by a matrix product each.
+    value reaches the threshold.
     """
-    def stretch(low, high, length):
-        """(R, length, m): what each pixel of a mask adds to each pixel of the image, along one axis."""
-        m, pixel = masks.shape[-1], torch.arange(length, device=boxes.device)
-        at = (pixel + 0.5 - low[:, None]) / (high - low)[:, None] * m - 0.5        # (R, length)
-        return (1 - (at[:, :, None] - torch.arange(m, device=boxes.device)).abs()).clamp(min=0)
-
-    pasted = torch.empty(len(masks), *size, dtype=torch.bool, device=boxes.device)
-    for r in torch.arange(len(masks)).split(max(1, PASTED_PIXELS // (size[0] * size[1]))):
-        x1, y1, x2, y2 = boxes[r].T
-        rows, columns = stretch(y1, y2, size[0]), stretch(x1, x2, size[1])
-        pasted[r] = rows @ masks[r].to(boxes.dtype) @ columns.transpose(1, 2) >= threshold
+    pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
+    y, x = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    for k, (x1, y1, x2, y2) in enumerate(boxes):
+        rows, columns = 2 * (y - y1) / (y2 - y1) - 1, 2 * (x - x1) / (x2 - x1) - 1             # -1 to 1 in the box
+        at = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)     # (height, width, 2)
+        value = F.grid_sample(masks[None, None, k].to(at.dtype), at[None], align_corners=False)
+        pasted[k] = value[0, 0] >= threshold
     return pasted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# COCO's masks.  Here a mask is its runs, (n, 2) integers: the start and end of each stretch of pixels inside it, with
-# pixels counted down the columns, first column first.  Files hold it as RLE, the lengths of the stretches outside and
-# inside by turns, in a list or packed into a string, or as polygons.
+# COCO's masks.  Files hold a mask as RLE, the numbers of pixels outside and inside by turns, down the columns, first
+# column first, in a list or packed into a string; or as polygons.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def encode_rle(mask: np.ndarray) -> dict:
-    """Mask (H, W), nonzero inside -> {"size": [H, W], "counts": bytes}: compressed RLE, the bytes of pycocotools."""
+    """Mask (height, width), nonzero inside -> {"size": [height, width], "counts": bytes}: RLE as pycocotools packs it.
+
+    From the fourth on, a count is stored less the count two before it.  Each number is cut into digits of five bits,
+    lowest first, until the rest is only sign; bit 5 of a digit says that more follow, and adding 48 makes it text.
+    """
     mask = np.asarray(mask)
     if mask.ndim != 2:
-        raise ValueError(f"want one mask (H, W), got an array of shape {mask.shape}")
-    edges = np.flatnonzero(np.diff(mask.T.ravel() != 0, prepend=False, append=False))
-    return runs_to_rle(edges.reshape(-1, 2), *mask.shape)
+        raise ValueError(f"want one mask (height, width), got an array of shape {mask.shape}")
+    changes = np.flatnonzero(np.diff(mask.T.ravel() != 0, prepend=False))
+    counts, text = np.diff(changes, prepend=0, append=mask.size).tolist(), bytearray()
+    for k, number in enumerate(counts):
+        if k > 2:
+            number -= counts[k - 2]
+        more = True
+        while more:
+            digit, number = number & 31, number >> 5
+            more = number != (-1 if digit & 16 else 0)         # the top bit of the last digit is the sign
+            text.append(digit + 32 * more + 48)
+    return {"size": list(mask.shape), "counts": bytes(text)}
+
+
+def unpack_counts(text: bytes) -> list[int]:
+    """Undoes what encode_rle does to the counts."""
+    counts, number, shift = [], 0, 0
+    for digit in (code - 48 for code in text):
+        if not 0 <= digit < 64:
+            break
+        number += (digit & 31) << shift
+        shift += 5
+        if digit < 32:                                         # the last of its number
+            number -= (digit & 16) << (shift - 4)              # 16 as sign is -16, in place of +16
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number, shift = 0, 0
+    else:
+        if counts and shift == 0:
+            return counts
+    raise ValueError(f"the string {text[:20]!r} is cut off or no RLE")
 
 
 def decode_rle(rle: dict) -> np.ndarray:
-    """RLE, its counts a list, str or bytes -> mask (H, W) uint8, 1 inside."""
-    runs, (h, w) = rle_to_runs(rle), rle["size"]
-    lengths = np.diff(runs.ravel(), prepend=0, append=h * w)
-    return np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2, lengths).reshape(w, h).T
-
-
-def runs_to_rle(runs: np.ndarray, h: int, w: int) -> dict:
-    """Runs -> compressed RLE.
-
-    From the fourth on, a length is stored less the length two before it.  Each number is cut into digits of five bits,
-    lowest first, until the rest is only sign; bit 5 of a digit says that more follow, and adding 48 makes it text.
-    """
-    lengths = np.diff(runs.ravel(), prepend=0, append=h * w)
-    if len(runs) and lengths[-1] == 0:
-        lengths = lengths[:-1]
-    number = lengths.copy()
-    number[3:] -= lengths[1:-2]
-    number = number[:, None] >> np.arange(0, 35, 5)                                # (n, 7) what is left at each digit
-    digit, rest = number & 31, number >> 5
-    more = rest != -(digit >> 4)
-    used = np.insert(more[:, :-1], 0, True, axis=1)
-    return {"size": [int(h), int(w)], "counts": (digit + 32 * more + 48)[used].astype(np.uint8).tobytes()}
-
-
-def rle_to_runs(rle: dict) -> np.ndarray:
-    """RLE, compressed or not -> runs.  ValueError if it does not describe a mask of its size."""
+    """RLE, its counts a list, str or bytes -> mask (height, width) uint8, 1 inside.  ValueError if it is malformed."""
     try:
-        (h, w), lengths = rle["size"], rle["counts"]
-        if isinstance(lengths, (str, bytes)):
-            lengths = unpack_lengths(lengths.encode() if isinstance(lengths, str) else lengths)
-        lengths = np.asarray(lengths, dtype=np.int64)
-    except (KeyError, TypeError, ValueError) as error:
+        (height, width), counts = rle["size"], rle["counts"]
+        if isinstance(counts, (str, bytes)):
+            counts = unpack_counts(counts.encode() if isinstance(counts, str) else counts)
+        counts = np.asarray(counts, dtype=np.int64)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"malformed RLE, want size [h, w] and counts, integers or a string: {error!r}") from None
-    if (lengths < 0).any() or lengths.sum() != h * w:
-        raise ValueError(f"malformed RLE: runs of {lengths.sum()} pixels in all for a mask of {h}x{w}")
-    return lengths.cumsum()[:len(lengths) // 2 * 2].reshape(-1, 2)
+    if (counts < 0).any() or counts.sum() != height * width:
+        raise ValueError(f"malformed RLE: runs of {counts.sum()} pixels in all for a mask of {height}x{width}")
+    return np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts).reshape(width, height).T
 
 
-def unpack_lengths(text: bytes) -> np.ndarray:
-    """The string of a compressed RLE -> its lengths: undoes what runs_to_rle does."""
-    code = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
-    last = code < 32                                                               # digit of its number
-    if len(code) == 0 or (code & ~63).any() or not last[-1]:
-        raise ValueError(f"the string {text[:20]!r} is cut off or no RLE")
-    end = np.flatnonzero(last) + 1
-    first = np.append(0, end[:-1])
-    shift = 5 * (np.arange(len(code)) - np.repeat(first, end - first))
-    number = np.add.reduceat((code & 31) << shift, first)
-    number -= (code[last] >> 4) << 5 * (end - first)                               # the top bit of the last is the sign
-    number[1::2] = number[1::2].cumsum()
-    number[2::2] = number[2::2].cumsum()
-    return number
+def polygons_to_mask(polygons: list, height: int, width: int) -> np.ndarray:
+    """Polygons [[x1, y1, x2, y2, ...], ...] of one object -> their union (height, width) uint8, as pycocotools has it.
 
-
-def polygons_to_rle(polygons: list, h: int, w: int) -> dict:
-    """Polygons [[x1, y1, x2, y2, ...], ...] of one object -> RLE of their union, the bytes of pycocotools."""
-    return runs_to_rle(polygons_to_runs(polygons, h, w), h, w)
-
-
-def polygons_to_mask(polygons: list, h: int, w: int) -> np.ndarray:
-    """Polygons [[x1, y1, x2, y2, ...], ...] of one object -> their union (H, W) uint8, the pixels of pycocotools."""
-    return decode_rle(polygons_to_rle(polygons, h, w))
-
-
-def polygons_to_runs(polygons: list, h: int, w: int) -> np.ndarray:
-    """Polygons -> runs of their union: a pixel is inside while more runs have started than ended."""
-    if not isinstance(polygons, (list, tuple)) or len(polygons) == 0:
-        raise ValueError(f"want a list of polygons [x1, y1, x2, y2, ...], got {str(polygons)[:60]}")
-    edges = np.concatenate([polygon_edges(polygon, h, w) for polygon in polygons])
-    edges, which = np.unique(edges, return_inverse=True)
-    inside = np.bincount(which, weights=np.resize([1, -1], len(which))).cumsum() > 0
-    return edges[np.diff(inside, prepend=False)].reshape(-1, 2)
-
-
-def polygon_edges(polygon: list, h: int, w: int) -> np.ndarray:
-    """One polygon -> the edges of its runs, start and end by turns (COCO's rleFrPoly).
-
-    The outline is walked on a grid five times finer than the pixels.  Where it crosses the middle of a pixel column,
-    all pixels from there on are flipped, so that those between two crossings are inside.
+    An outline is walked on a grid five times finer than the pixels.  Where it crosses the middle of a pixel column,
+    inside and outside change places for all pixels from there on: the crossings, sorted, are the edges of an RLE.
     """
     try:
-        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+        outlines = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons]
     except (TypeError, ValueError):
-        points = np.zeros((0, 2))
-    if len(points) < 3 or not np.isfinite(points).all():
-        raise ValueError(f"want a polygon [x1, y1, x2, y2, ...] of 3 points or more, got {str(polygon)[:60]}")
-    start = (5 * points + 0.5).astype(np.int64)                                    # toward zero, as a cast in C
-    end = np.roll(start, -1, axis=0)
-    extent = np.abs(end - start)
-    steep = extent[:, 1] > extent[:, 0]
-    start[steep], end[steep] = start[steep, ::-1], end[steep, ::-1]                # (longer axis, shorter axis)
-    back = end[:, 0] < start[:, 0]
-    start[back], end[back] = end[back], start[back]
-    steps = end[:, 0] - start[:, 0]
-    slope = (end - start)[:, 1] / np.maximum(steps, 1)
+        outlines = []
+    if not outlines or any(len(points) < 3 or not np.isfinite(points).all() for points in outlines):
+        raise ValueError(f"want polygons [x1, y1, x2, y2, ...] of 3 points or more, got {str(polygons)[:60]}")
+    union = np.zeros((height, width), dtype=np.uint8)
+    for points in outlines:
+        corners = (5 * points + 0.5).astype(np.int64)                              # toward zero, as a cast in C
+        crossings = [crossed_columns(*ends, height, width) for ends in zip(corners, np.roll(corners, -1, axis=0))]
+        counts = np.diff(np.sort(np.concatenate(crossings)), prepend=0, append=height * width)
+        union |= decode_rle({"size": [height, width], "counts": counts})
+    return union
 
-    side = np.repeat(np.arange(len(points)), steps + 1)                            # from here on one row a point passed
-    step = np.arange(len(side)) - (np.cumsum(steps + 1) - steps - 1)[side]
-    step = np.where(back[side], steps[side] - step, step)
-    longer = start[side, 0] + step
-    shorter = (start[side, 1] + slope[side] * step + 0.5).astype(np.int64)
-    x, y = np.where(steep[side], (shorter, longer), (longer, shorter))
 
+def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The pixels, counted down the columns, above whose upper edge a side of a polygon crosses the column's middle.
+
+    The side goes from start (x, y) to end, on the grid of five steps a pixel: along its longer axis, from the lower
+    coordinate to the higher, a step at a time.
+    """
+    axis = int(abs(end - start)[1] > abs(end - start)[0])                          # the longer one
+    if start[axis] > end[axis]:
+        start, end = end, start
+    steps = np.arange(end[axis] - start[axis] + 1)
+    slope = (end - start) / max(len(steps) - 1, 1)
+    path = (start + slope * steps[:, None] + 0.5).astype(np.int64)                 # (steps, 2)
+    path[:, axis] = start[axis] + steps
+    x, y = path.T
     column, place = np.divmod(np.minimum(x[1:], x[:-1]), 5)
-    crossing = (x[1:] != x[:-1]) & (place == 2) & (column >= 0) & (column < w)
-    row = np.clip((np.minimum(y[1:], y[:-1]) + 2) // 5, 0, h)
-    flips, times = np.unique((column * h + row)[crossing], return_counts=True)
-    return flips[times % 2 == 1]
-
-
-def shared_pixels(a: np.ndarray, b: np.ndarray) -> float:
-    """Number of pixels inside both of two masks, given as runs."""
-    if len(a) == 0 or len(b) == 0 or a[0, 0] >= b[-1, 1] or b[0, 0] >= a[-1, 1]:
-        return 0.0
-    length = a[:, 1] - a[:, 0]
-    covered = length.cumsum()
-    before = np.interp(b, a.ravel(), np.stack((covered - length, covered), axis=1).ravel())   # pixels of a before it
-    return (before[:, 1] - before[:, 0]).sum()
+    row = np.clip((np.minimum(y[1:], y[:-1]) + 2) // 5, 0, height)
+    crossed = (x[1:] != x[:-1]) & (place == 2) & (column >= 0) & (column < width)
+    return (column * height + row)[crossed]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1061,9 +971,9 @@ def shared_pixels(a: np.ndarray, b: np.ndarray) -> float:
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_POINTS = np.linspace(0, 1, 101)
-AREAS = {"": (0, 1e10), "s": (0, 32 ** 2), "m": (32 ** 2, 96 ** 2), "l": (96 ** 2, 1e10)}     # both ends included
+AREAS = (0, 1e10), (0, 32 ** 2), (32 ** 2, 96 ** 2), (96 ** 2, 1e10)    # all, small, medium, large; both ends included
 MAX_DETECTIONS = (1, 10, 100)                                                      # of each image and category
-MISS, HIT, PASSED = 0, 1, 2                                                       # what becomes of a detection
+MISS, HIT, PASSED = 0, 1, 2                                                        # what becomes of a detection
 
 
 def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type: str = "bbox") -> dict[str, float]:
@@ -1091,133 +1001,126 @@ def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type:
     unknown = {detection["image_id"] for detection in detections} - set(images)
     if unknown:
         raise ValueError(f"detections of {len(unknown)} images not in the ground truth, such as {unknown.pop()!r}")
-    image_rank = {image: rank for rank, image in enumerate(sorted(images))}
-    categories = sorted({category["id"] for category in ground_truth["categories"]})
-    category_rank = {category: rank for rank, category in enumerate(categories)}
+    objects, found = by_category_and_image(ground_truth["annotations"]), by_category_and_image(detections)
+    groups = []
+    for category in sorted({category["id"] for category in ground_truth["categories"]}):
+        here, there = objects.get(category, {}), found.get(category, {})
+        groups.append([Scene(here.get(i, []), there.get(i, []), images[i], iou_type)
+                       for i in sorted(images) if i in here or i in there])
+    curves = [precision_and_recall(scenes, low, high) for scenes in groups for low, high in AREAS]
+    precision = np.array([curve for curve, _ in curves]).reshape(-1, 4, 10, 101)   # (categories, areas, IoUs, recalls)
+    recall = np.array([values for _, values in curves]).reshape(-1, 4, 3, 10)      # (categories, areas, counts, IoUs)
 
-    def grouped(records, score):
-        """Records sorted by group, which is category and image, then by falling score; their groups and scores."""
-        records = [r for r in records if r["category_id"] in category_rank and r["image_id"] in image_rank]
-        group = [category_rank[r["category_id"]] * len(images) + image_rank[r["image_id"]] for r in records]
-        group, score = np.array(group, dtype=np.int64), np.array([score(r) for r in records], dtype=float)
-        order = np.lexsort((-score, group))                                        # stable
-        return [records[i] for i in order], group[order], score[order]
+    def mean(values: np.ndarray) -> float:
+        known = values[~np.isnan(values)]
+        return float(known.mean()) if known.size else -1.0
 
-    objects, object_group, _ = grouped(ground_truth["annotations"], lambda r: 0)
-    crowd = np.array([bool(o.get("iscrowd")) for o in objects], dtype=bool)
-    object_shapes, object_areas = shapes_and_areas(objects, images, iou_type)
-    object_sizes = np.array([o.get("area", area) for o, area in zip(objects, object_areas)], dtype=float)
-
-    found, group, score = grouped(detections, lambda r: r["score"])
-    rank = np.arange(len(found)) - np.searchsorted(group, group)                   # within the group
-    found = [d for d, r in zip(found, rank) if r < MAX_DETECTIONS[-1]]
-    group, score, rank = (x[rank < MAX_DETECTIONS[-1]] for x in (group, score, rank))
-    shapes, areas = shapes_and_areas(found, images, iou_type)
-    sizes = np.array([d["bbox"][2] * d["bbox"][3] if "bbox" in d else a for d, a in zip(found, areas)], dtype=float)
-
-    first = np.searchsorted(object_group, group)
-    count = np.searchsorted(object_group, group, side="right") - first
-    det = np.repeat(np.arange(len(found)), count)                                  # (P,) each detection with
-    obj = np.arange(len(det)) + np.repeat(first - np.cumsum(count) + count, count)     # each object of its group
-    iou = pair_iou(shapes, areas, object_shapes, object_areas, crowd, det, obj)
-    det, obj, iou = (x[iou >= IOU_THRESHOLDS[0]] for x in (det, obj, iou))
-
-    starts = np.searchsorted(group, np.arange(len(categories) + 1) * len(images))  # of a category's detections
-    precision, recall = {}, {}
-    for name, (low, high) in AREAS.items():
-        ignored = crowd | (object_sizes < low) | (object_sizes > high)
-        outcome = match_detections(det, obj, iou, rank, crowd, ignored)             # (T, detections)
-        outcome[(outcome == MISS) & ((sizes < low) | (sizes > high))] = PASSED
-        n_objects = np.bincount(object_group[~ignored] // max(len(images), 1), minlength=len(categories))
-        curves = [precision_and_recall(outcome[:, a:b], score[a:b], rank[a:b], n)
-                  for a, b, n in zip(starts, starts[1:], n_objects) if n]
-        precision[name] = np.array([p for p, _ in curves]).reshape(-1, len(IOU_THRESHOLDS), len(RECALL_POINTS))
-        recall[name] = np.array([r for _, r in curves]).reshape(-1, len(MAX_DETECTIONS), len(IOU_THRESHOLDS))
-
-    values = {f"AP{name}": precision[name] for name in AREAS}
-    values |= {"AP50": precision[""][:, 0], "AP75": precision[""][:, 5]}
-    values |= {f"AR{most}": recall[""][:, i] for i, most in enumerate(MAX_DETECTIONS)}
-    values |= {f"AR{name}": recall[name][:, -1] for name in "sml"}
-    return {name: float(value.mean()) if value.size else -1.0 for name, value in values.items()}
+    results = dict(AP=precision[:, 0], AP50=precision[:, 0, 0], AP75=precision[:, 0, 5],
+                   APs=precision[:, 1], APm=precision[:, 2], APl=precision[:, 3],
+                   AR1=recall[:, 0, 0], AR10=recall[:, 0, 1], AR100=recall[:, 0, 2],
+                   ARs=recall[:, 1, 2], ARm=recall[:, 2, 2], ARl=recall[:, 3, 2])
+    return {name: mean(values) for name, values in results.items()}
 
 
-def shapes_and_areas(records: list[dict], images: dict, iou_type: str) -> tuple[np.ndarray | list, np.ndarray]:
-    """What is compared of N records: boxes (N, 4), or the runs of their masks as a list; and the areas (N,)."""
-    shapes = []
+def by_category_and_image(records: list[dict]) -> dict:
+    """Records -> {category: {image: [records]}}"""
+    groups = {}
     for record in records:
-        try:
-            if iou_type == "bbox":
-                x, y, width, height = record["bbox"]
-                shapes.append((x, y, width, height))
-                continue
-            mask, image = record["segmentation"], images[record["image_id"]]
-            h, w = image["height"], image["width"]
-            if isinstance(mask, dict) and list(mask["size"]) != [h, w]:
-                raise ValueError(f"the mask is of size {mask['size']}, the image {[h, w]}")
-            shapes.append(polygons_to_runs(mask, h, w) if isinstance(mask, list) else rle_to_runs(mask))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"image {record['image_id']!r} has a record without a valid {iou_type}: {error}") from None
-    if iou_type == "segm":
-        return shapes, np.array([(runs[:, 1] - runs[:, 0]).sum() for runs in shapes], dtype=float)
-    boxes = np.array(shapes, dtype=float).reshape(-1, 4)
-    return boxes, boxes[:, 2] * boxes[:, 3]
+        groups.setdefault(record["category_id"], {}).setdefault(record["image_id"], []).append(record)
+    return groups
 
 
-def pair_iou(shapes, areas, object_shapes, object_areas, crowd, det, obj) -> np.ndarray:
-    """IoU of detection det[p] with object obj[p] -> (P,); for a crowd, the share of the detection that lies in it."""
-    a, b, in_crowd = areas[det], object_areas[obj], crowd[obj]
-    if isinstance(shapes, list):
-        shared = np.zeros(len(det))                                                # stays 0 for areas too far apart
-        for p in np.flatnonzero(np.minimum(a, b) >= IOU_THRESHOLDS[0] * np.where(in_crowd, a, np.maximum(a, b))):
-            shared[p] = shared_pixels(shapes[det[p]], object_shapes[obj[p]])
-    else:
-        x, y = shapes[det], object_shapes[obj]                                     # (P, 4)
-        sides = np.minimum(x[:, :2] + x[:, 2:], y[:, :2] + y[:, 2:]) - np.maximum(x[:, :2], y[:, :2])
-        shared = np.maximum(sides, 0).prod(axis=1)
-    return np.divide(shared, np.where(in_crowd, a, a + b - shared), out=np.zeros(len(det)), where=shared > 0)
+class Scene:
+    """The G objects of one category in one image beside what was found, n detections, best first.
 
-
-def match_detections(det, obj, iou, rank, crowd, ignored) -> np.ndarray:
-    """What becomes of each detection at each IoU threshold, (T, detections): MISS, HIT or PASSED.
-
-    det, obj, iou  (P,) the pairs of a group whose IoU reaches the lowest threshold
-    rank           (detections,) place of each in its group, by falling score
-    crowd, ignored (objects,) bool, True where an object may be matched again, and where it does not count
-
-    From the best of a group down, each detection takes the free object that it overlaps most: one that counts if it
-    can, of equals the later one.  Groups do not touch each other, so the r-th detections of all groups choose together.
+    iou (n, G);  is_crowd (G,);  object_sizes (G,);  scores, sizes (n,)
     """
-    outcome = np.full((len(IOU_THRESHOLDS), len(rank)), MISS, dtype=np.int8)
-    taken = np.zeros((len(IOU_THRESHOLDS), len(ignored)), dtype=bool)
-    order = np.lexsort((obj, iou, ~ignored[obj], det, rank[det]))                  # a detection's best pair is its last
-    det, obj, iou = det[order], obj[order], iou[order]
-    turns = np.searchsorted(rank[det], np.arange(MAX_DETECTIONS[-1] + 1))
-    for start, stop in zip(turns, turns[1:]):
-        if start == stop:
-            continue
-        d, o = det[start:stop], obj[start:stop]
-        free = (iou[start:stop] >= IOU_THRESHOLDS[:, None]) & (crowd[o] | ~taken[:, o])              # (T, pairs)
-        first = np.flatnonzero(np.diff(d, prepend=-1))                             # pair of each detection
-        best = np.maximum.reduceat(np.where(free, np.arange(len(o)), -1), first, axis=1)             # (T, detections)
-        t, i = np.nonzero(best >= 0)
-        won = o[best[t, i]]
-        taken[t, won] = True
-        outcome[t, d[first[i]]] = np.where(ignored[won], PASSED, HIT)
+    def __init__(self, objects: list[dict], found: list[dict], image: dict, iou_type: str):
+        found = sorted(found, key=lambda record: -record["score"])[:MAX_DETECTIONS[-1]]        # equals keep their order
+        shapes, object_shapes = ([read_shape(record, image, iou_type) for record in some] for some in (found, objects))
+        areas, object_areas = ([area_of(shape) for shape in some] for some in (shapes, object_shapes))
+        self.is_crowd = np.array([bool(record.get("iscrowd")) for record in objects], dtype=bool)
+        shared = np.array([[shared_area(a, b) for b in object_shapes] for a in shapes])
+        shared = shared.reshape(len(found), len(objects))
+        union = np.array(areas)[:, None] + np.where(self.is_crowd, 0, np.array(object_areas) - shared)
+        self.iou = shared / np.maximum(union, 1e-10)           # of a crowd any part will do
+        self.scores = np.array([record["score"] for record in found], dtype=float)
+        self.sizes = np.array([area_of(record["bbox"]) if "bbox" in record else area
+                               for record, area in zip(found, areas)])
+        self.object_sizes = np.array([record.get("area", area) for record, area in zip(objects, object_areas)])
+
+    def passed_over(self, low: float, high: float) -> np.ndarray:
+        """(G,) bool, True for objects that need not be found: crowds, and those of another size."""
+        return self.is_crowd | (self.object_sizes < low) | (self.object_sizes > high)
+
+
+def read_shape(record: dict, image: dict, iou_type: str) -> list | np.ndarray:
+    """A record's box [x, y, width, height], or its mask, (height * width,) bool."""
+    try:
+        if iou_type == "bbox":
+            x, y, width, height = map(float, record["bbox"])
+            return [x, y, width, height]
+        mask, size = record["segmentation"], (image["height"], image["width"])
+        mask = polygons_to_mask(mask, *size) if isinstance(mask, list) else decode_rle(mask)
+        if mask.shape != size:
+            raise ValueError(f"the mask is of size {list(mask.shape)}, the image {list(size)}")
+        return mask.ravel(order="F") == 1
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"image {record['image_id']!r} has a record without a valid {iou_type}: {error}") from None
+
+
+def area_of(shape: list | np.ndarray) -> float:
+    return np.count_nonzero(shape) if isinstance(shape, np.ndarray) else shape[2] * shape[3]
+
+
+def shared_area(a: list | np.ndarray, b: list | np.ndarray) -> float:
+    """The area that two boxes or two masks share."""
+    if isinstance(a, np.ndarray):
+        return np.count_nonzero(a & b)
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0)
+
+
+def match(scene: Scene, low: float, high: float) -> np.ndarray:
+    """What becomes of each detection at each IoU threshold, (10, n).
+
+    From the best down, each detection takes the free object that it overlaps most: one that counts if it can, of
+    equals the later one.  What takes a crowd or an object of another size is passed over, neither hit nor miss; so is
+    what takes nothing and is itself of another size.  A crowd can be taken again.
+    """
+    passed, of_other_size = scene.passed_over(low, high), (scene.sizes < low) | (scene.sizes > high)
+    outcome = np.tile(np.where(of_other_size, PASSED, MISS), (len(IOU_THRESHOLDS), 1))
+    for t, threshold in enumerate(IOU_THRESHOLDS):
+        taken = set()
+        for d, overlaps in enumerate(scene.iou.tolist()):
+            free = [g for g, overlap in enumerate(overlaps) if overlap >= threshold and g not in taken]
+            if free:
+                best = max(free, key=lambda g: (not passed[g], overlaps[g], g))
+                outcome[t, d] = PASSED if passed[best] else HIT
+                if not scene.is_crowd[best]:
+                    taken.add(best)
     return outcome
 
 
-def precision_and_recall(outcome, score, rank, n_objects: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Of one category: precision at the recall points (T, 101), and recall of the best 1, 10, 100 an image (3, T).
+def precision_and_recall(scenes: list[Scene], low: float, high: float) -> tuple:
+    """Of one category, for objects of an area from low to high: precision at the recall points (10, 101), and recall of
+    the best 1, 10, 100 an image (3, 10).  NaN where there is nothing to find.
 
     The precision at a recall is the best one at that recall or above, and 0 where the recall is not reached.
     """
-    order = np.argsort(-score, kind="stable")
-    hit, miss = outcome[:, order] == HIT, outcome[:, order] == MISS                # (T, detections)
-    hits, misses = hit.cumsum(axis=1), miss.cumsum(axis=1)
+    n_objects = sum((~scene.passed_over(low, high)).sum() for scene in scenes)
+    if n_objects == 0:
+        return np.full((10, 101), np.nan), np.full((3, 10), np.nan)
+    outcomes = [match(scene, low, high) for scene in scenes]                       # (10, n) each
+    recall = [sum((outcome[:, :most] == HIT).sum(axis=1) for outcome in outcomes) / n_objects
+              for most in MAX_DETECTIONS]
+    order = np.argsort(-np.concatenate([scene.scores for scene in scenes]), kind="stable")
+    outcome = np.concatenate(outcomes, axis=1)[:, order]                           # (10, n of all images)
+    hits, misses = (outcome == HIT).cumsum(axis=1), (outcome == MISS).cumsum(axis=1)
     precision = np.pad(hits / np.maximum(hits + misses, 1), ((0, 0), (0, 1)))
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    at_points = [p[np.searchsorted(r, RECALL_POINTS)] for p, r in zip(precision, hits / n_objects)]
-    return at_points, [(hit & (rank[order] < most)).sum(axis=1) / n_objects for most in MAX_DETECTIONS]
+    return [p[np.searchsorted(r, RECALL_POINTS)] for p, r in zip(precision, hits / n_objects)], recall
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1227,7 +1130,7 @@ def precision_and_recall(outcome, score, rank, n_objects: int) -> tuple[list[np.
 #                                            4 of them ─► roi_align, 7 x 7 ─► BoxHead ─► class, better box
 #                                                     ─► roi_align, 14 x 14 ─► MaskHead ─► mask, 28 x 28
 #
-# Letters: G objects of an image, A anchors, P proposals, R boxes given to a head, C classes, c channels.
+# Letters: G objects of an image, A anchors, P proposals, R boxes given to a head, c channels.
 # ---------------------------------------------------------------------------------------------------------------------
 
 ANCHOR_SIDE = 8                         # of a square anchor, in strides
@@ -1236,6 +1139,7 @@ LARGEST_GROWTH = 1000 / 16              # how many times a box can become as lar
 BOX_SCALE = (0.1, 0.1, 0.2, 0.2)        # of the numbers that the box head puts out
 FINEST_SIDE = 14                        # boxes up to twice as large, in strides of the finest map, are read from there
 BOX_BINS, MASK_BINS = 7, 14             # of roi_align, for the two heads
+DRAWN_SIZE = 320                        # longer side of a picture of detections
 NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are to find no object
 
 
@@ -1295,7 +1199,7 @@ def assign(iou: Tensor, positive: float, negative: float, low_quality: float = m
     return torch.where(last > 0, last - 1, assigned)
 
 
-def sample(assigned: Tensor, count: int, share: float) -> tuple[Tensor, Tensor]:
+def draw_boxes(assigned: Tensor, count: int, share: float) -> tuple[Tensor, Tensor]:
     """Indices drawn at random: of boxes with an object at most a `share` of `count`, of NEGATIVE ones the rest."""
     def draw(candidates: Tensor, most: int) -> Tensor:
         indices = candidates.nonzero()[:, 0]
@@ -1372,13 +1276,13 @@ class BoxHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, c, 7, 7) -> scores (R, C+1), deltas (R, C, 4)"""
+        """(R, c, 7, 7) -> scores (R, classes + 1), deltas (R, classes, 4)"""
         x = F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))
         return self.score(x).float(), self.delta(x).float().unflatten(1, (-1, 4))
 
 
 class MaskHead(nn.Sequential):
-    """Convolutions, doubled resolution, a mask for each class: (R, c, 14, 14) -> (R, C, 28, 28)"""
+    """Convolutions, doubled resolution, a mask for each class: (R, c, 14, 14) -> (R, classes, 28, 28)"""
 
     def __init__(self, channels: int, n_classes: int, depth: int):
         layers = [layer for _ in range(depth) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
@@ -1404,7 +1308,7 @@ class MaskRCNN(nn.Module):
         self.mask_head = MaskHead(options.channels, n_classes, options.mask_depth)
 
     def see(self, images: Tensor) -> tuple[list[Tensor], ...]:
-        """(B, 3, H, W) -> of each level: map (B, c, ., .), scores (B, A), deltas (B, A, 4), anchors (A, 4)"""
+        """(B, 3, height, width) -> of each level: map (B, c, ., .), scores (B, A), deltas (B, A, 4), anchors (A, 4)"""
         maps = self.fpn(self.pyramid(images))
         scores, deltas = zip(*map(self.rpn, maps))
         return maps, scores, deltas, [make_anchors(*x.shape[2:], s, x.device) for x, s in zip(maps, self.strides)]
@@ -1426,7 +1330,7 @@ class MaskRCNN(nn.Module):
         for score, box, k, size in zip(*(torch.cat(x, dim=1) for x in (best, boxes, level)), sizes):
             box, is_left = clip_boxes(box, *size)
             box = box[is_left]
-            proposals.append(box[batched_nms(box, score[is_left], k[is_left], 0.7)[:keep]])
+            proposals.append(box[nms(box, score[is_left], 0.7, k[is_left])[:keep]])
         return proposals
 
     def pool(self, maps: list[Tensor], boxes: list[Tensor], bins: int) -> Tensor:
@@ -1440,7 +1344,7 @@ class MaskRCNN(nn.Module):
     def forward(self, images: Tensor, sizes: list, targets: list[dict]) -> dict[str, Tensor]:
         """The five losses of a batch.
 
-        images   (B, 3, H, W), padded to multiples of 2p;  sizes  [(h, w)] of what is in them
+        images   (B, 3, height, width), padded to multiples of 2p;  sizes  [(h, w)] of what is in them
         targets  of each image: boxes (G, 4), labels (G,) and masks (G, h, w) bool of its objects
 
             rpn_score, rpn_box   something or nothing, and L1 of where: mean over the sampled anchors
@@ -1451,20 +1355,22 @@ class MaskRCNN(nn.Module):
         losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets,
                                  o.rpn_samples)
         proposals = self.propose(scores, deltas, anchors, sizes, o.rpn_before_train, o.rpn_keep_train)
-        found, others, owners = zip(*(draw_rois(boxes, target["boxes"], o.roi_samples)
-                                      for boxes, target in zip(proposals, targets)))
+        boxes, owners = zip(*(draw_rois(some, target["boxes"], o.roi_samples)
+                              for some, target in zip(proposals, targets)))
 
-        boxes = [torch.cat(pair) for pair in zip(found, others)]
-        scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))                   # (R, C+1), (R, C, 4)
-        labels = torch.cat([F.pad(target["labels"][owner], (0, len(rest)), value=deltas.shape[1])
-                            for target, owner, rest in zip(targets, owners, others)])      # (R,), C for nothing
-        true_boxes = torch.cat([target["boxes"][owner] for target, owner in zip(targets, owners)])
-        found_at = (labels < deltas.shape[1]).nonzero()[:, 0]                              # (R+,) with an object
-        label, wanted = labels[found_at], encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
-        losses["label"] = per_sample(F.cross_entropy(scores, labels, reduction="sum"), len(labels))
-        losses["box"] = per_sample((deltas[found_at, label] - wanted).abs().sum(), len(labels))
+        scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
+        found = [some[:len(owner)] for some, owner in zip(boxes, owners)]                  # those with an object
+        labels, true_boxes = (torch.cat([target[key][owner] for target, owner in zip(targets, owners)])
+                              for key in ("labels", "boxes"))                              # (R+,), (R+, 4)
+        has_object = torch.cat([torch.arange(len(some), device=some.device) < len(owner)
+                                for some, owner in zip(boxes, owners)])                    # (R,)
+        truth = torch.full_like(has_object, deltas.shape[1], dtype=torch.long)             # (R,), the last for nothing
+        truth[has_object] = labels
+        wanted = encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
+        losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(truth))
+        losses["box"] = per_sample((deltas[has_object, labels] - wanted).abs().sum(), len(truth))
 
-        masks = of_class(self.mask_head(self.pool(maps, found, MASK_BINS)), label)         # (R+, 28, 28)
+        masks = of_class(self.mask_head(self.pool(maps, found, MASK_BINS)), labels)        # (R+, 28, 28)
         true_masks = torch.cat([mask_targets(target["masks"], owner, some)
                                 for target, owner, some in zip(targets, owners, found)])
         mask_loss = F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum")
@@ -1481,11 +1387,11 @@ class MaskRCNN(nn.Module):
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
         objects, counts = [], [len(boxes) for boxes in proposals]
         for boxes, score, delta, size in zip(proposals, scores.split(counts), deltas.split(counts), sizes):
-            score = score.softmax(dim=1)[:, :-1]                                           # (P, C)
-            boxes, is_left = clip_boxes(decode_boxes(delta, boxes[:, None], BOX_SCALE), *size)       # (P, C, 4), (P, C)
+            score = score.softmax(dim=1)[:, :-1]                                           # (P, classes)
+            boxes, is_left = clip_boxes(decode_boxes(delta, boxes[:, None], BOX_SCALE), *size)
             place, label = ((score > self.options.score_threshold) & is_left).nonzero(as_tuple=True)
             boxes, score = boxes[place, label], score[place, label]
-            best = batched_nms(boxes, score, label, 0.5)[:MAX_DETECTIONS[-1]]
+            best = nms(boxes, score, 0.5, label)[:MAX_DETECTIONS[-1]]
             objects.append(dict(boxes=boxes[best], labels=label[best], scores=score[best]))
         boxes, labels = ([found[key] for found in objects] for key in ("boxes", "labels"))
         masks = of_class(self.mask_head(self.pool(maps, boxes, MASK_BINS)), torch.cat(labels)).sigmoid()
@@ -1493,7 +1399,7 @@ class MaskRCNN(nn.Module):
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """(R, C, 28, 28), labels (R,) -> (R, 28, 28)"""
+    """(R, classes, 28, 28), labels (R,) -> (R, 28, 28)"""
     return masks[torch.arange(len(labels), device=labels.device), labels].float()
 
 
@@ -1507,7 +1413,7 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: li
     score_loss, box_loss, drawn = 0, 0, 0
     for score, delta, target in zip(scores, deltas, targets):
         assigned = assign(box_iou(target["boxes"], anchors), 0.7, 0.3, low_quality=0.3)
-        positives, negatives = sample(assigned, count, 0.5)
+        positives, negatives = draw_boxes(assigned, count, 0.5)
         chosen = score[torch.cat([positives, negatives])]
         truth = (torch.arange(len(chosen), device=score.device) < len(positives)).to(score.dtype)
         wanted = encode_boxes(target["boxes"][assigned[positives]], anchors[positives])
@@ -1517,27 +1423,21 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: li
     return dict(rpn_score=per_sample(score_loss, drawn), rpn_box=per_sample(box_loss, drawn))
 
 
-def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the heads of an image learn from: boxes with an object, a quarter of `count` at most, boxes without one, and
-    the object of each of the first.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
+def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What the heads of an image learn from: boxes (R, 4), first those with an object, a quarter of `count` at most,
+    and the objects of these.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
     boxes = torch.cat([true_boxes, proposals])
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
     assigned = assign(box_iou(true_boxes, boxes), 0.5, 0.5)
-    positives, negatives = sample(assigned, count, 0.25)
-    return boxes[positives], boxes[negatives], assigned[positives]
+    positives, negatives = draw_boxes(assigned, count, 0.25)
+    return boxes[torch.cat([positives, negatives])], assigned[positives]
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
 
 @dataclass
-class MaskRCNNOptions(FineTuneOptions, RunOptions):
-    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
+class MaskRCNNOptions(FineTuneOptions, EvalOptions):
     data: str = opt("shapes:objects=2-4,val=500", "coco:DIR, or shapes, whose classes are the 8 forms of any color")
-    json: str = opt("", "file for the results, as one JSON object")
-    draw: str = opt("8", "how many test images are drawn, truth and detections, into OUT/detections.png; or a "
-                    "folder, for a picture of each")
-    eval: bool = opt(False, "only test OUT/last.pt", "test")
-    limit: int = opt(0, "how many images to test on, 0: all", "test")
     score_threshold: float = opt(0.05, "least score of a detection (mmdetection)", "test")
     recipe: str = opt("auto", "the defaults of all other options: the paper's on COCO, or one for a CPU; auto: the "
                       "latter for shapes", "recipe", ("auto", "coco", "pocket"))
@@ -1569,24 +1469,7 @@ POCKET_DETECTOR = dict(
 
 
 def parse_maskrcnn(argv=None) -> MaskRCNNOptions:
-    """The command line over the recipe that it, or else the data, names; with --eval, over the options of OUT's run."""
-    asked = first_look(MaskRCNNOptions, argv, "recipe", "data", "eval", "out")
-    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else "coco"
-    defaults = replace(MaskRCNNOptions(), **(POCKET_DETECTOR if recipe == "pocket" else {}), recipe=recipe,
-                       out=f"runs/maskrcnn-{recipe}")
-    if asked.eval:
-        trained = trained_detector(Path(asked.out or defaults.out))["config"]
-        defaults = MaskRCNNOptions(**dict(trained, device="auto", precision="auto", json=""))
-    return replace(parse(MaskRCNNOptions, __doc__, argv, positional=("checkpoint",), defaults=defaults, own="coco"),
-                   recipe=defaults.recipe)
-
-
-def trained_detector(out: Path) -> dict:
-    """What `maskrcnn` left in OUT/last.pt."""
-    state = load_state(out / "last.pt")
-    if state.get("kind") != "maskrcnn":
-        raise UserError(f"{out}/last.pt was not written by dense.py maskrcnn: give --out the folder of a detector")
-    return state
+    return parse_recipe(MaskRCNNOptions(), POCKET_DETECTOR, "maskrcnn", "coco", argv)
 
 
 def step_schedule(step: int, total: int, warmup: int) -> float:
@@ -1599,15 +1482,9 @@ def step_schedule(step: int, total: int, warmup: int) -> float:
 
 def open_objects(options: MaskRCNNOptions, split: str, names: list[str] | None = None):
     """The data set, the names of the classes, by default its own, and the class of each of its own, -1 for none."""
-    data = data_module.open_data(options.data, split, "detection", size=options.short_side)
+    data = open_data(options.data, split, "detection", size=options.short_side)
     names = names or data.classes
     return data, names, [names.index(name) if name in names else -1 for name in data.classes]
-
-
-def fitted_sides(width: int, height: int, short: int, long: int) -> tuple[int, int]:
-    """(width, height), the shape kept, as large as a short side of at most `short` and a long one of `long` allow."""
-    scale = min(short / min(width, height), long / max(width, height))
-    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
 
 
 def decode_mask(mask, height: int, width: int) -> np.ndarray:
@@ -1628,42 +1505,43 @@ class TrainObjects:
     label_of: list[int]
 
     def __call__(self, sample, rng: np.random.Generator) -> dict:
-        image = data_module.decode(sample.image)
-        (W, H), (w, h) = image.size, fitted_sides(*image.size, self.short, self.long)
-        things = [thing for thing in sample.objects if self.label_of[thing["category"]] >= 0 and not thing["crowd"]
-                  and data_module.has_area(thing["box"], W, H)]
-        boxes = np.array([thing["box"] for thing in things]).reshape(-1, 4).clip(0, [W, H, W, H])
-        boxes = boxes * [w / W, h / H, w / W, h / H]
-        masks = np.zeros((len(things), h, w), dtype=bool)
-        for k, thing in enumerate(things):
-            masks[k] = PIL.Image.fromarray(decode_mask(thing["mask"], H, W)).resize((w, h), NEAREST)
-        image = image.resize((w, h), BILINEAR)
-        if rng.random() < 0.5:
+        image = decode(sample.image)
+        width, height = image.size
+        sides = fitted_sides(width, height, self.short, self.long)
+        image, mirrored = image.resize(sides, BILINEAR), rng.random() < 0.5
+        boxes, labels, masks = np.zeros((0, 4)), [], np.zeros((0, *sides[::-1]), dtype=bool)
+        for thing in sample.objects:
+            label = self.label_of[thing["category"]]
+            if label >= 0 and not thing["crowd"] and has_area(thing["box"], width, height):
+                mask = PIL.Image.fromarray(decode_mask(thing["mask"], height, width)).resize(sides, NEAREST)
+                boxes, masks = np.append(boxes, [thing["box"]], axis=0), np.append(masks, [mask], axis=0)
+                labels.append(label)
+        boxes = boxes.clip(0, [width, height] * 2) / ([width, height] * 2) * (sides * 2)
+        if mirrored:
             image, masks = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1].copy()
-            boxes = ([w, 0, w, 0] + [-1, 1, -1, 1] * boxes)[:, [2, 1, 0, 3]]
-        labels = np.array([self.label_of[thing["category"]] for thing in things], dtype=np.int64)
-        return dict(images=data_module.to_tensor(image), boxes=boxes.astype(np.float32), labels=labels, masks=masks)
+            boxes[:, [0, 2]] = sides[0] - boxes[:, [2, 0]]
+        return dict(images=to_tensor(image), boxes=boxes.astype(np.float32),
+                    labels=np.array(labels, dtype=np.int64), masks=masks)
 
 
 @dataclass
 class EvalObjects:
-    """A record, resized -> images uint8 (3, h, w), full_size (H, W) before that, and truth, COCO's annotations of all
-    objects of a known class, with category_id the class and without image_id."""
+    """A record, resized -> images uint8 (3, h, w), full_size (height, width) before that, and truth, COCO's annotations
+    of all objects of a known class, with category_id the class and without image_id."""
     short: int
     long: int
     label_of: list[int]
 
     def __call__(self, sample, rng) -> dict:
-        image, truth = data_module.decode(sample.image), []
+        image, truth = decode(sample.image), []
         for thing in sample.objects:
             (x1, y1, x2, y2), mask, label = thing["box"], thing["mask"], self.label_of[thing["category"]]
             if label >= 0:
-                drawn = isinstance(mask, np.ndarray)
                 truth.append(dict(category_id=label, bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=int(thing["crowd"]),
-                                  area=float(mask.sum()) if drawn else thing["area"],
-                                  segmentation=encode_rle(mask) if drawn else mask))
+                                  area=thing["area"] if "area" in thing else float(mask.sum()),
+                                  segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
         resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
-        return dict(images=data_module.to_tensor(resized), full_size=image.size[::-1], truth=truth)
+        return dict(images=to_tensor(resized), full_size=image.size[::-1], truth=truth)
 
 
 def collate_padded(items: list[dict], multiple: int) -> dict:
@@ -1674,12 +1552,12 @@ def collate_padded(items: list[dict], multiple: int) -> dict:
     """
     whole = [item for item in items if "images" in item]
     sizes = [tuple(item["images"].shape[1:]) for item in whole]
-    mean = torch.tensor(data_module.MEAN).mul(255).round().byte()[:, None, None]           # what is 0 to the model
+    mean = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
     for item, (h, w) in zip(whole, sizes):
         canvas = mean.repeat(1, *(-(-max(sides) // multiple) * multiple for sides in zip(*sizes)))
         canvas[:, :h, :w] = item["images"]
         item["images"] = canvas
-    return dict(data_module.collate(items), sizes=sizes)
+    return dict(collate(items), sizes=sizes)
 
 
 def losses_of(net: nn.Module, batch: dict, device) -> dict[str, Tensor]:
@@ -1687,7 +1565,7 @@ def losses_of(net: nn.Module, batch: dict, device) -> dict[str, Tensor]:
     names = "boxes", "labels", "masks"
     targets = [{name: torch.from_numpy(array).to(device) for name, array in zip(names, arrays)}
                for arrays in zip(*(batch[name] for name in names))]
-    return net(data_module.normalize(batch["images"].to(device)), batch["sizes"], targets)
+    return net(normalize(batch["images"].to(device)), batch["sizes"], targets)
 
 
 # ---- test -----------------------------------------------------------------------------------------------------------
@@ -1697,107 +1575,71 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
     """Finds the objects of all test images; prints, draws and writes what came of it:
 
     box, mask {AP, AP50, ...}: see coco_average_precision;  images, bad (records), classes: how many;  protocol
-    OUT/detections.json   all that was found, as COCO's server takes it
     """
     data, names, label_of = open_objects(options, "val", names)
-    loader = data_module.eval_loader(
-        data, EvalObjects(options.short_side, options.long_side, label_of), 1, runtime.rank, runtime.world,
-        runtime.workers, partial(collate_padded, multiple=net.strides[3]))
     images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
-    folder, n_drawn = (None, int(options.draw)) if options.draw.isdigit() else (Path(options.draw), 0)
-    for batch in data_module.progress(loader, len(loader), "images tested", runtime.is_main):
-        bad.append(report_bad(batch["bad"]))
-        if "images" in batch:
-            with runtime.autocast():
-                objects = net.detect(data_module.normalize(batch["images"].to(runtime.device)), batch["sizes"])[0]
-            (h, w), (H, W), i, truth = (batch[key][0] for key in ("sizes", "full_size", "index", "truth"))
-            records = as_records(objects, H / h, W / w, (H, W))
-            images.append(dict(id=int(i), height=H, width=W))
-            annotations += [dict(record, image_id=int(i)) for record in truth]
-            found += [dict(record, image_id=int(i)) for record in records]
-            if folder or len(drawn) < 2 * n_drawn:
-                picture = PIL.Image.fromarray(batch["images"][0, :, :h, :w].permute(1, 2, 0).numpy()).resize((W, H))
-                drawn += [draw_records(picture, some, names) for some in (truth, records)]
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-                arrange([drawn.pop(0), drawn.pop(0)], 2).save(folder / f"{int(i):06}.png")
-        if options.limit and len(images) * runtime.world >= options.limit:
-            break
-    if runtime.world > 1:
-        parts = [None] * runtime.world
-        dist.all_gather_object(parts, (images, annotations, found, bad))
-        images, annotations, found, bad = (sum(lists, []) for lists in zip(*parts))
+    for batch in each_test_image(data, EvalObjects(options.short_side, options.long_side, label_of), options, runtime,
+                                 bad, partial(collate_padded, multiple=net.strides[3])):
+        with runtime.autocast():
+            objects = net.detect(normalize(batch["images"].to(runtime.device)), batch["sizes"])[0]
+        (h, w), (height, width), i, truth = (batch[key][0] for key in ("sizes", "full_size", "index", "truth"))
+        records = as_records(objects, height / h, width / w, (height, width))
+        images.append(dict(id=int(i), height=height, width=width))
+        annotations += [dict(record, image_id=int(i)) for record in truth]
+        found += [dict(record, image_id=int(i)) for record in records]
+        if len(drawn) < options.draw:
+            image = PIL.Image.fromarray(batch["images"][0, :, :h, :w].permute(1, 2, 0).numpy()).resize((width, height))
+            drawn.append([("truth", draw_records(image, truth, names)), ("found", draw_records(image, records, names))])
+    images, annotations, found, bad = (sum(parts, []) for parts in
+                                       zip(*gather_objects((images, annotations, found, bad), runtime)))
     if not images:
         raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
     truth = dict(images=images, annotations=annotations, categories=[dict(id=k) for k in range(len(names))])
     masks = [{key: value for key, value in record.items() if key != "bbox"} for record in found]     # sized by the mask
     said = ("data", "checkpoint", "from_scratch", "steps", "score_threshold")
     results = dict(box=coco_average_precision(truth, found, "bbox"), mask=coco_average_precision(truth, masks, "segm"),
-                   images=len(images), bad=sum(bad), classes=len(names),
+                   images=len(images), bad=len(bad), classes=len(names),
                    protocol={key: getattr(options, key) for key in said})
     if runtime.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "detections.json").write_text(json.dumps(with_own_ids(found, data, label_of)))
         for what in ("box", "mask"):
             print(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
                                           for key, value in results[what].items()))
-        print(f"({len(images)} images, {sum(bad)} bad, {time.monotonic() - started:.0f} s)   {out}/detections.json")
+        print(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)", flush=True)
         if drawn:
-            arrange(drawn, 4).save(out / "detections.png")
-        if drawn or folder:
-            print(f"truth and detections side by side: {folder or out / 'detections.png'}", flush=True)
-        if options.json:
-            Path(options.json).write_text(json.dumps(dict(results, task="detection")) + "\n")
+            out.mkdir(parents=True, exist_ok=True)
+            sheet(drawn, DRAWN_SIZE).save(out / "detections.png")
+            print(f"truth and detections side by side: {out}/detections.png", flush=True)
+        write_json(options, results, "detection")
     return results
 
 
 def as_records(objects: dict, down: float, across: float, size: tuple[int, int]) -> list[dict]:
-    """What MaskRCNN.detect found in a resized image -> COCO's records without image_id, in the image of `size` (H, W),
-    `down` times as high and `across` times as wide."""
+    """What MaskRCNN.detect found in a resized image -> COCO's records without image_id, in the image of `size` (height,
+    width), `down` times as high and `across` times as wide."""
     boxes = objects["boxes"] * objects["boxes"].new_tensor([across, down, across, down])
-    masks = paste_masks(objects["masks"], boxes, size).cpu().numpy()                       # (R, H, W)
+    masks = paste_masks(objects["masks"], boxes, size).cpu().numpy()                       # (R, height, width)
     return [dict(category_id=label, score=score, bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=encode_rle(mask))
             for (x1, y1, x2, y2), label, score, mask in zip(
                 boxes.tolist(), objects["labels"].tolist(), objects["scores"].tolist(), masks)]
 
 
-def with_own_ids(found: list[dict], data, label_of: list[int]) -> list[dict]:
-    """Detections with the data set's ids for images and categories, if it has its own, and with RLE as text."""
-    images = getattr(data, "image_ids", np.arange(len(data)))
-    category = {label: own for own, label in zip(getattr(data, "category_ids", label_of), label_of)}
-    return [dict(record, image_id=int(images[record["image_id"]]), category_id=category[record["category_id"]],
-                 segmentation=dict(record["segmentation"], counts=record["segmentation"]["counts"].decode()))
-            for record in found if record["category_id"] in category]
-
-
 def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], least: float = 0.5) -> PIL.Image.Image:
-    """The image, enlarged if small, with mask, box, name and score of COCO's records that score `least` or more."""
+    """The image, resized to DRAWN_SIZE, with mask, box, name and score of COCO's records that score `least` or more."""
     records = [record for record in records if record.get("score", 1) >= least]
-    pixels, colors = np.asarray(image).astype(np.float32), palette(len(names))
+    pixels = np.array(image)
     for record in records:
         inside = decode_mask(record["segmentation"], image.height, image.width)
-        pixels[inside] = 0.4 * pixels[inside] + 0.6 * colors[record["category_id"]]
-    times = max(1, round(320 / max(image.size)))
-    picture = PIL.Image.fromarray(pixels.astype(np.uint8)).resize([times * side for side in image.size], BILINEAR)
-    draw, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
+        pixels[inside] = 0.4 * pixels[inside] + 0.6 * COLORS[record["category_id"] % IGNORED]
+    picture = PIL.ImageOps.contain(PIL.Image.fromarray(pixels), (DRAWN_SIZE, DRAWN_SIZE))
+    times = picture.width / image.width
+    pen, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
     for record in records:
-        color = tuple(colors[record["category_id"]].tolist())
-        x, y, w, h = (times * side for side in record["bbox"])
-        draw.rectangle((x, y, x + w, y + h), outline=color, width=2)
-        text = f" {names[record['category_id']]} " + (f"{record['score']:.0%} " if "score" in record else "")
-        left, top = min(max(x, 0), picture.width - font.getlength(text)), max(y - 17, 0)
-        draw.rectangle((left, top, left + font.getlength(text), top + 17), fill=color)
-        draw.text((left, top), text, "black" if sum(color) > 330 else "white", font)
+        x, y, width, height = (times * side for side in record["bbox"])
+        color = tuple(COLORS[record["category_id"] % IGNORED].tolist())
+        pen.rectangle((x, y, x + width, y + height), outline=color, width=2)
+        text = names[record["category_id"]] + (f" {record['score']:.0%}" if "score" in record else "")
+        pen.text((x + 4, y + 2), text, "white", font, stroke_width=2, stroke_fill="black")
     return picture
-
-
-def arrange(pictures: list[PIL.Image.Image], columns: int, gap: int = 6) -> PIL.Image.Image:
-    """Pictures row by row, in cells as large as the largest."""
-    across, down = (max(sides) + gap for sides in zip(*(picture.size for picture in pictures)))
-    sheet = PIL.Image.new("RGB", (columns * across, -(-len(pictures) // columns) * down), "white")
-    for k, picture in enumerate(pictures):
-        sheet.paste(picture, (k % columns * across, k // columns * down))
-    return sheet
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -1805,36 +1647,16 @@ def arrange(pictures: list[PIL.Image.Image], columns: int, gap: int = 6) -> PIL.
 def maskrcnn(argv=None):
     options = parse_maskrcnn(argv)
     runtime, out = setup(options), Path(options.out)
-    if options.eval:
-        state = trained_detector(out)
-    else:
-        data, names, label_of = open_objects(options, "train")
-        options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
-        runtime.claim(out)
-        state = find_resumable(options, out, "maskrcnn")
-    if state:
-        c, names = Config(**state["backbone"]), state["classes"]
-    else:
-        pretrained, _, c = load_checkpoint(options.checkpoint)
-    if state or options.from_scratch:
-        visual = image_tower(c)
-    else:
-        visual = pretrained.visual
-    net = MaskRCNN(visual, len(names), options).to(runtime.device)
-    if options.eval:
-        load_resumed(net.load_state_dict, state["model"], out)
-        net.eval()
-    else:
-        if runtime.is_main:
-            start = "random weights" if options.from_scratch else options.checkpoint
-            millions = sum(p.numel() for p in net.parameters()) / 1e6
-            print(f"Mask R-CNN, recipe {options.recipe}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M "
-                  f"parameters, {len(names)} classes, {len(data)} images, {options.steps} steps of "
-                  f"{options.batch_size}", *getattr(data, "notes", ()), sep="\nnote: ", flush=True)
-        fine_tune(net, partial(losses_of, device=runtime.device), step_schedule, data,
-                  TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, state,
-                  dict(kind="maskrcnn", backbone=asdict(c), classes=names),
-                  partial(collate_padded, multiple=net.strides[3]))
+    data, names, label_of = open_objects(options, "train")
+    options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
+    runtime.claim(out)
+    state, config, visual = begin(options, out, "maskrcnn")
+    net = MaskRCNN(image_tower(config) if options.from_scratch else visual, len(names), options).to(runtime.device)
+    announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, len(names), runtime)
+    collate = partial(collate_padded, multiple=net.strides[3])
+    fine_tune(net, partial(losses_of, device=runtime.device), step_schedule, data,
+              TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, state,
+              dict(kind="maskrcnn", backbone=asdict(config), classes=names), collate)
     evaluate_detector(net, names, options, runtime, out)
 
 

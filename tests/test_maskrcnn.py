@@ -20,7 +20,7 @@ import data
 import dense
 from conftest import ROOT, SHARED, needs_shared, on_processes
 from data import BadRecord, UserError, open_data
-from dense import NEGATIVE, UNUSED, assign, decode_boxes, encode_boxes, make_anchors, sample
+from dense import NEGATIVE, UNUSED, assign, decode_boxes, draw_boxes, encode_boxes, make_anchors
 from model import PRESETS, MaskCLIP, VisionTransformer
 from train import layer_decay_groups, load_state, save_checkpoint, setup
 
@@ -148,22 +148,22 @@ def test_sampling(positives, negatives, count, share, want):
     order = torch.randperm(len(assigned), generator=torch.Generator().manual_seed(1))
     assigned[order[:positives]], assigned[order[positives:positives + negatives]] = 3, NEGATIVE
     torch.manual_seed(0)
-    some, others = sample(assigned, count, share)
+    some, others = draw_boxes(assigned, count, share)
     assert (len(some), len(others)) == want
     assert (assigned[some] == 3).all() and (assigned[others] == NEGATIVE).all()
     assert len(set(some.tolist() + others.tolist())) == sum(want), "none twice"
     torch.manual_seed(0)
-    again = sample(assigned, count, share)
+    again = draw_boxes(assigned, count, share)
     assert torch.equal(some, again[0]) and torch.equal(others, again[1]), "a function of the seed"
 
 
 def test_draw_rois_adds_the_true_boxes():
     true_boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 70]])
     proposals = torch.tensor([[0.0, 0, 10, 6], [90, 0, 99, 9]])
-    boxes, others, owner = dense.draw_rois(proposals, true_boxes, 100)
+    boxes, owner = dense.draw_rois(proposals, true_boxes, 100)
     found = sorted(zip(owner.tolist(), boxes.tolist()))
     assert found == [(0, [0, 0, 10, 6]), (0, [0, 0, 10, 10]), (1, [50, 50, 60, 70])]
-    assert others.tolist() == [[90, 0, 99, 9]]
+    assert boxes[3:].tolist() == [[90, 0, 99, 9]]
 
 
 @pytest.mark.parametrize("width, height, level", [
@@ -355,6 +355,7 @@ def test_nothing_found():
         assert dense.as_records(found, 2.0, 2.0, (128, 128)) == []
 
 
+@pytest.mark.slow
 def test_overfits_two_images():
     """A detector that sees only two images must come to find just what is in them."""
     images = torch.zeros(2, 3, 64, 64)
@@ -364,8 +365,8 @@ def test_overfits_two_images():
             image[label, y1:y2, x1:x2] = 2
     net, targets, sizes = small_net(drop_path=0.0).train(), targets_of(*things), [(64, 64)] * 2
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
-    for step in range(80):
-        optimizer.param_groups[0]["lr"] = 3e-3 * dense.step_schedule(step, 80, 5)
+    for step in range(150):
+        optimizer.param_groups[0]["lr"] = 3e-3 * dense.step_schedule(step, 150, 5)
         optimizer.zero_grad()
         sum(net(images, sizes, targets).values()).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)
@@ -657,7 +658,7 @@ class Oracle:
 ])
 def test_a_perfect_detector_scores_one(names, unknown, tmp_path):
     coco_folder(tmp_path)
-    options = small_options(data=f"coco:{tmp_path}", draw=str(tmp_path / "pictures"), short_side=96, long_side=128,
+    options = small_options(data=f"coco:{tmp_path}", draw=2, short_side=96, long_side=128,
                             json=str(tmp_path / "r.json"), device="cpu")
     photos, _, label_of = dense.open_objects(options, "val", names)
     if unknown:                                                                 # the oracle must not know them either
@@ -666,12 +667,7 @@ def test_a_perfect_detector_scores_one(names, unknown, tmp_path):
     results = dense.evaluate_detector(Oracle(photos, label_of), names, options, setup(options), tmp_path / "out")
     assert results["box"]["AP"] == pytest.approx(1) and results["mask"]["AP75"] == pytest.approx(1)
     assert results["images"] == 6 and json.loads((tmp_path / "r.json").read_text())["box"] == results["box"]
-    found = json.loads((tmp_path / "out/detections.json").read_text())
-    truth = json.loads((tmp_path / "annotations/instances_val2017.json").read_text())
-    truth["annotations"] = [a for a in truth["annotations"] if a["category_id"] == 7 or not unknown]
-    for iou_type in ("bbox", "segm"):                                           # ids are those of the file
-        assert dense.coco_average_precision(truth, found, iou_type)["AP50"] == pytest.approx(1)
-    assert len(list((tmp_path / "pictures").iterdir())) == 6
+    assert PIL.Image.open(tmp_path / "out/detections.png").size[1] == 2 * (320 + 18 + 6)
 
 
 def test_drawing():
@@ -681,11 +677,11 @@ def test_drawing():
     record = dict(category_id=1, bbox=[5, 10, 20, 20], segmentation=dense.encode_rle(mask), score=0.7)
     plain, drawn, faint = (dense.draw_records(image, records, ["cat", "dog"])
                            for records in ([], [record], [dict(record, score=0.4)]))
-    assert plain.size == drawn.size == (300, 200), "enlarged five times"
+    assert plain.size == drawn.size == (320, 213), "enlarged"
     assert plain.tobytes() == faint.tobytes()
     changed = (np.asarray(plain) != np.asarray(drawn)).any(axis=2)
-    assert changed[50:150, 25:125].mean() > 0.99 and not changed[170:].any() and not changed[:, 200:].any()
-    assert dense.arrange([plain] * 5, 4).size == (4 * 306, 2 * 206)
+    assert changed[55:158, 28:132].mean() > 0.99 and not changed[180:].any() and not changed[:, 200:].any()
+    assert dense.sheet([[("one", plain), ("two\nlines", plain)], [("", plain)]], 100).size == (2 * 106, 2 * 142)
 
 
 def tiny_checkpoint(path):
@@ -742,11 +738,10 @@ def test_resumed_run_is_the_same_to_the_bit(checkpoint, tmp_path):
     result = json.loads((tmp_path / "whole.json").read_text())
     assert result["images"] == 3 and result["classes"] == 8 and result["protocol"]["steps"] == 5
     assert set(result["box"]) == set(result["mask"]) >= {"AP", "AP50", "AR100"}
-    assert PIL.Image.open(whole / "detections.png").size == (4 * 326, 326)
+    assert PIL.Image.open(whole / "detections.png").size == (2 * 326, 2 * 344)
 
-    dense.maskrcnn(["--eval", "--out", str(whole), "--json", str(tmp_path / "again.json"), "--device", "cpu"])
-    again = json.loads((tmp_path / "again.json").read_text())
-    assert again == result, "--eval takes the model, its data and its options from OUT"
+    dense.maskrcnn([*run, "--out", str(whole), "--json", str(tmp_path / "again.json")])
+    assert json.loads((tmp_path / "again.json").read_text()) == result, "a finished run is only tested again"
     with pytest.raises(UserError, match="another"):                             # and another run does not overwrite it
         dense.maskrcnn([checkpoint, *WORLD, "--steps", "9", "--out", str(parts)])
 
@@ -766,8 +761,6 @@ def test_coco_run_with_hostile_images(checkpoint, tmp_path):
     assert state["step"] == 2 * (5 // 2) and state["classes"] == ["person", "train", "toothbrush"]
     assert result["images"] == 4 and result["protocol"]["from_scratch"]
     assert all(value.isfinite().all() for value in state["model"].values())
-    for record in json.loads((out / "detections.json").read_text()):
-        assert record["category_id"] in (1, 7, 90) and record["image_id"] in range(1000, 1036, 7)
 
 
 def test_defaults_are_the_papers_on_coco_and_small_on_shapes():
@@ -784,7 +777,6 @@ def test_defaults_are_the_papers_on_coco_and_small_on_shapes():
     (["nowhere.pt"], "no checkpoint at nowhere.pt"),
     (["CHECKPOINT", "--data", "folder:x"], "cannot open 'folder:x' for detection"),
     (["CHECKPOINT", "--data", "coco:DIR/nothing"], "wanted DIR/nothing/annotations/instances_train2017.json"),
-    (["--eval", "--out", "DIR"], "no checkpoint at DIR/last.pt"),
     (["CHECKPOINT", "--data", "shapes:train=3"], "3 records are fewer than a batch"),
 ])
 def test_mistakes_are_told_in_a_line(checkpoint, tmp_path, arguments, complaint):
@@ -794,12 +786,6 @@ def test_mistakes_are_told_in_a_line(checkpoint, tmp_path, arguments, complaint)
     with pytest.raises(UserError, match=complaint.replace("DIR", str(tmp_path))) as told:
         dense.maskrcnn(arguments)
     assert "\n" not in str(told.value)
-
-
-def test_eval_wants_a_detector(checkpoint, tmp_path):
-    shutil.copy(checkpoint, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="not written by dense.py maskrcnn"):
-        dense.maskrcnn(["--eval", "--out", str(tmp_path)])
 
 
 def test_backbone_learns_slower_the_lower_it_is():

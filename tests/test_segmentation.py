@@ -184,6 +184,7 @@ def test_mean_iou_is_a_brute_force_count(C):
     assert accuracy == pytest.approx(sum(t == g for t, g in pixels) / len(pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("C", [2, 5, 150])
 def test_mean_iou_is_torchmetrics(C):
     classification = pytest.importorskip("torchmetrics.classification", reason="torchmetrics is not installed")
@@ -200,16 +201,14 @@ def test_mean_iou_is_torchmetrics(C):
 
 # ---- sizes and windows -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("width, height, size, fit, want", [
-    (640, 480, 512, "short", (683, 512)),           # COCO
-    (480, 640, 512, "short", (512, 683)),
-    (3000, 500, 512, "short", (2048, 341)),         # the long side is bounded: mmsegmentation's (2048, 512)
-    (500, 375, 480, "inside", (480, 360)),          # Pascal Context in its box
-    (500, 375, 480, "square", (480, 480)),
-    (9, 9000, 64, "short", (1, 256)),               # never nothing
+@pytest.mark.parametrize("width, height, size, want", [
+    (640, 480, 512, (683, 512)),                    # COCO
+    (480, 640, 512, (512, 683)),
+    (3000, 500, 512, (2048, 341)),                  # the long side is bounded: mmsegmentation's (2048, 512)
+    (9, 9000, 64, (1, 256)),                        # never nothing
 ])
-def test_scaled_sides(width, height, size, fit, want):
-    assert dense.scaled_sides(width, height, size, fit) == want
+def test_scaled_sides(width, height, size, want):
+    assert dense.scaled_sides(width, height, size) == want
 
 
 @pytest.mark.parametrize("size, window, stride, want", [
@@ -241,10 +240,10 @@ def test_slide_is_the_mean_over_windows(height, width):
     weight = torch.rand(8, 8, generator=torch.Generator().manual_seed(1))                   # scores depend on the place
 
     def predict(windows):
-        assert windows.shape[1:] == (3, 8, 8) and len(windows) <= 4
+        assert windows.shape == (1, 3, 8, 8)
         return torch.stack([windows.sum(dim=1) * weight, windows[:, 0]], dim=1)             # (n, 2, 8, 8)
 
-    scores = dense.slide(image, predict, window=8, stride=5, at_once=4)
+    scores = dense.slide(image, predict, window=8, stride=5)
     assert scores.shape == (2, height, width)
     torch.testing.assert_close(scores[1], image[0])                                         # averages of equal values
     H, W = max(height, 8), max(width, 8)
@@ -276,6 +275,19 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def trained_on(monkeypatch):
+    """Says in place of load_checkpoint what data a model was pre-trained with."""
+    real, specs = dense.load_checkpoint, ["shapes"]
+
+    def load(*arguments):
+        model, *others = real(*arguments)
+        model.trained_on = tuple(specs)
+        return model, *others
+    monkeypatch.setattr(dense, "load_checkpoint", load)
+    return specs
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("path", ["code", "plain"])
 def test_value_path_is_attention_of_each_token_to_itself(path):
@@ -299,7 +311,7 @@ def test_patch_scores_are_cosines_at_the_patches():
     model, tokenizer, config = tiny_model()
     texts = model.encode_classes(["red circle", "blue square", "moon"], ("a {}", "the {}"), tokenizer)
     images, p = torch.randn(2, 3, 32, 48), config.patch_size
-    scores = dense.patch_scores(model, texts, "code")(images)
+    scores = dense.patch_scores(model, texts)(images)
     assert scores.shape == (2, 3, 32, 48)
     patches = model.encode_patches(images)                                                  # (2, 4 * 6, E), row by row
     for b, c, row, column in itertools.product(range(2), range(3), range(4), range(6)):
@@ -318,7 +330,7 @@ class ColorModel:
     def embed(self, rgb):
         return F.normalize(torch.as_tensor(rgb, dtype=torch.float32) / 255 - 0.5, dim=-1)
 
-    def encode_patches(self, images, path):
+    def encode_patches(self, images):
         mean, std = torch.tensor(data.MEAN)[:, None, None], torch.tensor(data.STD)[:, None, None]
         pixels = F.avg_pool2d((images * std + mean) * 255, 8)                               # (B, 3, rows, columns)
         return self.embed(pixels.flatten(2).transpose(1, 2))
@@ -340,12 +352,12 @@ def test_zero_shot_with_a_perfect_model(tmp_path):
         PIL.Image.fromarray(label).save(tmp_path / f"SegmentationClass/{i}.png")
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("0\n1\n2\n")
     (tmp_path / "class_names.txt").write_text("\n".join(colors))
-    model, options = ColorModel(), dense.ZeroShotOptions(data=f"voc:{tmp_path}", test_size=2 * 24 * 4, fit="inside")
-    predict = dense.patch_scores(model, model.encode_classes(colors, (), None), "code")
+    model, options = ColorModel(), dense.ZeroShotOptions(data=f"voc:{tmp_path}", test_size=116)
+    predict = dense.patch_scores(model, model.encode_classes(colors, (), None))
     runtime = dense.setup(replace(options, device="cpu"))
     results = dense.evaluate(lambda image: dense.slide(image, predict, 32, 16), options, runtime, tmp_path / "out", {})
     assert results["images"] == 3 and results["miou"] > 0.93 and results["accuracy"] > 0.96
-    assert PIL.Image.open(tmp_path / "out/maps.png").size == (3 * 196, 3 * 196)
+    assert PIL.Image.open(tmp_path / "out/maps.png").size == (3 * 198, 3 * 216)
 
 
 def test_word_map_lights_up_where_the_word_is():
@@ -387,7 +399,7 @@ def test_words_of_a_caption():
 
 @pytest.mark.parametrize("more, n_models, phrases", [
     (["--words", "red circle, moon"], 1, ["red circle", "moon"]),
-    (["--compare", "same", "--scale", "own"], 2, None),
+    (["--compare", "same"], 2, None),
 ])
 def test_words_command(checkpoint, tmp_path, more, n_models, phrases):
     more = [str(checkpoint) if word == "same" else word for word in more]
@@ -396,16 +408,25 @@ def test_words_command(checkpoint, tmp_path, more, n_models, phrases):
     for k in range(2):
         assert saved[f"maps{k}"].shape == (n_models, len(saved[f"words{k}"]), 32, 32)
         assert phrases is None or saved[f"words{k}"].tolist() == phrases
-    assert PIL.Image.open(tmp_path / "words.png").size[1] == 2 * (200 + 20 * n_models)
+    assert PIL.Image.open(tmp_path / "words.png").size[1] == 2 * (160 + 6 + 18 * (2 if n_models == 1 else 3))
 
 
-@needs_shared
-def test_words_of_a_photograph(checkpoint, tmp_path):
-    photo = SHARED / "photos" / "chelsea_cat.jpg"
-    dense.main(["words", str(checkpoint), "--image", str(photo), "--caption", "a cat", "--templates", "85",
-                "--out", str(tmp_path)])
+@pytest.mark.parametrize("specs, template, words", [
+    (["shapes", "shapes:size=48"], "a {}", ["small red circle"]),          # as its captions have them
+    (["shapes", "csv:pairs.csv"], "85", ["small", "red", "circle"]),
+    ([], "85", ["small", "red", "circle"]),                                # weights from elsewhere
+])
+def test_a_model_is_asked_in_words_it_has_read(checkpoint, trained_on, tmp_path, specs, template, words):
+    trained_on[:] = specs
+    model = dense.load_checkpoint(checkpoint)[0]
+    assert dense.templates_for("auto", model) == data.find_templates(template)
+    assert dense.templates_for("7", model) == data.TEMPLATES_7
+    photo = tmp_path / "photo.png"
+    PIL.Image.new("RGB", (40, 30), "red").save(photo)
+    dense.main(["words", str(checkpoint), "--image", str(photo), "--caption", "A small red circle.", "--out",
+                str(tmp_path)])
     saved = np.load(tmp_path / "words.npz")
-    assert saved["maps0"].shape == (1, 1, *PIL.Image.open(photo).size[::-1]) and saved["words0"].tolist() == ["cat"]
+    assert saved["maps0"].shape == (1, len(words), 30, 40) and saved["words0"].tolist() == words
 
 
 def test_zeroshot_command(checkpoint, tmp_path):
@@ -420,12 +441,12 @@ def test_zeroshot_command(checkpoint, tmp_path):
 @pytest.mark.parametrize("kind, more, size, n_classes, templates", [
     ("ade20k", [], 512 * 32 // 224, 150, 85),
     ("pascal-context", [], 480 * 32 // 224, 59, 85),
-    ("pascal-context", ["--background", "class"], 480 * 32 // 224, 60, 85),
     ("coco-stuff", ["--templates", "a photo of a {}."], 512 * 32 // 224, 171, 1),
-    ("voc", ["--background", "ignore", "--templates", "7"], 512 * 32 // 224, 3, 7),
+    ("voc", ["--templates", "7"], 512 * 32 // 224, 4, 7),
 ])
-def test_protocol_of_each_data_set(checkpoint, tmp_path, kind, more, size, n_classes, templates):
+def test_protocol_of_each_data_set(checkpoint, trained_on, tmp_path, kind, more, size, n_classes, templates):
     """The paper's 512, 480 and 85 for windows of 224, here in proportion to a window of 32."""
+    trained_on.append("shards:pairs.tar")
     build(kind, tmp_path)
     dense.main(["zeroshot", str(checkpoint), "--data", f"{kind}:{tmp_path}", "--limit", "2", "--draw", "0", "--json",
                 str(tmp_path / "r.json"), *more])
@@ -438,7 +459,7 @@ def test_labels_that_say_nothing_have_no_mean(checkpoint, tmp_path):
     build("ade20k", tmp_path, count=2)
     for path in (tmp_path / "annotations/validation").iterdir():
         PIL.Image.new("L", PIL.Image.open(path).size, 0).save(path)                     # 0: none of the classes
-    with pytest.raises(UserError, match="no pixel of the 2 test images of ade20k:.* has a label"):
+    with pytest.raises(UserError, match="no pixel of 2 readable test images of ade20k:.* has a label"):
         dense.main(["zeroshot", str(checkpoint), "--data", f"ade20k:{tmp_path}", "--json", str(tmp_path / "r.json")])
     assert not (tmp_path / "r.json").exists()
 
@@ -446,7 +467,6 @@ def test_labels_that_say_nothing_have_no_mean(checkpoint, tmp_path):
 @pytest.mark.parametrize("arguments, complaint", [
     (["paint"], "choose one of zeroshot, words, upernet"),
     (["zeroshot", "nowhere.pt"], "no checkpoint at nowhere.pt"),
-    (["zeroshot", "CHECKPOINT", "--data", "coco-stuff:DIR", "--background", "ignore"], "label 0 of .* is person"),
     (["zeroshot", "CHECKPOINT", "--data", "folder:DIR/images"], "cannot open .* for segmentation"),
     (["zeroshot", "CHECKPOINT", "--templates", "a photo of {a}"], "one {}"),
     (["words", "CHECKPOINT", "--image", "nowhere.jpg", "--caption", "a cat"], "nowhere.jpg"),
@@ -494,10 +514,10 @@ def joined_batches(rank: int, world: int) -> dict:
         results[name] = [x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
     net = dense.UperNet(VisionTransformer(32, 8, 16, 3, 2), 5, channels=8, aux_channels=4, drop_path=0.0, dropout=0.0)
     images, labels = torch.randn(4, 3, 32, 32), torch.randint(0, 5, (4, 32, 32))
-    labels[:1, 4:] = 255                                                                     # unequal counts of labels
+    labels[:1, 4:] = 255
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     rows = slice(4 // world * rank, 4 // world * (rank + 1))
-    loss = sum(dense.pixel_cross_entropy(scores, labels[rows], "labeled") for scores in model(images[rows]))
+    loss = sum(dense.pixel_cross_entropy(scores, labels[rows]) for scores in model(images[rows]))
     loss.backward()
     results["net"] = [p.grad for p in net.parameters()] + [b for b in net.buffers() if b.is_floating_point()]
     return results
@@ -551,28 +571,14 @@ def independent_count(D: int, C: int, n_classes: int, aux: int = 256) -> dict[st
 
 
 @pytest.mark.parametrize("channels, total", [(768, 162_650_924), (512, 127_020_332)])
-def test_parameters_and_shapes_of_vit_b(channels, total):
+def test_parameters_of_vit_b(channels, total):
     with torch.device("meta"):                                          # shapes without numbers
         net = dense.UperNet(VisionTransformer(), 150, channels)
-        parts = dense.parts_of(net, torch.zeros(2, 3, 512, 512))
-    want = independent_count(768, channels, 150)
-    assert {name: count for name, count, _ in parts} == want
-    assert sum(p.numel() for p in net.parameters()) == sum(want.values()) == total
-    shapes, c = {name: shape for name, _, shape in parts}, channels
-    assert shapes["visual"] == [(1025, 768)] * 4 and shapes["down2"] == [(768, 16, 16)]
-    assert shapes["up4"] == [(768, 128, 128)] and shapes["up2"] == [(768, 64, 64)]
-    assert shapes["pools"] == [(c, side, side) for side in (1, 2, 3, 6)] and shapes["top"] == [(c, 16, 16)]
-    assert sorted(shapes["lateral"]) == sorted(shapes["smooth"]) == [(c, 32, 32), (c, 64, 64), (c, 128, 128)]
-    assert shapes["fuse"] == [(c, 128, 128)] and shapes["classify"] == [(150, 128, 128)]
-    assert shapes["auxiliary"] == [(150, 32, 32)]
-
-
-def test_looking_at_the_parts_changes_nothing():
-    net = dense.UperNet(VisionTransformer(32, 8, 16, 3, 2), 5, channels=8, aux_channels=4)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    shapes = {name: shape for name, _, shape in dense.parts_of(net, torch.randn(1, 3, 32, 32))}
-    assert shapes["classify"] == [(5, 16, 16)] and shapes["auxiliary"] == [(5, 4, 4)]
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+        scores, auxiliary = net(torch.zeros(2, 3, 512, 512))
+    parts = {name: sum(p.numel() for p in part.parameters())
+             for name, part in [*net.named_children(), *net.pyramid.named_children()] if name != "pyramid"}
+    assert parts == independent_count(768, channels, 150) and sum(parts.values()) == total
+    assert scores.shape == (2, 150, 128, 128) and auxiliary.shape == (2, 150, 32, 32)
 
 
 @pytest.mark.slow
@@ -609,8 +615,11 @@ def scene(height: int = 40, width: int = 60) -> data.Sample:
     return data.Sample(PIL.Image.fromarray(pixels), label_map=label_map + np.uint8(1))
 
 
+REDUCED = SimpleNamespace(reduce_zero_label=True)
+
+
 def test_labels_stay_with_their_pixels():
-    transform, flipped, padded = dense.CropTransform(size=40, crop=32, reduce=True, distort=False), 0, 0
+    transform, flipped, padded = dense.CropTransform(REDUCED, 40, 32, distort=False), 0, 0
     for seed in range(60):
         item = transform(scene(), RNG(seed))
         images, labels = item["images"], item["labels"]
@@ -626,7 +635,7 @@ def test_labels_stay_with_their_pixels():
 
 
 def test_same_generator_same_item():
-    transform = dense.CropTransform(size=40, crop=32, reduce=True, distort=True)
+    transform = dense.CropTransform(REDUCED, 40, 32, distort=True)
     first, second, other = (transform(scene(), RNG(seed)) for seed in (1, 1, 2))
     assert torch.equal(first["images"], second["images"]) and torch.equal(first["labels"], second["labels"])
     assert not torch.equal(first["images"], other["images"])
@@ -635,15 +644,16 @@ def test_same_generator_same_item():
 def test_no_class_fills_a_crop():
     labels = np.zeros((64, 64), dtype=np.uint8)
     labels[:28, :28] = 1                                                # most crops of 32 show class 0 alone
-    transform, good = dense.CropTransform(64, 32, False, False), 0
+    transform, good = dense.CropTransform(None, 64, 32, False), 0
     for seed in range(50):
-        left, top = transform.corner(labels, RNG(seed))
-        share = (labels[top:top + 32, left:left + 32] == 0).mean()
+        left, top, right, bottom = transform.area(labels, RNG(seed))
+        assert (right - left, bottom - top) == (32, 32)
+        share = (labels[top:bottom, left:right] == 0).mean()
         good += share < 0.75
     anywhere = np.mean([(labels[t:t + 32, l:l + 32] == 0).mean() < 0.75 for t in range(33) for l in range(33)])
     assert anywhere < 0.3 and good / 50 > 0.8                           # 1 - 0.7 ** 11
     labels[:] = 255                                                     # nothing labeled: any crop, after ten redraws
-    assert all(0 <= at <= 32 for at in transform.corner(labels, RNG(0)))
+    assert all(0 <= at <= 32 for at in transform.area(labels, RNG(0))[:2])
 
 
 def test_photometric_distortion_changes_within_its_bounds():
@@ -701,16 +711,15 @@ def test_linear_schedule(step, want):
     assert dense.linear_schedule(step, 160_000, 1500) == pytest.approx(want, rel=1e-3)
 
 
-@pytest.mark.parametrize("mean_over, count", [("all", 2 * 6 * 6), ("labeled", 2 * 6 * 6 - 10)])
-def test_pixel_cross_entropy_by_a_loop(mean_over, count):
+def test_pixel_cross_entropy_by_a_loop():
     scores, labels = torch.randn(2, 3, 6, 6), torch.randint(0, 3, (2, 6, 6))
     labels.view(-1)[:10] = 255
     want = 0.0
     for b, y, x in itertools.product(range(2), range(6), range(6)):
         if labels[b, y, x] != 255:
             want -= scores[b, :, y, x].log_softmax(dim=0)[labels[b, y, x]].item()
-    assert dense.pixel_cross_entropy(scores, labels, mean_over).item() == pytest.approx(want / count, rel=1e-5)
-    nothing = dense.pixel_cross_entropy(scores.requires_grad_(), torch.full_like(labels, 255), mean_over)
+    assert dense.pixel_cross_entropy(scores, labels).item() == pytest.approx(want / labels.numel(), rel=1e-5)
+    nothing = dense.pixel_cross_entropy(scores.requires_grad_(), torch.full_like(labels, 255))
     nothing.backward()
     assert nothing.item() == 0 and (scores.grad == 0).all()
 
@@ -762,10 +771,9 @@ def stopped_after(steps: int, checkpoint, out) -> dict:
 
 @pytest.mark.slow
 def test_upernet_learns_on_two_processes(checkpoint, tmp_path):
-    run_script("dense.py", "upernet", checkpoint, *SMALL, "--steps", 80, "--lr", 3e-3, "--mean-over", "labeled",
-               "--out", tmp_path, "--json", tmp_path / "r.json", processes=2)
+    run_script("dense.py", "upernet", checkpoint, *SMALL, "--steps", 80, "--lr", 3e-3, "--out", tmp_path,
+               "--json", tmp_path / "r.json", processes=2)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert np.mean(losses[:5]) == pytest.approx(1.4 * math.log(64), rel=0.1), "nothing is known at the start"
     assert np.mean(losses[-10:]) < 0.94 * np.mean(losses[:5])
     assert json.loads((tmp_path / "r.json").read_text())["images"] == 4
 
