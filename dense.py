@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -34,16 +33,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-import data as data_module
 from data import (BadRecord, MEAN, UserError, collate, decode, eval_loader, find_templates, fingerprint, has_area,
                   normalize, open_data, open_image, progress, read_file, to_tensor)
 from losses import mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
-from train import (Log, RunOptions, StopSignal, check_bad, check_full, check_same_data, find_resumable, first_look,
-                   gather as gather_objects, layer_decay_groups, load_checkpoint, load_resumed, parse, refuse_update,
-                   report_bad, run, save_atomically, seeded, setup, show_curves)
+from finetune import fine_tune
+from train import (RunOptions, Start, find_resumable, first_look, gather_objects, load_checkpoint, parse, report_bad,
+                   run, setup)
 
 IGNORED = 255
 MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model
@@ -643,88 +640,14 @@ def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     return total / labels.numel()
 
 
-def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, transform, options: FineTuneOptions,
-              runtime, out: Path, state: dict | None, more: dict, collate: Callable = data_module.collate):
-    """Fine-tunes net with AdamW and layer decay, as train.py trains: writes OUT/metrics.jsonl and OUT/last.pt.
-
-    losses_of   (net, batch) -> {name: loss} of this process's share of a batch; their sum is minimized
-    schedule    (step, total, warmup) -> share of the peak learning rate
-    state       what to go on from: an earlier OUT/last.pt, or None
-    more        what else OUT/last.pt holds, with "kind"
-    """
-    stop, share, identity = StopSignal(), runtime.share(options.batch_size), data_module.hash_names(data)
-    if len(data) < options.batch_size:
-        raise UserError(f"{len(data)} records are fewer than a batch of {options.batch_size}: lower --batch-size")
-    groups = layer_decay_groups(net, options.lr, options.weight_decay, options.layer_decay)
-    optimizer, first, bad_count = torch.optim.AdamW(groups, fused=True), 0, 0
-    if state:
-        check_same_data(state, identity, out)
-        load_resumed(net.load_state_dict, state["model"], out)
-        load_resumed(optimizer.load_state_dict, state["optimizer"], out)
-        first, bad_count = state["step"], state["bad_count"]
-    runtime.check_alike(step_to_go_on_from=first, hash_of_the_data=identity)
-    model = DistributedDataParallel(net, broadcast_buffers=False) if runtime.world > 1 else net
-    loader = data_module.train_loader(data, transform, options.batch_size, options.seed, range(first, options.steps),
-                                      runtime.rank, runtime.world, runtime.workers, collate)
-    log = Log(out, runtime.is_main, options.steps, options.batch_size, first)
-
-    def save(step: int) -> bool:
-        return not runtime.is_main or save_atomically(out / "last.pt", dict(
-            more, config=asdict(options), model=net.state_dict(), optimizer=optimizer.state_dict(), step=step,
-            bad_count=bad_count, data=identity))
-
-    saved, skipped = time.monotonic(), 0
-    net.train()
-    for step, batch in enumerate(loader, start=first):
-        lr = options.lr * schedule(step, options.steps, options.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        bad = report_bad(batch["bad"])
-        check_full(batch, share, step)
-        optimizer.zero_grad()
-        with runtime.autocast():
-            terms = seeded((options.seed << 32) + step * runtime.world + runtime.rank, losses_of, model, batch)
-        loss = sum(terms.values())
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), options.clip_grad or math.inf)
-        told = torch.stack([*terms.values(), *loss.new_tensor([float(stop.is_set), float(bad)])])
-        *values, stopping, bad = mean_over_processes(told).tolist()
-        terms = dict(zip(terms, values))
-        bad_count += round(bad * runtime.world)
-        check_bad(bad_count, (step + 1) * options.batch_size, options.max_bad)
-        if math.isfinite(sum(values)) and math.isfinite(norm.item()):
-            skipped = 0
-            optimizer.step()
-        else:
-            skipped += 1
-            refuse_update(terms, norm.item(), step, skipped, out)
-        if (step + 1) % options.log_every == 0 or step + 1 == options.steps:
-            epoch = (step + 1) / (len(data) // options.batch_size)
-            log.line(step, dict(epoch=epoch, loss=sum(values), lr=lr, **terms, grad_norm=norm.item()))
-        else:
-            log.pulse(step)
-        if stopping:
-            if not skipped and save(step + 1) and runtime.is_main:
-                print(f"stopped after step {step + 1}; the same command goes on from there", flush=True)
-            sys.exit(128 + (stop.number or signal.SIGTERM))
-        if time.monotonic() - saved > options.checkpoint_every and step + 1 < options.steps and not skipped:
-            save(step + 1)
-            saved = time.monotonic()
-    if first < options.steps and not save(options.steps):
-        raise UserError(f"the model could not be saved to {out}/last.pt: free some space and run the command again")
-    if runtime.is_main:
-        show_curves(out)
-    net.eval()
-
-
-def begin(options, out: Path, kind: str) -> tuple[dict | None, Config, VisionTransformer]:
-    """An earlier OUT/last.pt to go on from, if there is one; the config of the image tower, and the tower."""
-    state = find_resumable(options, out, kind)
-    if state:
-        config = Config(**state["backbone"])
-        return state, config, image_tower(config)
+def begin(options, out: Path, kind: str) -> tuple[Start, Config, VisionTransformer]:
+    """Where the run begins: anew, or with an earlier OUT/last.pt; the config of the image tower, and the tower."""
+    start = find_resumable(options, out, kind)
+    if start.state:
+        config = Config(**start.state["backbone"])
+        return start, config, image_tower(config)
     model, _, config = load_checkpoint(options.checkpoint)
-    return None, config, model.visual
+    return start, config, model.visual
 
 
 def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
@@ -732,28 +655,27 @@ def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
         start = "random weights" if getattr(options, "from_scratch", False) else options.checkpoint
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{what}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M parameters, "
-              f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}",
-              *getattr(data, "notes", ()), sep="\nnote: ", flush=True)
+              f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}", flush=True)
 
 
 def upernet(argv=None):
     options = parse_upernet(argv)
     runtime, out = setup(options), Path(options.out)
     runtime.claim(out)
-    state, config, visual = begin(options, out, "upernet")
+    start, config, visual = begin(options, out, "upernet")
     data = open_data(options.data, "train", "segmentation", size=options.test_size)
     net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
     net = net.to(runtime.device)
     announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)
 
-    def losses_of(net: nn.Module, batch: dict) -> dict[str, Tensor]:
+    def losses_of(net: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
         labels = batch["labels"].to(runtime.device)
         scores, auxiliary = net(normalize(batch["images"].to(runtime.device)))
         return dict(segmentation=pixel_cross_entropy(scores, labels),
                     auxiliary=0.4 * pixel_cross_entropy(auxiliary, labels))        # mmsegmentation's weight
 
     transform = CropTransform(data, options.test_size, options.crop, options.distort)
-    fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, out, state,
+    fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, out, start,
               dict(kind="upernet", backbone=asdict(config), classes=list(data.classes)))
     stride = options.crop * 2 // 3                                  # 341 of 512, as in BEiT, iBOT and BootMAE
     evaluate(partial(slide, predict=net.predict, window=options.crop, stride=stride), options, runtime, out,
@@ -808,10 +730,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | No
     return torch.cat([rest, *kept])
 
 
-def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> Tensor:
-    """One axis of RoIAlign: what each of `length` pixels adds to the mean of a bin's samples -> (R, bins, length).
+def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> tuple[Tensor, Tensor]:
+    """One axis of RoIAlign: the pixels, of `length`, that a bin reads, and what each adds to the mean of its samples.
 
     low, high  (R,) the ends of the boxes, in coordinates where the center of the first pixel is 0
+    -> weights and pixels, (R, bins, n) each
     """
     low, step = low[:, None, None], ((high - low) / bins)[:, None, None]           # (R, 1, 1)
     count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
@@ -820,7 +743,8 @@ def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_rati
     at = low + (bin + (k + 0.5) / count.clamp(min=1)) * step                       # (R, bins, samples)
     share = ((k < count) & (at >= -1) & (at <= length)) / count.clamp(min=1)       # a sample farther out reads zero
     distance = at.clamp(0, length - 1)[..., None] - torch.arange(length, device=low.device)
-    return (share[..., None] * (1 - distance.abs()).clamp(min=0)).sum(dim=2)
+    weights = (share[..., None] * (1 - distance.abs()).clamp(min=0)).sum(dim=2)    # (R, bins, length), few above 0
+    return weights.topk(max((weights > 0).sum(dim=2).flatten().tolist(), default=0) or 1, dim=2)
 
 
 def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float,
@@ -837,15 +761,18 @@ def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int
     """
     rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
     channels, height, width = features.shape[1:]
-    x1, y1, x2, y2 = (boxes[:, 1:].detach() * spatial_scale - 0.5).T
-    pooled = features.new_zeros(len(boxes), channels, rows, columns)
-    with torch.autocast(features.device.type, enabled=False):                      # in full precision
-        for k, image in enumerate(features):
-            for r in (boxes[:, 0] == k).nonzero()[:, 0].split(ALIGNED_BOXES):
-                wy = bin_weights(y1[r], y2[r], rows, height, sampling_ratio)       # (r, rows, height)
-                wx = bin_weights(x1[r], x2[r], columns, width, sampling_ratio)     # (r, columns, width)
-                pooled[r] = torch.einsum("cyx,rjx,riy->rcij", image, wx.to(image.dtype), wy.to(image.dtype))
-    return pooled
+    table = features.permute(0, 2, 3, 1).reshape(-1, channels)                     # a row a pixel, of all images
+    (x1, y1, x2, y2), first = (boxes[:, 1:].detach() * spatial_scale - 0.5).T, boxes[:, 0].long() * height * width
+    order, pooled = (y2 - y1).argsort(), []                                        # those alike read as many pixels
+    for r in order.split(ALIGNED_BOXES):
+        wy, y = bin_weights(y1[r], y2[r], rows, height, sampling_ratio)            # (r, rows, m) each
+        wx, x = bin_weights(x1[r], x2[r], columns, width, sampling_ratio)          # (r, columns, n) each
+        weight = wy[:, :, None, :, None] * wx[:, None, :, None]                    # (r, rows, columns, m, n)
+        pixel = (first[r, None, None] + width * y)[:, :, None, :, None] + x[:, None, :, None]
+        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight.to(table.dtype), pixel))
+        pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
+    pooled = torch.cat(pooled).view(-1, rows, columns, channels).permute(0, 3, 1, 2)
+    return pooled[order.argsort()]
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
@@ -855,12 +782,15 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     value reaches the threshold.
     """
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
-    y, x = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
-    for k, (x1, y1, x2, y2) in enumerate(boxes):
+    for k, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+        reach = (y2 - y1) / masks.shape[1], (x2 - x1) / masks.shape[2]             # half a mask's pixel leaves the box
+        top, bottom = (min(max(round(y), 0), size[0]) for y in (y1 - reach[0], y2 + reach[0]))
+        left, right = (min(max(round(x), 0), size[1]) for x in (x1 - reach[1], x2 + reach[1]))
+        y, x = (torch.arange(*span, device=boxes.device) + 0.5 for span in ((top, bottom), (left, right)))
         rows, columns = 2 * (y - y1) / (y2 - y1) - 1, 2 * (x - x1) / (x2 - x1) - 1             # -1 to 1 in the box
-        at = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)     # (height, width, 2)
+        at = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)                 # (rows, columns, 2)
         value = F.grid_sample(masks[None, None, k].to(at.dtype), at[None], align_corners=False)
-        pasted[k] = value[0, 0] >= threshold
+        pasted[k, top:bottom, left:right] = value[0, 0] >= threshold
     return pasted
 
 
@@ -1560,7 +1490,7 @@ def collate_padded(items: list[dict], multiple: int) -> dict:
     return dict(collate(items), sizes=sizes)
 
 
-def losses_of(net: nn.Module, batch: dict, device) -> dict[str, Tensor]:
+def losses_of(net: nn.Module, batch: dict, step: int, device) -> dict[str, Tensor]:
     """The losses of a batch of TrainObjects' items."""
     names = "boxes", "labels", "masks"
     targets = [{name: torch.from_numpy(array).to(device) for name, array in zip(names, arrays)}
@@ -1650,12 +1580,12 @@ def maskrcnn(argv=None):
     data, names, label_of = open_objects(options, "train")
     options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
     runtime.claim(out)
-    state, config, visual = begin(options, out, "maskrcnn")
+    start, config, visual = begin(options, out, "maskrcnn")
     net = MaskRCNN(image_tower(config) if options.from_scratch else visual, len(names), options).to(runtime.device)
     announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, len(names), runtime)
     collate = partial(collate_padded, multiple=net.strides[3])
     fine_tune(net, partial(losses_of, device=runtime.device), step_schedule, data,
-              TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, state,
+              TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, start,
               dict(kind="maskrcnn", backbone=asdict(config), classes=names), collate)
     evaluate_detector(net, names, options, runtime, out)
 

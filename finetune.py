@@ -14,7 +14,7 @@
     recipe pocket      the same in miniature for the Shapes world, without the transforms that do not keep the class,
                        color and shape: RandAugment recolors, and a crop may miss the one object there is
 
-In reading order:  options; the network; layer-wise decay; the loop, which dense.py shares; the test; the command;
+In reading order:  options; the network; the loop, which dense.py shares; the test; the command;
 augmentation.
 Random choices follow from (seed, step), (seed, epoch, record) and the row in the global batch, never from the process.
 So rows 2i and 2i+1 are each other's mixing partners, which no number of processes separates; as the records come in
@@ -37,9 +37,9 @@ from torch import Tensor, nn
 import data as data_module
 from data import BICUBIC, MEAN, STD, BadRecord, UserError, crop_box, normalize, run, say, to_tensor
 from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt, save_atomically
-from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, decays,
-                   draw_curves, extract, find_resumable, first_look, open_mixed, parse, set_learning_rate, setup, show,
-                   wrap)
+from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, draw_curves,
+                   extract, find_resumable, first_look, layer_decay_groups, open_mixed, parse, set_learning_rate, setup,
+                   show, wrap)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,38 +130,6 @@ class Classifier(nn.Module):
         x = self.visual(images)[:, 1:].mean(dim=1)                                              # (B, D)
         with torch.autocast(x.device.type, enabled=False):      # logits are ranked: rounded to bf16, many would tie
             return self.head(self.norm(x.float()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layer-wise decay of the learning rate
-# ---------------------------------------------------------------------------------------------------------------------
-
-def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Optimizer groups for a module that holds one vision transformer: the lower a layer, the slower it learns (BEiT).
-
-    The transformer is what has the parameter cls_token: the module itself, or its part "visual.", "backbone." ...
-        layer 0        class token, positions, patch embedding, norm before blocks   lr * layer_decay ** (N + 1)
-        layer i + 1    block i of its N blocks                                       lr * layer_decay ** (N - i)
-        layer N + 1    everything else, inside or outside: norms, pyramids, heads    lr
-    Matrices have weight_decay, vectors, class token and positions none.  Frozen parameters are left out.
-    Groups {"params", "lr", "lr_scale", "weight_decay"}: a schedule sets group["lr"] = lr_now * group["lr_scale"].
-    """
-    names = [name for name, _ in model.named_parameters()]
-    tower, = (name.removesuffix("cls_token") for name in names if name.endswith("cls_token"))      # "visual."
-    stem = tuple(tower + part for part in ("cls_token", "pos_embed", "patch_embed.", "norm_pre."))
-    last, groups = 1 + len(model.get_submodule(tower + "blocks")), {}                               # N + 1
-    for name, parameter in model.named_parameters():
-        if name.startswith(stem):
-            layer = 0
-        elif name.startswith(tower + "blocks."):
-            layer = 1 + int(name.removeprefix(tower).split(".")[1])
-        else:
-            layer = last
-        scale, decay = layer_decay ** (last - layer), decays(name, parameter)
-        new = dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=weight_decay * decay)
-        if parameter.requires_grad:
-            groups.setdefault((layer, decay), new)["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

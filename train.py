@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -687,6 +688,34 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [dict(params=[p for name, p in trained if decays(name, p)], weight_decay=weight_decay),
             dict(params=[p for name, p in trained if not decays(name, p)], weight_decay=0.0)]
+
+
+def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Optimizer groups for a module that holds one vision transformer: the lower a layer, the slower it learns (BEiT).
+
+    The transformer is what has the parameter cls_token: the module itself, or its part "visual.", "backbone." ...
+        layer 0        class token, positions, patch embedding, norm before blocks   lr * layer_decay ** (N + 1)
+        layer i + 1    block i of its N blocks                                       lr * layer_decay ** (N - i)
+        layer N + 1    everything else, inside or outside: norms, pyramids, heads    lr
+    Matrices have weight_decay, vectors, class token and positions none.  Frozen parameters are left out.
+    Groups {"params", "lr", "lr_scale", "weight_decay"}: a schedule sets group["lr"] = lr_now * group["lr_scale"].
+    """
+    names = [name for name, _ in model.named_parameters()]
+    tower, = (name.removesuffix("cls_token") for name in names if name.endswith("cls_token"))      # "visual."
+    stem = tuple(tower + part for part in ("cls_token", "pos_embed", "patch_embed.", "norm_pre."))
+    last, groups = 1 + len(model.get_submodule(tower + "blocks")), {}                               # N + 1
+    for name, parameter in model.named_parameters():
+        if name.startswith(stem):
+            layer = 0
+        elif name.startswith(tower + "blocks."):
+            layer = 1 + int(name.removeprefix(tower).split(".")[1])
+        else:
+            layer = last
+        scale, decay = layer_decay ** (last - layer), decays(name, parameter)
+        new = dict(params=[], lr=lr * scale, lr_scale=scale, weight_decay=weight_decay * decay)
+        if parameter.requires_grad:
+            groups.setdefault((layer, decay), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float):
