@@ -150,9 +150,10 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     more        what else OUT/last.pt holds, with "kind"
     """
     stop, o = StopSignal(), options
-    if len(data) < o.batch_size or not o.steps:
-        raise UserError(f"{o.steps} steps of {o.batch_size} out of {len(data)} records: nothing to train; choose a "
-                        f"smaller --batch-size, or train longer")
+    if len(data) < o.batch_size:
+        raise UserError(f"{len(data)} records are fewer than a batch of {o.batch_size}: choose a smaller --batch-size")
+    if not o.steps:
+        raise UserError("the epochs asked for are not one step: give more")
     optimizer = torch.optim.AdamW(layer_decay_groups(net, o.lr, o.weight_decay, o.layer_decay), fused=True)
     start.use(data)
     start.load(net, "model")

@@ -40,7 +40,8 @@ import model
 import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RUNTIME = train.Runtime(0, 1, DEVICE, train.multiplies_bf16(DEVICE), 0)
+BF16 = train.multiplies_bf16(DEVICE)
+RUNTIME = train.Runtime(0, 1, DEVICE, "bf16" if BF16 else "fp32", 0)
 
 
 @dataclass
@@ -203,7 +204,7 @@ class Peak:
 
     def __init__(self, tiny: bool):
         self.n = 8192 if DEVICE.type == "cuda" else 512 if tiny else 2048
-        kind = torch.bfloat16 if RUNTIME.bf16 else torch.float32
+        kind = torch.bfloat16 if BF16 else torch.float32
         self.a, self.b = torch.randn(2, self.n, self.n, device=DEVICE, dtype=kind)
 
     def products(self):
@@ -283,7 +284,7 @@ def step_peak(config: model.Config, tokenizer, images, captions: list[str]) -> d
     for number in range(2):
         net.step(images, captions, number)
     words = net.tokens(captions).shape[1]
-    need = train.step_memory(config, len(captions), model.costs(config, words, RUNTIME.bf16), RUNTIME.bf16)
+    need = train.step_memory(config, len(captions), model.costs(config, words, BF16), BF16)
     return dict(peak=peak_bytes() - before, formula=sum(need.values()), kept=need["activations"])
 
 
@@ -574,7 +575,7 @@ def main():
         if result:
             print(json.dumps(result))
         return
-    print(f"{platform.machine()}, {DEVICE.type}, {'bf16' if RUNTIME.bf16 else 'fp32'}, {o.threads} threads of "
+    print(f"{platform.machine()}, {DEVICE.type}, {'bf16' if BF16 else 'fp32'}, {o.threads} threads of "
           f"{os.cpu_count()} cores, torch {torch.__version__}, {o.rounds} rounds, {o.clock} time"
           f"{', TINY: ratios mean nothing' if o.tiny else ''}")
     print(f"{'what':36}{'against':26}{'ratio':>8}{'lowest':>9}{'highest':>9}   {'aim':9}")

@@ -25,7 +25,7 @@ from eval_zeroshot import (average_precision_11, class_accuracy, confusion, embe
 from model import PRESETS, MaskCLIP
 from train import Runtime, TrainOptions, save_checkpoint
 
-ALONE = Runtime(rank=0, world=1, device=torch.device("cpu"), bf16=False, workers=0)
+ALONE = Runtime(rank=0, world=1, device=torch.device("cpu"), precision="fp32", workers=0)
 TINY = replace(PRESETS["pocket"], method="clip", image_size=32, patch_size=16, width=32, depth=1, heads=2,
                text_width=32, text_depth=1, text_heads=2, embed_dim=16, context_length=24)
 

@@ -24,7 +24,7 @@ from train import Runtime, load_state, save_checkpoint
 
 TINY = Config(method="clip", image_size=32, patch_size=16, width=16, depth=2, heads=2, text_width=16, text_depth=1,
               text_heads=2, context_length=8, vocab_size=514, embed_dim=8)
-ALONE = Runtime(rank=0, world=1, device=torch.device("cpu"), bf16=False, workers=0)
+ALONE = Runtime(rank=0, world=1, device=torch.device("cpu"), precision="fp32", workers=0)
 SHAPES = "shapes:objects=1-1,size=32,train=64,val=7"
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import data
 import dense
+import finetune
 from conftest import ROOT, SHARED, needs_shared, on_processes
 from data import BadRecord, UserError, open_data
 from dense import NEGATIVE, UNUSED, assign, decode_boxes, draw_boxes, encode_boxes, make_anchors
@@ -602,7 +603,7 @@ def test_other_mistakes_of_a_folder(tmp_path):
     coco_folder(tmp_path)
     path = tmp_path / "annotations/instances_val2017.json"
     path.write_text(path.read_text()[:500])
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="cannot read"):
         open_data(f"coco:{tmp_path}", "val", "detection")
     bad = dict(box=(0, 0, 4, 4), category=0, area=16, crowd=False, mask=dict(size=[40, 60], counts="1X"))
     with pytest.raises(BadRecord, match="mask of an object: malformed RLE"):       # seen only when it is unpacked
@@ -713,13 +714,13 @@ def stopped_after(steps: int, arguments: list[str]):
             Stop.asked += 1
             return Stop.asked >= steps
 
-    real, dense.StopSignal = dense.StopSignal, Stop
+    real, finetune.StopSignal = finetune.StopSignal, Stop
     try:
         with pytest.raises(SystemExit) as ended:
             dense.maskrcnn(arguments)
         assert ended.value.code == 143
     finally:
-        dense.StopSignal = real
+        finetune.StopSignal = real
 
 
 def test_resumed_run_is_the_same_to_the_bit(checkpoint, tmp_path):

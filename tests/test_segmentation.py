@@ -21,10 +21,11 @@ from torch import nn
 
 import data
 import dense
+import finetune
 from conftest import ROOT, SHARED, needs_shared, on_processes, run_script
 from data import ADE20K, COCO_STUFF, COCO_STUFF_LABEL, PASCAL_CONTEXT, BadRecord, UserError, open_data
 from model import PRESETS, MaskCLIP, SyncBatchNorm, VisionTransformer
-from train import load_state, save_checkpoint
+from train import layer_decay_groups, load_state, save_checkpoint
 
 RNG = np.random.default_rng
 
@@ -759,13 +760,13 @@ def stopped_after(steps: int, checkpoint, out) -> dict:
             Stop.asked += 1
             return Stop.asked >= steps
 
-    real, dense.StopSignal = dense.StopSignal, Stop
+    real, finetune.StopSignal = finetune.StopSignal, Stop
     try:
         with pytest.raises(SystemExit) as ended:
             dense.main(["upernet", str(checkpoint), *SMALL, "--steps", "8", "--out", str(out)])
         assert ended.value.code == 143
     finally:
-        dense.StopSignal = real
+        finetune.StopSignal = real
     return load_state(out / "last.pt")
 
 
@@ -781,7 +782,7 @@ def test_upernet_learns_on_two_processes(checkpoint, tmp_path):
 def test_backbone_learns_slower_the_lower_it_is(checkpoint):
     model, _, _ = tiny_model()
     net = dense.UperNet(model.visual, 5, channels=8, aux_channels=4)
-    rates = {id(p): group["lr"] for group in dense.layer_decay_groups(net, 1.0, 0.05, 0.6) for p in group["params"]}
+    rates = {id(p): group["lr"] for group in layer_decay_groups(net, 1.0, 0.05, 0.6) for p in group["params"]}
     want = {"pyramid.visual.pos_embed": 0.6 ** 4, "pyramid.visual.blocks.0.mlp.fc1.weight": 0.6 ** 3,
             "pyramid.visual.blocks.2.norm1.weight": 0.6, "pyramid.up4.0.weight": 1.0, "classify.1.weight": 1.0}
     parameters = dict(net.named_parameters())
