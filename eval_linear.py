@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None):
     resize = size * 256 // 224
     if data_module.kind_of(spec) == "shapes":
         spec = f"shapes:objects=1-1,train=4096,val=1024,{spec.partition(':')[2]}"
-        resize = size           # scenes are drawn at the input's size, and what is at their margin belongs to the picture
+        resize = size           # scenes are drawn at the input's size, and their margin belongs to the picture
     train_data, test_data = (data_module.open_data(spec, split, "classes", size=size) for split in ("train", o.split))
     networks = {"checkpoint": model}
     if o.control:

@@ -224,8 +224,8 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
     """Trains, leaves OUT/last.pt, returns the model and its test data."""
     out, multiple = Path(o.out), 2 * o.accumulate * runtime.world
     if o.batch_size % multiple:
-        raise UserError(f"--batch-size {o.batch_size}: images of a process and micro-batch are mixed in pairs: choose a "
-                        f"multiple of {multiple}")
+        raise UserError(f"--batch-size {o.batch_size}: the images of a micro-batch of a process are mixed in pairs: "
+                        f"choose a multiple of {multiple}")
     runtime.claim(out)
     start = find_resumable(o, out, "finetuning")
     if start.state:
@@ -362,7 +362,7 @@ def erase(pixels: Tensor, rng: np.random.Generator):
 
 @dataclass
 class Augment:
-    """A record -> images uint8 (3, size, size), cropped, mirrored, changed by RandAugment, erased; labels, its class."""
+    """A record -> images uint8 (3, size, size), cropped, mirrored, RandAugmented, erased; labels, its class."""
     size: int
     options: Options
 
@@ -380,11 +380,13 @@ class Augment:
 
 
 def draw_mixing(mixup: float, cutmix: float, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """How all images of a batch are mixed: (height, width), the share of an image's own pixel, the rest is its partner's.
+    """How all images of a batch are mixed: (height, width), the share of an image's own pixel; the rest is its
+    partner's, and the mean of all is the share of its own label.
 
     One of mixup and cutmix, at even odds when both have an alpha.  lam is Beta(alpha, alpha).
     mixup    lam everywhere
-    cutmix   0 in a box, 1 around it: the box is 1 - lam of the image, in its shape, centered anywhere, cut at the border
+    cutmix   0 in a box, 1 around it; the box is 1 - lam of the image, in its shape, centered anywhere and cut at the
+             border
     """
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     alpha = cutmix if cut else mixup

@@ -61,13 +61,6 @@ def test_lars_equals_plain_loops(shape, lr, momentum, weight_decay, what):
     torch.testing.assert_close(p.detach(), torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_lars_moves_a_matrix_by_a_share_of_its_norm():
-    w = torch.nn.Parameter(torch.randn(6, 6))
-    before, w.grad = w.detach().clone(), 1e6 * torch.randn(6, 6)
-    LARS([w], lr=2.0, momentum=0.9, weight_decay=0.0).step()
-    assert ((w.detach() - before).norm() / before.norm()).item() == pytest.approx(2.0 * 0.001, rel=1e-3)
-
-
 def test_lars_state_survives_a_checkpoint_and_idle_parameters():
     w, idle = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     optimizer = LARS([w, idle], lr=0.1, momentum=0.9, weight_decay=0.0)
@@ -168,6 +161,7 @@ def test_ways_to_probe(options, checkpoint, tmp_path):                          
     assert results["checkpoint"]["steps"] == 2 * 8 and 0 <= results["checkpoint"]["top1"] <= 1
 
 
+@pytest.mark.slow
 def test_colors_are_learned_from_a_folder(checkpoint, tmp_path):                      # noqa: F811
     """Dark and bright noise: even an untrained tower separates these.  One image is broken, and left out."""
     import PIL.Image
@@ -207,6 +201,7 @@ def test_two_processes_give_the_numbers_of_one(options, checkpoint, tmp_path):  
     assert one == two
 
 
+@pytest.mark.slow
 @needs_shared
 def test_real_digits(checkpoint, tmp_path):                                           # noqa: F811
     results = probed(checkpoint[0], "--data", f"folder:{SHARED}/imagefolder_digits", tmp_path=tmp_path)

@@ -141,12 +141,6 @@ def test_exact_scores_do_not_depend_on_the_order_of_additions(width):
     assert torch.equal(a.float().double(), a) and (a - x).abs().max() <= 2 ** -25
 
 
-def test_a_model_that_embeds_all_alike_recalls_nothing():
-    one = F.normalize(torch.ones(30, 16), dim=1)
-    nothing = {1: 0, 5: 0, 10: 0}
-    assert recall_in_chunks(one, one, torch.arange(30)) == dict(image_to_text=nothing, text_to_image=nothing)
-
-
 # ------------------------------------------------------------------------------------------------------ classification
 
 @pytest.mark.parametrize("n, classes, levels, present", [
@@ -197,27 +191,6 @@ BINARY = pytest.mark.parametrize("n, levels, share", [
     (40, 1, 0.5),        # all scores equal
     (3, 2, 0.7),         # hardly any records
 ])
-
-
-@BINARY
-def test_roc_auc_is_the_share_of_pairs(n, levels, share):
-    for seed in range(10):
-        scores, positive = binary_case(n, levels, share, seed)
-        p, q = scores[positive], scores[~positive]
-        pairs = (p[:, None] > q).double() + 0.5 * (p[:, None] == q)                 # empty without one of the two: nan
-        assert roc_auc(scores, positive) == pytest.approx(pairs.mean().item(), nan_ok=True)
-
-
-@BINARY
-def test_11_point_average_precision_by_every_threshold(n, levels, share):
-    for seed in range(10):
-        scores, is_class = binary_case(n, levels, share, seed)
-        passed = [scores >= threshold for threshold in scores.tolist()]
-        points = [((is_class & p).sum().item(), p.sum().item()) for p in passed]
-        total = is_class.sum().item()                   # recalls are compared as counts: 3 * 0.1 is more than 0.3
-        best = [max(right / n for right, n in points if 10 * right >= k * total) for k in range(11)]
-        want = np.mean(best) if total else np.nan
-        assert average_precision_11(scores, is_class) == pytest.approx(want, nan_ok=True)
 
 
 @BINARY
@@ -464,8 +437,8 @@ def test_suite_as_published(checkpoint, tmp_path, pack):
     embedded = embed_classes(model, tokenizer, pets.data.classes, pets.templates, ALONE, 8)
     with torch.no_grad():
         guess = (model.encode_image(data.normalize(images)) @ embedded.T).argmax(dim=1)
-    right = guess == torch.arange(7) % 3
-    assert scores["oxford-iiit-pets"]["score"] == pytest.approx(np.mean([right[c::3].double().mean() for c in range(3)]))
+    by_class = [(guess[c::3] == c).double().mean() for c in range(3)]
+    assert scores["oxford-iiit-pets"]["score"] == pytest.approx(np.mean(by_class))
 
 
 @pytest.mark.parametrize("file, content, told", [

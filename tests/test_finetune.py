@@ -19,7 +19,7 @@ from torch import nn
 import finetune
 from data import MEAN, STD, BadRecord, BytePairTokenizer, Sample, UserError, normalize
 from finetune import Classifier, draw_mixing, erase, layer_decay_groups, mix, parse_options, rand_augment, smooth
-from model import Block, Config, MaskCLIP, VisionTransformer
+from model import Config, MaskCLIP, VisionTransformer
 from train import Runtime, load_state, save_checkpoint
 
 TINY = Config(method="clip", image_size=32, patch_size=16, width=16, depth=2, heads=2, text_width=16, text_depth=1,
@@ -53,19 +53,15 @@ def keep_signal_handlers():
 
 # ---- recipe ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, value", [
-    ("epochs", 100), ("warmup_epochs", 20), ("lr", 6e-4), ("lr_end", 1e-6), ("layer_decay", 0.7),   # supplement B
-    ("batch_size", 2048),                                                                           # FT-CLIP
-    ("weight_decay", 0.05), ("drop_path", 0.1), ("mixup", 0.8), ("cutmix", 1.0), ("randaugment", 9),    # MAE
-    ("erasing", 0.25), ("smoothing", 0.1), ("crop_min", 0.08), ("flip", True), ("crop_share", 224 / 256),
-])
-def test_recipe_of_the_paper(name, value):
-    assert getattr(parse_options(["--recipe", "imagenet"]), name) == value
-
-
-def test_a_flag_outranks_the_recipe():
-    options = parse_options(["--recipe", "imagenet", "--lr", "1e-3", "--data", "folder:x"])
-    assert (options.lr, options.data, options.epochs) == (1e-3, ("folder:x",), 100)
+def test_recipe_of_the_paper():
+    options = parse_options(["--recipe", "imagenet", "--data", "folder:x"])
+    want = dict(epochs=100, warmup_epochs=20, lr=6e-4, lr_end=1e-6, layer_decay=0.7,        # supplement B
+                batch_size=2048,                                                            # FT-CLIP
+                weight_decay=0.05, drop_path=0.1, mixup=0.8, cutmix=1.0, randaugment=9,     # MAE
+                erasing=0.25, smoothing=0.1, crop_min=0.08, flip=True, crop_share=224 / 256)
+    assert {name: getattr(options, name) for name in want} == want
+    changed = parse_options(["--recipe", "imagenet", "--lr", "1e-3", "--data", "folder:x"])
+    assert changed == finetune.replace(options, lr=1e-3), "a flag outranks the recipe"
 
 
 # ---- layer decay ----------------------------------------------------------------------------------------------------
@@ -108,21 +104,24 @@ class Detector(nn.Module):
         self.pyramid = nn.ModuleDict({"blocks": nn.ModuleList([nn.Conv2d(16, 16, 1)])})
 
 
-@pytest.mark.parametrize("name, scale, decay", [
-    ("backbone.cls_token", 0.125, 0.0),                    # 0.5 ** (N + 1), N = 2 blocks
-    ("backbone.pos_embed", 0.125, 0.0),
-    ("backbone.patch_embed.proj.weight", 0.125, 0.05),
-    ("backbone.patch_embed.proj.bias", 0.125, 0.0),
-    ("backbone.blocks.0.attn.qkv.weight", 0.25, 0.05),
-    ("backbone.blocks.1.norm1.weight", 0.5, 0.0),
-    ("backbone.norm.weight", 1.0, 0.0),                    # the final norm goes with the heads
-    ("pyramid.blocks.0.weight", 1.0, 0.05),                # "blocks", but not of the tower
-])
-def test_layer_decay_inside_a_larger_module(name, scale, decay):
+def test_layer_decay_inside_a_larger_module():
     model = Detector()
     groups = layer_decay_groups(model, 2e-4, 0.05, 0.5)
-    assert by_name(model, groups)[name] == (scale, decay)
+    table = by_name(model, groups)
+    for name, scale, decay in [
+        ("backbone.cls_token", 0.125, 0.0),                    # 0.5 ** (N + 1), N = 2 blocks
+        ("backbone.pos_embed", 0.125, 0.0),
+        ("backbone.patch_embed.proj.weight", 0.125, 0.05),
+        ("backbone.patch_embed.proj.bias", 0.125, 0.0),
+        ("backbone.blocks.0.attn.qkv.weight", 0.25, 0.05),
+        ("backbone.blocks.1.norm1.weight", 0.5, 0.0),
+        ("backbone.norm.weight", 1.0, 0.0),                    # the final norm goes with the heads
+        ("pyramid.blocks.0.weight", 1.0, 0.05),                # "blocks", but not of the tower
+    ]:
+        assert table[name] == (scale, decay), name
     assert all(group["lr"] == pytest.approx(2e-4 * group["lr_scale"]) for group in groups)
+    with pytest.raises(ValueError):
+        layer_decay_groups(nn.Linear(2, 2), 1.0, 0.05, 0.7)
 
 
 def test_layer_decay_leaves_out_what_is_frozen():
@@ -131,11 +130,6 @@ def test_layer_decay_leaves_out_what_is_frozen():
     table = by_name(model, layer_decay_groups(model, 1.0, 0.05, 0.5))
     assert "pos_embed" not in table and "blocks.1.norm1.weight" not in table
     assert table["blocks.0.norm1.weight"] == (0.25, 0.0), "frozen blocks still count as layers"
-
-
-def test_layer_decay_wants_one_tower():
-    with pytest.raises(ValueError):
-        layer_decay_groups(nn.Linear(2, 2), 1.0, 0.05, 0.7)
 
 
 # ---- RandAugment ----------------------------------------------------------------------------------------------------
@@ -164,64 +158,21 @@ def test_operations_are_timms_increasing_set():
     assert sorted(TIMM[name] for name in finetune.OPERATIONS) == sorted(augment._RAND_INCREASING_TRANSFORMS)
 
 
-def gray(image: np.ndarray) -> np.ndarray:
-    return np.round(image @ [0.299, 0.587, 0.114])[..., None]
-
-
-def shifted(x: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    out = np.full_like(x, 0) + np.round(255 * np.array(MEAN))
-    height, width = x.shape[:2]
-    for row in range(height):
-        for column in range(width):
-            if 0 <= row + dy < height and 0 <= column + dx < width:
-                out[row, column] = x[row + dy, column + dx]
-    return out
-
-
 @pytest.mark.parametrize("name, m, sign, definition", [
     ("auto_contrast", 0.9, 1, lambda x: (x - x.min((0, 1))) * 255 / np.ptp(x, axis=(0, 1))),    # each channel to 0..255
     ("invert", 0.9, 1, lambda x: 255 - x),
     ("posterize", 0.5, 1, lambda x: x // 64 * 64),                     # 4 - 2 bits stay
-    ("posterize", 1.0, 1, lambda x: 0 * x),                            # no bit stays
+    ("posterize", 1.0, 1, lambda x: 0 * x),                            # no bit stays, where timm's keeps one
     ("solarize", 0.5, 1, lambda x: np.where(x < 128, x, 255 - x)),
-    ("solarize", 0.0, 1, lambda x: x),                                 # nothing is as bright as 256
     ("solarize_add", 0.5, 1, lambda x: np.where(x < 128, np.minimum(x + 55, 255), x)),
-    ("brightness", 0.5, 1, lambda x: 1.45 * x),                        # away from black by 0.9 m
-    ("brightness", 1.0, -1, lambda x: 0.1 * x),
-    ("color", 0.5, -1, lambda x: gray(x) + 0.55 * (x - gray(x))),
-    ("contrast", 0.5, -1, lambda x: np.round(gray(x).mean()) + 0.55 * (x - np.round(gray(x).mean()))),
-    ("sharpness", 0.0, 1, lambda x: x),
+    ("brightness", 1.0, -1, lambda x: 0.1 * x),                        # towards black by 0.9 m
     ("rotate", 0.0, 1, lambda x: x),
     ("shear_x", 0.0, 1, lambda x: x),
-    ("translate_x", 1 / 1.8, 1, lambda x: shifted(x, 6, 0)),           # 0.45 m of 24 columns
-    ("translate_y", 1 / 1.8, -1, lambda x: shifted(x, 0, -5)),         # of 20 rows
 ])
 def test_operation_by_its_definition(name, m, sign, definition):
     x = np.asarray(picture()).astype(float)
     got = np.asarray(finetune.OPERATIONS[name](picture(), m, sign)).astype(float)
     assert np.abs(got - definition(x).clip(0, 255)).max() <= 1, "more than a level off"
-
-
-def test_equalize_makes_all_levels_equally_frequent():
-    values = np.arange(64, dtype=np.uint8).repeat(3 * 85).reshape(64, 85, 3)      # 64 dark levels, equally frequent
-    got = np.asarray(finetune.OPERATIONS["equalize"](PIL.Image.fromarray(values), 0.9, 1))
-    assert np.abs(np.unique(got) - np.linspace(0, 255, 64)).max() <= 1
-
-
-@pytest.mark.parametrize("sign", (1, -1))
-def test_rotate_and_shear_move_a_point_as_geometry_says(sign):
-    x = np.zeros((41, 41, 3), np.uint8)
-    x[20, 30] = 255                                                               # 10 right of the center
-    for name, m, row, column in [
-        ("rotate", 1.0, 20 - sign * 10 * math.sin(math.pi / 6), 20 + 10 * math.cos(math.pi / 6)),   # 30 degrees, + left
-        ("shear_x", 1.0, 20, 30 - sign * 0.3 * 20.5),                             # x moves by 0.3 y
-        ("shear_y", 1.0, 20 - sign * 0.3 * 30.5, 30),
-    ]:
-        got = np.asarray(finetune.OPERATIONS[name](PIL.Image.fromarray(x), m, sign))[..., 0].astype(float)
-        got[np.abs(got - 124) <= 1] = 0                                           # what was filled
-        rows, columns = np.mgrid[:41, :41]
-        found = (got * rows).sum() / got.sum(), (got * columns).sum() / got.sum()
-        assert found == pytest.approx((row, column), abs=0.5), name
 
 
 def test_rand_augment_draws_two_operations_half_of_them_applied(monkeypatch):
@@ -317,12 +268,6 @@ def test_cutmix_box_equals_timm(monkeypatch):
         assert np.array_equal(own, box) and own.mean() == pytest.approx(want)
 
 
-def test_smooth_by_hand():
-    got = smooth(torch.tensor([2, 0]), 4, 0.1)
-    assert torch.allclose(got, torch.tensor([[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]))
-    assert torch.allclose(got.sum(dim=1), torch.ones(2))
-
-
 @pytest.mark.parametrize("lam, box", [
     (0.3, None),
     (1.0, None),             # off
@@ -354,36 +299,18 @@ def test_mix(lam, box):
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
-def test_stochastic_depth():
-    rates = [block.drop_path for block in VisionTransformer(32, 16, 16, 5, 2, drop_path=0.1).blocks]
-    assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])                   # linear in depth
-    block = Block(16, 2, drop_path=0.25)
-    x = torch.ones(4000, 2, 16)
-    torch.manual_seed(0)
-    left = block.skip_at_random(x)
-    assert set(left.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}, "skipped, or scaled up"
-    assert (left.amin(dim=(1, 2)) == left.amax(dim=(1, 2))).all(), "a sample is skipped as a whole"
-    assert (left == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert block.eval().skip_at_random(x) is x
-
-
 def test_classifier_pools_the_last_block_without_the_class_token():
     torch.manual_seed(0)
     pretrained = VisionTransformer(32, 16, 16, 2, 2)
     model = Classifier(TINY, 5, 0.0).eval()
     model.load_pretrained(pretrained)
-    nn.init.normal_(model.head.weight)
     images = torch.randn(3, 3, 32, 32)
+    assert F.cross_entropy(model(images), torch.arange(3)).item() == pytest.approx(math.log(5), abs=1e-3), "even odds"
+    nn.init.normal_(model.head.weight)
     x = pretrained.block_outputs(images, (2,))[0][:, 1:].mean(dim=1)
     assert torch.allclose(model(images), model.head(F.layer_norm(x, (16,), eps=1e-6)), atol=1e-5)
     model(images).sum().backward()
     assert all(p.grad is not None for p in model.parameters()), "a parameter without gradient would stop DDP"
-
-
-def test_head_starts_near_zero():
-    model = Classifier(TINY, 7, 0.0)
-    loss = F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4))
-    assert loss.item() == pytest.approx(math.log(7), abs=1e-3)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -425,6 +352,7 @@ def test_a_stopped_run_goes_on_to_the_bit(checkpoint, tmp_path, monkeypatch):
         finetune.main(checkpoint_gone)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_gradient_of_the_whole(checkpoint, tmp_path):
     for count in ("1", "2"):
         finetune.main(arguments(checkpoint, tmp_path / count, "--drop-path", "0", "--accumulate", count))
