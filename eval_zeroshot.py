@@ -173,8 +173,10 @@ def recall_in_chunks(images: Tensor, texts: Tensor, image_of_text: Tensor, ks: S
 
 def top_k(scores: Tensor, label: Tensor, k: int) -> float:
     """Share of the rows of (n, C) whose label (n,) is among the k highest scores; of equal ones the first is first."""
-    order = scores.argsort(dim=1, descending=True, stable=True)                                     # (n, C)
-    return share((order[:, :k] == label[:, None]).any(dim=1))
+    label = label[:, None]
+    own = scores.gather(1, label)                                                                   # (n, 1)
+    is_before = (scores > own) | (scores == own) & (torch.arange(scores.shape[1], device=scores.device) < label)
+    return (is_before.sum(dim=1) < k).double().mean().item()
 
 
 def confusion(guess: Tensor, label: Tensor, classes: int) -> Tensor:
