@@ -43,8 +43,8 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def command(*arguments, processes: int = 0) -> list[str]:
     port = 20000 + os.getpid() % 20000
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port] if processes else []
-    return [sys.executable, *map(str, torchrun), *map(str, arguments)]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", f"{processes}", "--master-port", f"{port}"]
+    return [sys.executable, *(torchrun if processes else []), *map(str, arguments)]
 
 
 def start_script(*arguments, processes: int = 0) -> subprocess.Popen:

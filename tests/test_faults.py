@@ -1,7 +1,7 @@
 """Faults caused for real: processes killed, disks filled, data and weights from strangers; nothing lost, nothing run.
 
-    python -m pytest tests/test_faults.py                         3 kills
-    python -m pytest tests/test_faults.py -m soak -s              20 kills; time and memory of --accumulate
+    python -m pytest tests/test_faults.py --all                   3 kills
+    python -m pytest tests/test_faults.py -m soak -s              20 kills
 """
 import contextlib
 import functools
@@ -36,8 +36,8 @@ import train
 from conftest import ROOT, command, run_script
 from data import BadRecord, EvalTransform, TrainTransform, UserError, open_data, train_loader
 from model import METHODS, load_checkpoint, load_state, save_atomically
-from test_formats import header_of, jpeg, make_coco, make_csv, make_karpathy, make_tar, pairs, special, with_header
-from test_model import captions, tiny
+from test_formats import jpeg, make_coco, make_csv, make_karpathy, make_tar, pairs, special, with_header
+from test_model import tiny
 from test_train import ALONE, BARE, SMALL, metrics, trained, weights
 from test_transforms import encoded, picture, png_that_claims
 
@@ -353,50 +353,6 @@ def test_processes_that_see_different_files_are_told(monkeypatch):
     runtime.check_alike(step_to_go_on_from=0, data="x")
     with pytest.raises(UserError, match="processes differ in step to go on from: 500 here, 0 elsewhere; --out"):
         runtime.check_alike(step_to_go_on_from=500, data="x")
-
-
-STEP = """
-import resource, sys, time
-sys.path.insert(0, sys.argv[1])
-import torch, train
-from dataclasses import asdict
-from model import Teacher, build, preset_for
-
-torch.set_num_threads(1)
-count, B = int(sys.argv[2]), int(sys.argv[3])
-options = train.TrainOptions(**asdict(preset_for("vit-b32-yfcc15m", "maskclip")))
-torch.manual_seed(0)
-net = build(options, options.vocab_size - 1)
-teacher, runtime = Teacher(net), train.Runtime(0, 1, torch.device("cpu"), False, 0)
-tokens = torch.randint(1, 9999, (B, 32))
-tokens[:, 0], tokens[:, -1] = options.vocab_size - 2, options.vocab_size - 1
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-batch = dict(images=torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8), tokens=tokens)
-parts = train.micro_batches(train.hide(batch, net, options.vocab_size - 2, 0, 0), count, runtime.device)
-if count == 1:
-    train.backward(net, net, teacher, parts[0], runtime)
-else:
-    train.backward_in_parts(net, net, teacher, parts, runtime)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(time.process_time() - start, before / 2 ** 20, peak / 2 ** 20)
-"""
-
-
-@pytest.mark.soak
-@pytest.mark.slow
-def test_time_and_memory_of_accumulation():
-    """The table of docs/SPEED.md: forward and backward of ViT-B/32 at batch 64, each N in a process of its own."""
-    B, table = int(os.environ.get("BATCH", 64)), {}
-    for count in (1, 2, 4, 8):
-        done = subprocess.run([sys.executable, "-c", STEP, ROOT, str(count), str(B)], capture_output=True, text=True,
-                              env=dict(os.environ, OMP_NUM_THREADS="1"), check=True)
-        table[count] = [float(word) for word in done.stdout.split()]
-    print(f"\n| N of batch {B} | CPU seconds a step | GiB at its peak | of them weights and program |")
-    print("|---|---|---|---|")
-    for count, (seconds, before, peak) in table.items():
-        print(f"| {count} | {seconds:.0f} | {peak:.1f} | {before:.1f} |", flush=True)
-    assert table[8][2] < table[4][2] < table[2][2] < table[1][2], "smaller parts take less memory"
-    assert table[8][0] < 2.0 * table[1][0], "one more forward, not one more step"
 
 
 # ------------------------------------------------------------------------------------------------------ uneven data
@@ -988,9 +944,3 @@ def test_batches_do_not_depend_on_the_number_of_loader_processes(method, every_f
         for other in several[1:]:
             assert other.keys() == several[0].keys() and other["bad"] == several[0]["bad"]
             assert all(torch.equal(value, other[name]) for name, value in several[0].items() if torch.is_tensor(value))
-
-
-def test_a_run_does_not_depend_on_the_number_of_loader_processes(tmp_path):
-    for workers in (0, 2):
-        trained(*FEW, "--workers", workers, "--steps", 4, "--out", tmp_path / str(workers))
-    same_states(tmp_path / "0", tmp_path / "2")

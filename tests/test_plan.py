@@ -1,9 +1,10 @@
 """train.py --plan: its memory and FLOPs against those of a step, its table against sums by hand."""
 import json
+import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from model import PAPER, Cost, preset_for
 
 SMALL = replace(PAPER, image_size=64, patch_size=8, width=192, depth=6, heads=6, text_width=128, text_depth=2,
                 text_heads=4, context_length=32, vocab_size=2000, embed_dim=64, n_codes=512, quantizer_hidden=256,
-                quantizer_bottleneck=64, text_decoder_depth=1, batch_size=96)
+                quantizer_bottleneck=64, text_decoder_depth=1)
 
 
 @pytest.fixture
@@ -91,39 +92,48 @@ def test_memory_has_states_of_student_and_teacher_and_activations_of_a_micro_bat
 
 
 STEP = """
-import json, sys
+import json, sys, time
+from dataclasses import asdict, replace
 from pathlib import Path
 sys.path[:0] = ["tests", "."]
 import torch, model, train
-from dataclasses import replace
 from test_model import captions
-from test_plan import SMALL
 torch.set_num_threads(1)
 
 def memory(which):
     return 1024.0 * int(Path("/proc/self/status").read_text().split(which)[1].split()[0])
 
-def step(config, B):
+def steps(config, B, count):
     torch.manual_seed(0)
     net = model.build(config, 767)
-    teacher = model.Teacher(net) if config.method == "maskclip" else None
+    teacher = model.Teacher(net) if model.METHODS[config.method]["predicts"] == "teacher" else None
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
-    runtime = train.Runtime(0, 1, torch.device("cpu"), False, 0)
-    batch = dict(images=torch.zeros(B, 3, 64, 64, dtype=torch.uint8), tokens=captions([30] * B))
+    runtime, size = train.Runtime(0, 1, torch.device("cpu"), False, 0), config.image_size
+    batch = dict(images=torch.zeros(B, 3, size, size, dtype=torch.uint8), tokens=captions([30] * B))
     for number in range(2):
-        parts = train.micro_batches(train.hide(batch, net, 766, number, 0), 1, runtime.device)
+        started = time.process_time()
+        parts = train.micro_batches(train.hide(batch, net, 766, number, 0), count, runtime.device)
         optimizer.zero_grad()
-        train.backward(net, net, teacher, parts[0], runtime)
+        if count == 1:
+            train.backward(net, net, teacher, parts[0], runtime)
+        else:
+            train.backward_in_parts(net, net, teacher, parts, runtime)
         optimizer.step()
+    return time.process_time() - started
 
-config = replace(SMALL, method=sys.argv[1])
-step(replace(config, depth=1, text_depth=1), 2)             # a process loads libraries when it first computes
-rows = model.costs(config)
+config, (B, count) = model.Config(**json.loads(sys.argv[1])), map(int, sys.argv[2:])
+steps(replace(config, depth=1, text_depth=1), 2, 1)         # a process loads libraries when it first computes
 before = memory("VmRSS:")
-step(config, config.batch_size)
-planned = train.step_memory(config, config.batch_size, rows)
-print(json.dumps(dict(planned, peak=memory("VmHWM:") - before)))
+print(json.dumps(dict(seconds=steps(config, B, count), before=before, peak=memory("VmHWM:"))))
 """
+
+
+def two_steps(config: model.Config, B: int, count: int = 1) -> dict[str, float]:
+    """Two steps of `count` micro-batches in a process of their own: CPU seconds of the second, and bytes."""
+    done = subprocess.run([sys.executable, "-c", STEP, json.dumps(asdict(config)), f"{B}", f"{count}"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -131,7 +141,20 @@ print(json.dumps(dict(planned, peak=memory("VmHWM:") - before)))
 @pytest.mark.parametrize("method", ["clip", "maskclip"])
 def test_memory_is_that_of_a_step(method):
     """Within 25%: the allocator's slack, and what exists for the time of one operation, are in no sum."""
-    done = subprocess.run([sys.executable, "-c", STEP, method], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    got = json.loads(done.stdout.splitlines()[-1])
-    assert got.pop("peak") == pytest.approx(sum(got.values()), rel=0.25), got
+    config, B = replace(SMALL, method=method), 96
+    need, got = train.step_memory(config, B, model.costs(config)), two_steps(config, B)
+    assert got["peak"] - got["before"] == pytest.approx(sum(need.values()), rel=0.25), (need, got)
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+def test_time_and_memory_of_accumulation():
+    """The table of docs/SPEED.md: a step of ViT-B/32 at batch 64 in 1, 2, 4 and 8 micro-batches."""
+    config, B = preset_for("vit-b32-yfcc15m", "maskclip"), int(os.environ.get("BATCH", 64))
+    table = {count: two_steps(config, B, count) for count in (1, 2, 4, 8)}
+    print(f"\n| N of batch {B} | CPU seconds a step | GiB at its peak |\n|---|---|---|")
+    for count, row in table.items():
+        print(f"| {count} | {row['seconds']:.0f} | {row['peak'] / 2 ** 30:.1f} |")
+    peaks = [row["peak"] for row in table.values()]
+    assert peaks == sorted(peaks, reverse=True), "smaller parts take less memory"
+    assert table[8]["seconds"] < 2.0 * table[1]["seconds"], "one more forward, not one more step"

@@ -1,4 +1,4 @@
-"""The run as a whole: schedules, a step in any number of parts and processes, going on, checkpoints, users' mistakes."""
+"""The run: schedules, a step in any number of parts and processes, going on, checkpoints, what users do wrong."""
 import contextlib
 import importlib
 import json
