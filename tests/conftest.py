@@ -28,12 +28,12 @@ def pytest_collection_modifyitems(config, items):
     if config.option.markexpr:
         return
     soaks = [item for item in items if item.get_closest_marker("soak")]
-    slow = [] if config.option.all else [item for item in items if item.get_closest_marker("slow") and item not in soaks]
-    config.left_out = [f"{len(some)} {which}" for some, which in (
+    slow = [item for item in items if item.get_closest_marker("slow") and item not in soaks and not config.option.all]
+    config.left_out = [f"{len(left)} {words}" for left, words in (
         (slow, "slow tests left out, which take minutes: --all runs them"), (soaks, "soaks left out: -m soak runs them")
-    ) if some]
+    ) if left]
     config.hook.pytest_deselected(items=slow + soaks)
-    items[:] = [item for item in items if item not in slow and item not in soaks]
+    items[:] = [item for item in items if item not in slow + soaks]
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -42,15 +42,15 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def command(*arguments, processes: int = 0) -> list[str]:
-    launcher = [sys.executable] if not processes else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
-                                                       str(processes), "--master-port", str(20000 + os.getpid() % 20000)]
-    return [*launcher, *map(str, arguments)]
+    port = 20000 + os.getpid() % 20000
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", f"{processes}", "--master-port", f"{port}"]
+    return [sys.executable, *(torchrun if processes else []), *map(str, arguments)]
 
 
 def start_script(*arguments, processes: int = 0) -> subprocess.Popen:
     """Starts a script of the project as a user would, under torchrun when processes > 0."""
-    return subprocess.Popen(command(*arguments, processes=processes), cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command(*arguments, processes=processes), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
 def run_script(*arguments, processes: int = 0, check: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:

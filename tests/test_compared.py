@@ -228,8 +228,8 @@ def test_every_parameter_is_trained_and_both_passes_agree(method):
 @pytest.mark.parametrize("method, terms, want, in_log", [
     ("slip", dict(L_I=1.0, L_T=2.0, simclr=10.0), 3 + 2 * 10, ["contrastive", "simclr"]),
     ("filip", dict(token=10.0), 3 * 10, ["token"]),
-    ("declip", dict(L_I=1.0, L_T=2.0, L_MLM=10.0, neighbor=100.0, simsiam=1000.0), 5 * 3 + 7 * 10 + 11 * 100 + 13 * 1000,
-     ["contrastive", "mlm", "neighbor", "simsiam"]),
+    ("declip", dict(L_I=1.0, L_T=2.0, L_MLM=10.0, neighbor=100.0, simsiam=1000.0),
+     5 * 3 + 7 * 10 + 11 * 100 + 13 * 1000, ["contrastive", "mlm", "neighbor", "simsiam"]),
     ("defilip", dict(L_I=1.0, L_T=2.0, L_MLM=10.0, neighbor=100.0, simsiam=1000.0, token=10_000.0),
      5 * 3 + 7 * 10 + 11 * 100 + 13 * 1000 + 3 * 10_000, ["contrastive", "mlm", "neighbor", "simsiam", "token"]),
 ])

@@ -1,9 +1,10 @@
 """Faults caused for real: processes killed, disks filled, data and weights from strangers; nothing lost, nothing run.
 
-    python -m pytest tests/test_faults.py                         3 kills
-    python -m pytest tests/test_faults.py -m soak -s              20 kills; time and memory of --accumulate
+    python -m pytest tests/test_faults.py --all                   3 kills
+    python -m pytest tests/test_faults.py -m soak -s              20 kills
 """
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -34,29 +35,15 @@ import model
 import train
 from conftest import ROOT, command, run_script
 from data import BadRecord, EvalTransform, TrainTransform, UserError, open_data, train_loader
-from model import METHODS
-from test_formats import header_of, jpeg, make_coco, make_csv, make_karpathy, make_tar, pairs, special, with_header
-from test_model import captions, tiny
-from test_train import SMALL, metrics, weights
+from model import METHODS, load_checkpoint, load_state, save_atomically
+from test_formats import jpeg, make_coco, make_csv, make_karpathy, make_tar, pairs, special, with_header
+from test_model import tiny
+from test_train import ALONE, BARE, SMALL, metrics, trained, weights
 from test_transforms import encoded, picture, png_that_claims
-from train import load_checkpoint, load_state, save_atomically
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-BARE = [word for word in map(str, SMALL) if word not in ("--data", "shapes:train=200")]
-FAST = [*BARE[1:], "--batch-size", "12", "--eps", "1e-3"]                   # a step takes a twentieth of a second
-WORLD = ["--data", "shapes:train=200"]
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """train.train(arguments) here and now, without its last lines; signals and threads are put back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(train, "finish", lambda *arguments: None)
-    yield lambda *more: train.train(train.parse_train_options(
-        [*FAST, *([] if "--data" in more else WORLD), *map(str, more)]))
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+FEW = ["--batch-size", "12"]                                                # a step takes a twentieth of a second
 
 
 def same_states(a: Path, b: Path, close: bool = False):
@@ -284,17 +271,16 @@ def test_a_folder_is_held_by_one_run_until_its_process_ends(tmp_path):
              "print(1, flush=True); time.sleep(999)")
     other = subprocess.Popen([sys.executable, "-c", holds, tmp_path / "lock"], stdout=subprocess.PIPE)
     other.stdout.readline()
-    runtime = train.Runtime(0, 1, torch.device("cpu"), False, 0)
     try:
         with pytest.raises(UserError, match="another run is writing to"):
-            runtime.claim(tmp_path, patience=0.3)
+            ALONE.claim(tmp_path, patience=0.3)
     finally:
         other.kill()
         other.wait()
-    runtime.claim(tmp_path, patience=10)
+    ALONE.claim(tmp_path, patience=10)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
-        runtime.claim(tmp_path / "file" / "below")
+        ALONE.claim(tmp_path / "file" / "below")
 
 
 # ------------------------------------------------------------------------------------------------------ processes
@@ -302,16 +288,19 @@ def test_a_folder_is_held_by_one_run_until_its_process_ends(tmp_path):
 SEVERAL = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import train
+import torch, train
 
 train.finish, hide = lambda *arguments: None, train.hide
+# Adam divides by the root of the mean square: where a gradient is near 0, float32's last bit would decide
+AdamW = torch.optim.AdamW
+torch.optim.AdamW = lambda *arguments, **options: AdamW(*arguments, **options, eps=1e-3)
 
 def main():
     for arguments, stop_at in json.loads(open(sys.argv[2]).read()):
-        def stopping(batch, model, sot, step, *rest):
-            if step == stop_at and rest[-2] == 0:       # one process is told, all stop
+        def stopping(batch, core, sot, step, seed, rank, world):
+            if step == stop_at and rank == 0:           # one process is told, all stop
                 os.kill(os.getpid(), signal.SIGTERM)
-            return hide(batch, model, sot, step, *rest)
+            return hide(batch, core, sot, step, seed, rank, world)
         train.hide = stopping
         try:
             train.train(train.parse_train_options(arguments))
@@ -329,17 +318,17 @@ def test_any_number_of_processes_trains_as_one(every_format, tmp_path):
     Losses, gradient norms and weights agree as float32 sums in another order do.
     """
     (tmp_path / "several.py").write_text(SEVERAL)
-    jobs = {name: [*WORLD, "--method", name, "--steps", "4"] for name in METHODS}
-    jobs["real"] = [*soaked(every_format, 6)[1:], "--eps", 1e-3, "--drop-path", 0.1, "--method", "clip"]
+    jobs = {name: [*SMALL[1:], *FEW, "--method", name, "--steps", 4] for name in METHODS}
+    jobs["real"] = [*soaked(every_format, 6)[1:], "--drop-path", 0.1, "--method", "clip"]
     going_on = ["maskclip", "slip", "declip"]
     for processes in (2, 1, 3, 4):
         home = tmp_path / str(processes)
-        todo = [([*FAST, *map(str, job), "--out", str(home / name)], None) for name, job in jobs.items()]
+        todo = [([*map(str, job), "--out", str(home / name)], None) for name, job in jobs.items()]
         if processes == 2:
-            todo += [([*FAST, *jobs[name], "--out", str(home / f"{name} stopped")], 1) for name in going_on]
+            todo += [([*map(str, jobs[name]), "--out", str(home / f"{name} stopped")], 1) for name in going_on]
         for name in going_on if processes > 2 else ():
             shutil.copytree(tmp_path / "2" / f"{name} stopped", home / f"{name} stopped")
-            todo.append(([*FAST, *jobs[name], "--out", str(home / f"{name} stopped")], None))
+            todo.append(([*map(str, jobs[name]), "--out", str(home / f"{name} stopped")], None))
         (tmp_path / "jobs.json").write_text(json.dumps(todo))
         run_script(tmp_path / "several.py", ROOT, tmp_path / "jobs.json", processes=processes, timeout=900)
         for name in going_on if processes == 2 else ():
@@ -360,51 +349,10 @@ def test_a_batch_that_processes_cannot_share_is_refused_in_one_line():
 def test_processes_that_see_different_files_are_told(monkeypatch):
     """As when --out lies on a disk of its own in each machine, and only the first has the checkpoint."""
     runtime = train.Runtime(0, 2, torch.device("cpu"), False, 0)
-    monkeypatch.setattr(train, "gather", lambda mine, runtime: [mine, dict(mine, step_to_go_on_from=0)])
+    monkeypatch.setattr(train, "gather_objects", lambda mine, runtime: [mine, dict(mine, step_to_go_on_from=0)])
     runtime.check_alike(step_to_go_on_from=0, data="x")
     with pytest.raises(UserError, match="processes differ in step to go on from: 500 here, 0 elsewhere; --out"):
         runtime.check_alike(step_to_go_on_from=500, data="x")
-
-
-STEP = """
-import resource, sys, time
-sys.path.insert(0, sys.argv[1])
-import torch, train
-from dataclasses import asdict
-from model import Teacher, build, preset_for
-
-torch.set_num_threads(1)
-count, B = int(sys.argv[2]), int(sys.argv[3])
-options = train.TrainOptions(**asdict(preset_for("vit-b32-yfcc15m", "maskclip")))
-torch.manual_seed(0)
-net = build(options, options.vocab_size - 1)
-teacher, runtime = Teacher(net), train.Runtime(0, 1, torch.device("cpu"), False, 0)
-tokens = torch.randint(1, 9999, (B, 32))
-tokens[:, 0], tokens[:, -1] = options.vocab_size - 2, options.vocab_size - 1
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-batch = dict(images=torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8), tokens=tokens)
-batch = train.hide(batch, net, options.vocab_size - 2, 0, options, 0, 1)
-train.backward(net, net, teacher, train.micro_batches(batch, count, runtime.device), {}, 0.04, runtime)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(time.process_time() - start, before / 2 ** 20, peak / 2 ** 20)
-"""
-
-
-@pytest.mark.soak
-@pytest.mark.slow
-def test_time_and_memory_of_accumulation():
-    """The table of docs/SPEED.md: one step of ViT-B/32 at batch 64, forward and backward, each N in a process of its own."""
-    B, table = int(os.environ.get("BATCH", 64)), {}
-    for count in (1, 2, 4, 8):
-        done = subprocess.run([sys.executable, "-c", STEP, ROOT, str(count), str(B)], capture_output=True, text=True,
-                              env=dict(os.environ, OMP_NUM_THREADS="1"), check=True)
-        table[count] = [float(word) for word in done.stdout.split()]
-    print(f"\n| N of batch {B} | CPU seconds a step | GiB at its peak | of them weights and program |")
-    print("|---|---|---|---|")
-    for count, (seconds, before, peak) in table.items():
-        print(f"| {count} | {seconds:.0f} | {peak:.1f} | {before:.1f} |", flush=True)
-    assert table[8][2] < table[4][2] < table[2][2] < table[1][2], "smaller parts take less memory"
-    assert table[8][0] < 2.0 * table[1][0], "one more forward, not one more step"
 
 
 # ------------------------------------------------------------------------------------------------------ uneven data
@@ -421,7 +369,7 @@ def test_uneven_shards_lose_nothing_and_repeat_nothing(workers, tmp_path):
     for shard, n in enumerate((1, 37, 0)):
         make_tar(tmp_path / f"{shard}.tar", pairs(n, first=100 * shard))
     shards = open_data(f"shards:{tmp_path}/{{0..2}}.tar")
-    assert shards.notes == [f"1 of 3 shards hold no pair, the first is {tmp_path}/2.tar"]
+    assert shards.notes == ["1 of 3 shards hold no pair"]
     epochs = [counted([train_loader(shards, Index(), 8, 0, range(4 * epoch, 4 * epoch + 4), rank, 2, workers)
                           for rank in range(2)]) for epoch in range(6)]
     for seen in epochs:
@@ -456,17 +404,17 @@ def test_a_loader_process_that_dies_is_told_in_one_line(tmp_path):
     wait(lambda: not multiprocessing.active_children(), 60)                 # the other one does not stay behind
 
 
-def test_data_without_one_good_record_ends_in_one_line(in_process, tmp_path, capsys):
+def test_data_without_one_good_record_ends_in_one_line(tmp_path, capsys):
     rows = "".join(f"{k}.jpg,x\n" for k in range(40))
     with pytest.raises(UserError, match="step 1: too many bad records in a row to fill the batch"):
-        in_process("--data", make_csv(tmp_path, f"filepath,title\n0.jpg,\n{rows}", images=1), "--steps", 3, "--method",
-                   "declip", "--out", tmp_path / "out")
+        trained("--data", make_csv(tmp_path, f"filepath,title\n0.jpg,\n{rows}", images=1), "--steps", 3,
+                "--method", "declip", "--batch-size", 3, "--out", tmp_path / "out")
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 12 * 11 and all(line.startswith("skipped ") and ".jpg: " in line for line in told)
+    assert len(told) == 3 * 11 and all(line.startswith("skipped ") and ".jpg: " in line for line in told)
 
 
-def test_what_an_epoch_leaves_out_is_said(in_process, tmp_path, capsys):
-    in_process("--data", "shapes:train=31", "--steps", 1, "--out", tmp_path, "--method", "clip")
+def test_what_an_epoch_leaves_out_is_said(tmp_path, capsys):
+    trained(*FEW, "--data", "shapes:train=31", "--steps", 1, "--out", tmp_path, "--method", "clip")
     assert "note: 7 records fill no batch and are left out of an epoch, others in each" in capsys.readouterr().out
 
 
@@ -498,10 +446,11 @@ def turned(orientation: int) -> bytes:
     return encoded(picture(24, 16), "JPEG", exif=exif)
 
 
+@functools.cache
 def hostile_images() -> dict[str, tuple[bytes, bool | None]]:
     """name: (bytes, whether it must be read: None if either is right)"""
     files = {}
-    for format in data.FORMATS:
+    for format in data.IMAGE_FORMATS:
         whole = encoded(picture(48, 40), format)
         files[f"whole.{format}"] = whole, True
         for share in (0.02, 0.3, 0.6):
@@ -562,7 +511,7 @@ CAPTIONS = {
 
 
 def one_plain_line(error: Exception) -> bool:
-    """What a terminal may show: printed as train.run and report_bad do."""
+    """What a terminal may show: printed as data.run and train.report_bad do."""
     line = data.printable(str(error))
     return line.isprintable() and len(line) < 1500 and " object at 0x" not in line
 
@@ -637,16 +586,16 @@ def test_the_largest_image_takes_less_than_two_gibibytes(mode, format):
 
 
 @linux
-def test_a_run_over_hostile_files_skips_counts_and_writes_nowhere_else(in_process, hostile_folder, tmp_path, capsys,
+def test_a_run_over_hostile_files_skips_counts_and_writes_nowhere_else(hostile_folder, tmp_path, capsys,
                                                                        monkeypatch):
     """Every format at once: each bad record is one line on the terminal, and the run ends well."""
     root, readable = hostile_folder
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     before = {path for folder in (root, tmp_path, root.parent) for path in folder.rglob("*")}
-    specs = [f"shards:{root}/s.tar", f"csv:{root}/table.csv", f"folder:{root}"]
-    assert growth(lambda: in_process(*[word for spec in specs for word in ("--data", spec)], "--max-bad", 1, "--method",
-                                     "clip", "--steps", 20, "--out", tmp_path / "out")) < 2
+    run = ["--data", f"shards:{root}/s.tar", "--data", f"csv:{root}/table.csv", "--data", f"folder:{root}",
+           "--max-bad", 1, "--method", "clip", "--steps", 20, "--out", tmp_path / "out"]
+    assert growth(lambda: trained(*FEW, *run)) < 2
     written = {path for folder in (root, tmp_path, root.parent) for path in folder.rglob("*")} - before
     assert written and all(path.is_relative_to(tmp_path / "out") for path in written), written
     state = load_state(tmp_path / "out" / "last.pt")
@@ -737,14 +686,14 @@ def test_json_of_another_shape_is_refused_in_one_line(text, tmp_path):
         (tmp_path / name).write_bytes(content)
     torch.save({"patch_embed.proj.weight": torch.zeros(4, 3, 8, 8), "patch_embed.proj.bias": torch.zeros(4)},
                tmp_path / "open_clip_pytorch_model.bin")
-    coco, flickr, timm = f"coco:{tmp_path}", f"flickr30k:{tmp_path}", str(tmp_path / "open_clip_pytorch_model.bin")
+    coco, flickr, timm = f"coco:{tmp_path}", f"flickr30k:{tmp_path}", tmp_path / "open_clip_pytorch_model.bin"
     for read in (lambda: open_data(coco), lambda: open_data(coco, task="retrieval"), lambda: open_data(flickr, "train"),
-                 lambda: open_data(coco, "train", "detection"), lambda: model.read_open_clip(str(tmp_path))):
+                 lambda: open_data(coco, "train", "detection"), lambda: model.read_public(f"open_clip:{tmp_path}")):
         with pytest.raises(UserError) as error:
             read()
         assert one_plain_line(error.value)
     with contextlib.suppress(UserError):                                # a config.json beside timm's may say nothing
-        model.read_timm(timm)
+        model.read_public(f"timm:{timm}")
 
 
 INSTANCES = {"images": [{"id": 1, "file_name": "1.jpg", "width": 64, "height": 64}],
@@ -808,6 +757,9 @@ def whole_checkpoint(tmp_path_factory) -> Path:
     return path
 
 
+NEEDED = ("config", "model", "tokenizer", "mean")
+
+
 def changed_states(state: dict) -> dict[str, dict]:
     """Whole files with hostile content."""
     def config(**changes):
@@ -815,8 +767,8 @@ def changed_states(state: dict) -> dict[str, dict]:
     some = "visual.blocks.0.mlp.fc1.weight"
     return {
         "a list": [1, 2], "a tensor": torch.zeros(3), "empty": {},
-        **{f"no {name}": {k: v for k, v in state.items() if k != name} for name in ("config", "model", "tokenizer", "mean")},
-        **{f"{name} of another kind": dict(state, **{name: 5}) for name in ("config", "model", "tokenizer", "mean")},
+        **{f"no {name}": {k: v for k, v in state.items() if k != name} for name in NEEDED},
+        **{f"{name} of another kind": dict(state, **{name: 5}) for name in NEEDED},
         "a million wide": config(width=10 ** 6, heads=10), "a million deep": config(depth=10 ** 6),
         "words beyond memory": config(vocab_size=10 ** 12), "no heads": config(heads=0), "negative": config(width=-32),
         "width of text": config(width="wide"), "patches of none": config(patch_size=0),
@@ -854,13 +806,14 @@ def test_hostile_checkpoints_are_refused_in_one_line(whole_checkpoint, tmp_path,
             assert one_plain_line(error.value), f"{name}: {error.value}"
     if sys.platform == "linux":
         assert growth(load_all) < 1
-    load_all()
+    else:
+        load_all()
     assert os.listdir(tmp_path) == ["last.pt"], "a program ran"
 
 
 def test_a_checkpoint_with_flipped_bits_is_read_or_refused(whole_checkpoint, tmp_path):
     whole, rng, path = whole_checkpoint.read_bytes(), np.random.default_rng(0), tmp_path / "last.pt"
-    places = [*rng.integers(0, len(whole), 20), *rng.integers(0, 3000, 30), *(len(whole) - rng.integers(1, 3000, 30))]
+    places = [*rng.integers(0, len(whole), 10), *rng.integers(0, 3000, 15), *(len(whole) - rng.integers(1, 3000, 15))]
     for place in places:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.integers(8)]) + whole[place + 1:])
         try:
@@ -876,23 +829,21 @@ def test_a_checkpoint_with_flipped_bits_is_read_or_refused(whole_checkpoint, tmp
     (dict(model={}), "does not fit"), (dict(optimizer={}), "does not fit"), (dict(teacher=None), "does not fit"),
     (dict(data="0" * 64), "other data"), (None, "with method = maskclip"),
 ])
-def test_a_run_does_not_go_on_from_what_is_not_its_own(change, says, in_process, started, tmp_path):
+def test_a_run_does_not_go_on_from_what_is_not_its_own(change, says, started, tmp_path):
     shutil.copytree(started, tmp_path / "out")
     if change:
         save_atomically(tmp_path / "out" / "last.pt", {**load_state(started / "last.pt"), **change})
     before = (tmp_path / "out" / "last.pt").read_bytes()
     with pytest.raises(UserError, match=says) as error:
-        in_process("--data", "shapes:train=24", "--steps", 2, "--out", tmp_path / "out", "--method",
+        trained(*FEW, "--data", "shapes:train=24", "--steps", 2, "--out", tmp_path / "out", "--method",
                    "maskclip" if change else "declip")
     assert one_plain_line(error.value) and (tmp_path / "out" / "last.pt").read_bytes() == before
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory) -> Path:
-    out, kept = tmp_path_factory.mktemp("started"), train.finish
-    train.finish = lambda *arguments: None
-    train.train(train.parse_train_options([*FAST, "--data", "shapes:train=24", "--steps", "2", "--out", str(out)]))
-    train.finish = kept
+    out = tmp_path_factory.mktemp("started")
+    trained(*FEW, "--data", "shapes:train=24", "--steps", 2, "--out", out)
     return out
 
 
@@ -908,26 +859,23 @@ def entry(first: int, last: int, shape=(4,), dtype: str = "F32") -> dict:
 @pytest.mark.parametrize("content", [
     b"", b"1234567", struct.pack("<Q", 2 ** 63), safetensors({}, length=2 ** 64 - 1), safetensors(b"[" * 100_000),
     safetensors([]), safetensors(5), safetensors({"a": 5}), safetensors({"a": {}}),
-    safetensors({"a": entry(0, 10 ** 18)}),
-    safetensors({"a": entry(-16, 0)}), safetensors({"a": entry(16, 0)}), safetensors({"a": entry(0, 16, dtype="F4")}),
-    safetensors({"a": entry(0, 16, shape=(10 ** 9, 10 ** 9))}), safetensors({"a": entry(0, 16, shape="x")}),
-    safetensors({"a": entry(0, 15)}), safetensors({"a": entry(0, 16), "b": entry(8, 24), "c": entry(0, 64, (16,))}),
+    safetensors({"a": entry(10 ** 18, 9)}), safetensors({"a": entry(-10 ** 9, 0)}), safetensors({"a": entry(52, 68)}),
+    safetensors({"a": entry(0, 16, dtype="F4")}), safetensors({"a": entry(0, 16, shape=(10 ** 9, 10 ** 9))}),
+    safetensors({"a": entry(0, 16, shape="x")}), safetensors({"a": entry("0", 16)}),
+    safetensors({"a": entry(0, 68, (17,))}),
     safetensors({f"{k}": entry(0, 10 ** 6, (250_000,)) for k in range(10_000)}, bytes(10 ** 6)),     # 10 GB of 1 MB
-    safetensors({"a": entry(0, 0, shape=())}), bytes(999),
-], ids=range(20))
+    bytes(999),
+], ids=range(19))
 def test_hostile_safetensors_are_refused_in_one_line(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
-
-    def read():
-        with pytest.raises(UserError, match="cannot read weights") as error:
-            model.read_weights(tmp_path / "x.safetensors")
-        assert one_plain_line(error.value)
-    read()
+    with pytest.raises(UserError, match="cannot read weights") as error:
+        model.read_weights(tmp_path / "x.safetensors")
+    assert one_plain_line(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------ bad numbers
 
-def test_one_loss_that_is_not_finite_is_named_and_skipped(in_process, tmp_path, monkeypatch, capsys):
+def test_one_loss_that_is_not_finite_is_named_and_skipped(tmp_path, monkeypatch, capsys):
     snapshots, micro_batches = [], train.micro_batches
 
     def poisoned(batch, count, device):
@@ -943,34 +891,34 @@ def test_one_loss_that_is_not_finite_is_named_and_skipped(in_process, tmp_path, 
         return nets[1]
     monkeypatch.setattr(train, "Teacher", kept_teacher)
     monkeypatch.setattr(train, "micro_batches", poisoned)
-    in_process("--steps", 5, "--out", tmp_path)
-    assert capsys.readouterr().err.count("warning: step 3: mlm is not finite; update skipped\n") == 1
+    trained(*FEW, "--steps", 5, "--out", tmp_path)
+    assert capsys.readouterr().err.count("warning: step 3: L_MLM is not finite; update skipped\n") == 1
     same = [all(map(torch.equal, a, b)) for a, b in zip(snapshots, snapshots[1:])]
     assert same == [False, False, True, False], "only the third update, the teacher's too, was skipped"
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
 
 
-def test_weights_that_blow_up_never_reach_the_checkpoint(in_process, tmp_path, monkeypatch, capsys):
+def test_weights_that_blow_up_never_reach_the_checkpoint(tmp_path, monkeypatch, capsys):
     """A rate of 1e30 from the sixth step on, each step saved: the checkpoint is of before, and can go on."""
     schedule = train.cosine_schedule
-    run = ("--steps", 40, "--checkpoint-every", 0, "--clip-grad", 0, "--out", tmp_path)
+    run = ("--steps", 20, "--checkpoint-every", 0, "--clip-grad", 0, "--out", tmp_path)
     monkeypatch.setattr(train, "cosine_schedule", lambda step, *rest: 1e30 if step >= 5 else schedule(step, *rest))
     with pytest.raises(UserError) as error:
-        in_process(*run)
+        trained(*FEW, *run)
     assert "was not finite for 10 steps in a row, up to step 16" in str(error.value)
     assert f"the last good checkpoint is {tmp_path}/last.pt" in str(error.value)
     assert capsys.readouterr().err.count("update skipped") == 10
     assert load_state(tmp_path / "last.pt")["step"] == 5
     assert max(value.abs().max() for value in weights(tmp_path).values() if value.is_floating_point()) < 100
     monkeypatch.setattr(train, "cosine_schedule", schedule)
-    in_process(*run)
-    assert load_state(tmp_path / "last.pt")["step"] == 40 and lines(tmp_path) == 40
+    trained(*FEW, *run)
+    assert load_state(tmp_path / "last.pt")["step"] == 20 and lines(tmp_path) == 20
 
 
-def test_bfloat16_follows_float32(in_process, tmp_path):
-    """Eight steps on CPU: each loss within 2%, the last embeddings within 5 degrees or so."""
+def test_bfloat16_follows_float32(tmp_path):
+    """Four steps on CPU: each loss within 2%, the last embeddings within 5 degrees or so."""
     for precision in ("fp32", "bf16"):
-        in_process("--precision", precision, "--steps", 8, "--drop-path", 0, "--out", tmp_path / precision)
+        trained(*FEW, "--precision", precision, "--steps", 4, "--drop-path", 0, "--out", tmp_path / precision)
     for exact, rough in zip(metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16"), strict=True):
         for name in ("loss", "contrastive", "distillation", "mlm"):
             assert rough[name] == pytest.approx(exact[name], rel=0.02), (exact["step"], name)
@@ -990,15 +938,9 @@ def test_batches_do_not_depend_on_the_number_of_loader_processes(method, every_f
     options = train.TrainOptions(method=method, image_size=32, data=specs)
     mixed = train.open_mixed(specs, "train", "captions", 32)
     collate = train.PairCollate(data.BytePairTokenizer([]), 32, 1)
-    batches = [list(train_loader(mixed, train.PairTransform(options), 12, 5, range(6), workers=n, collate=collate))
-               for n in (0, 1, 3)]
+    transform = train.PairTransform(options, mixed)
+    batches = [list(train_loader(mixed, transform, 12, 5, range(6), workers=n, collate=collate)) for n in (0, 1, 2)]
     for several in zip(*batches, strict=True):
         for other in several[1:]:
             assert other.keys() == several[0].keys() and other["bad"] == several[0]["bad"]
             assert all(torch.equal(value, other[name]) for name, value in several[0].items() if torch.is_tensor(value))
-
-
-def test_a_run_does_not_depend_on_the_number_of_loader_processes(in_process, tmp_path):
-    for workers in (0, 2):
-        in_process("--workers", workers, "--steps", 4, "--out", tmp_path / str(workers))
-    same_states(tmp_path / "0", tmp_path / "2")

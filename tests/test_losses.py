@@ -92,7 +92,7 @@ def test_masked_language_loss_is_the_mean_over_its_words():
     assert losses.masked_language_loss(logits, words).item() == pytest.approx(summed / 3, rel=1e-5)
     of_all = losses.masked_language_loss(logits, words, torch.tensor(2.5))              # 3 here, 2 on another process
     assert of_all.item() == pytest.approx(summed / 2.5, rel=1e-5)
-    for normalizer in (None, torch.tensor(0.0)):                                        # no 0/0 in a batch without words
+    for normalizer in (None, torch.tensor(0.0)):      # no 0/0 in a batch without words
         assert losses.masked_language_loss(logits[:0], words[:0], normalizer).item() == 0.0
 
 

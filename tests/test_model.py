@@ -69,7 +69,7 @@ def test_mask_words_is_berts_corruption():
     assert became[became != 768].max() < SOT
 
 
-@pytest.mark.parametrize("words, chosen", [(1, 1), (2, 1), (3, 1), (10, 2), (0, 0)])   # short captions lose one word at least
+@pytest.mark.parametrize("words, chosen", [(1, 1), (2, 1), (3, 1), (10, 2), (0, 0)])   # of some words one at least
 def test_mask_words_of_short_captions(words, chosen):
     tokens = captions([words], width=14)
     assert mask_words(tokens, 0.2, SOT, EOT, 768, torch.rand(1, 14, 3))[1].sum().item() == chosen
@@ -222,7 +222,8 @@ def batch_for(net, B=6, words=None):
 
 def answer_for(net, batch):
     """What the teacher says of the hidden patches, for methods that have one."""
-    return Teacher(net)(batch["images"], batch["hidden"]) if METHODS[net.config.method]["predicts"] == "teacher" else None
+    if METHODS[net.config.method]["predicts"] == "teacher":
+        return Teacher(net)(batch["images"], batch["hidden"])
 
 
 @pytest.mark.parametrize("method, target, names, in_log", [
@@ -253,7 +254,8 @@ def test_total_loss_is_equation_8():
 
 @pytest.mark.parametrize("reduction, share", [("sum", 1.0), ("mean", 0.5)])
 def test_contrast_is_the_sum_or_the_mean(reduction, share):
-    net, features = tiny("clip", contrastive_reduction=reduction), dict(image=torch.eye(3, 16), text=torch.ones(3, 16) / 4)
+    net = tiny("clip", contrastive_reduction=reduction)
+    features = dict(image=torch.eye(3, 16), text=torch.ones(3, 16) / 4)
     want = losses.contrastive_loss(features["image"], features["text"], 1 / 0.07)
     got = net.contrast(features)
     torch.testing.assert_close((got["L_I"], got["L_T"]), tuple(share * x for x in want))
@@ -371,7 +373,7 @@ def test_collapse_monitor_tells_the_two_kinds_of_collapse_apart():
     assert mute["patch_entropy"] == pytest.approx(math.log(32), abs=1e-4)
 
 
-@pytest.mark.parametrize("step, want", [(0, 0.999), (50, 0.99945), (100, 0.9999)])      # the paper's ramp over 101 steps
+@pytest.mark.parametrize("step, want", [(0, 0.999), (50, 0.99945), (100, 0.9999)])     # the paper's, over 101 steps
 def test_momentum_ramp(step, want):
     assert model.momentum_at(step, 101, 0.999, 0.9999) == pytest.approx(want)
 
@@ -394,4 +396,4 @@ def test_costs_are_those_of_one_step(method, pool):
     everything = model.costs(net.config, words=12)[-1]
     assert everything.flops == pytest.approx(forward / 2, rel=0.02)
     assert everything.step_flops == pytest.approx(counter.get_total_flops() / 2, rel=0.05)
-    assert everything.parameters == pytest.approx(sum(p.numel() for p in net.parameters()), abs=1)  # DeFILIP's 2nd scale
+    assert everything.parameters == pytest.approx(sum(p.numel() for p in net.parameters()), abs=1)  # DeFILIP's scale

@@ -1,4 +1,4 @@
-"""The reproduction's tables, without training: their runs are options that train.py takes, the page says what was found."""
+"""The reproduction's tables, without training: their runs are options of train.py, the page says what was found."""
 import json
 import shlex
 
