@@ -40,8 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 import data as data_module
 from data import BytePairTokenizer, UserError, run, say
 from losses import LOGIT_ROWS, mean_over_processes, patchify, similarity
-from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, Teacher, build, costs, initialize, load_checkpoint, load_state,
-                   mask_words, momentum_at, opt, preset_for, random_mask, read_merges, save_atomically, save_checkpoint, take)
+from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, Teacher, build, costs, initialize, load_checkpoint,
+                   load_state, mask_words, momentum_at, opt, preset_for, random_mask, read_merges, save_atomically,
+                   save_checkpoint, take)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,7 +52,8 @@ from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, Teacher, build, cos
 @dataclass
 class RunOptions:
     """What every script takes."""
-    data: tuple = opt(("shapes",), f"data set, may be given more than once: {data_module.specs()} (docs/DATA.md)", "run")
+    data: tuple = opt(("shapes",), f"data set, may be given more than once: {data_module.specs()} (docs/DATA.md)",
+                      "run")
     out: str = opt("", "folder for everything that is written; empty: one below runs/, or that of the checkpoint",
                    "run")
     seed: int = opt(0, "seed of every random choice", "run")
@@ -89,6 +91,8 @@ class TrainOptions(RunOptions, Config):
 def parse_train_options(argv=None) -> TrainOptions:
     """The command line over the preset and the method it names."""
     chosen = first_look(TrainOptions, argv, "preset", "method")
+    if chosen.method not in METHODS:
+        raise UserError(f"--method {chosen.method} is unknown; choose one of {', '.join(METHODS)}")
     defaults = TrainOptions(**asdict(preset_for(chosen.preset, chosen.method)), preset=chosen.preset)
     defaults.pairs = {"pocket": 20_000, "vit-b16-cc3m": 3_000_000}.get(chosen.preset, defaults.pairs)
     o = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
@@ -343,7 +347,8 @@ def finish(o: TrainOptions, core: MaskCLIP, teacher, tokenizer: BytePairTokenize
         alone = dataclasses.replace(runtime, rank=0, world=1)           # the other processes are gone
         guess, label = guess_classes(core, tokenizer, alone, world)
         n = len(data_module.SHAPES)
-        right = [hit.double().mean().item() for hit in (guess == label, guess // n == label // n, guess % n == label % n)]
+        hits = guess == label, guess // n == label // n, guess % n == label % n
+        right = [hit.double().mean().item() for hit in hits]
         say("zero-shot accuracy on unseen scenes, 64 classes: {:.1%}  (color {:.1%}, shape {:.1%}; chance 1.6%)".format(
             *right))
 
@@ -757,7 +762,8 @@ class Start:
             try:
                 part.load_state_dict(self.state[name])
             except Exception as error:              # of a damaged or hostile file, whatever stumbles over it
-                raise UserError(f"{self.out}/last.pt does not fit its own config: {data_module.one_line(error)}") from None
+                raise UserError(f"{self.out}/last.pt does not fit its own config: "
+                                f"{data_module.one_line(error)}") from None
 
     def announce(self):
         if self.step:
@@ -1031,7 +1037,7 @@ def guessed_words(core: MaskCLIP, part: dict, tokenizer: BytePairTokenizer) -> l
     return [" ".join(row[1:row.index(end)]) for row in words]
 
 
-# ---- data sets, and features of a whole one ---------------------------------------------------------------------------
+# ---- data sets, and features of a whole one -------------------------------------------------------------------------
 
 def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: Path | None = None):
     parts = [data_module.open_data(spec, split, task, size=size, cache=cache) for spec in specs]
@@ -1124,7 +1130,8 @@ def plan(o: TrainOptions):
           f"(python model.py: forward and backward); {steps * flops / 1e18:.1f} E in all")
     print(f"memory         {sum(gb.values()):.1f} of {memory} GB a device = states {gb['states']:.1f} + activations of "
           f"{own} pairs {gb['activations']:.1f} + logits {gb['logits']:.1f}")
-    print(f"a step         {seconds:.3f} s = FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g}, assumed)")
+    print(f"a step         {seconds:.3f} s = FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g}, "
+          f"assumed)")
     print(f"time           {steps * seconds / 3600:.1f} hours, {steps * seconds / 3600 * o.gpus:.0f} GPU hours")
     if sum(gb.values()) > 0.9 * memory:
         print(f"note: this does not fit {o.gpu}: give --accumulate {o.accumulate * 2} or more --gpus")
