@@ -1,12 +1,14 @@
 """The run: schedules, a step in any number of parts and processes, going on, checkpoints, what users do wrong."""
 import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
 import signal
 import sys
 import types
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import train
-from conftest import SHARED, needs_shared, on_processes, run_script
+from conftest import SHARED, needs_shared, on_processes
 from model import METHODS, Teacher
 from test_model import SOT, captions, tiny
 from train import cosine_schedule, load_checkpoint, load_state, save_atomically
@@ -192,14 +194,27 @@ def test_accumulation_is_exact_contrast_and_center_included(method, count):
     assert_same(one_step(method, count), want)
 
 
-def steps_of_a_process(rank, world):
-    return {f"{method}, {count}": one_step(method, count, rank, world)
-            for method in ("maskclip", "declip") for count in (1, 2)}
+def as_one_of_several(out, rank, world) -> dict:
+    """Some steps, and then the whole script as torchrun starts it."""
+    steps = {f"{method}, {count}": one_step(method, count, rank, world)
+             for method in ("maskclip", "declip") for count in (1, 2)}
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}", LOCAL_WORLD_SIZE=f"{world}")
+    said, sys.argv = io.StringIO(), [*map(str, [*SMALL, "--steps", 3, "--out", out])]
+    with contextlib.redirect_stdout(said):
+        train.main()
+    return dict(steps=steps, said=said.getvalue())
 
 
-def test_two_processes_make_the_step_of_one(tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder of the run, and what each process returned."""
+    out = tmp_path_factory.mktemp("run")
+    return out, on_processes(partial(as_one_of_several, out), 2, tmp_path_factory.mktemp("meeting"))
+
+
+def test_two_processes_make_the_step_of_one(two_processes):
     """Gradients, which DistributedDataParallel has averaged, and centre of the joined batch; terms are shares of it."""
-    one, other = on_processes(steps_of_a_process, 2, tmp_path)
+    one, other = (process["steps"] for process in two_processes[1])
     for name in one:
         got = {key: (value + other[name][key]) / 2 if key in ("L_I", "L_T", "L_Dist", "L_MLM", "neighbor", "simsiam")
                else value for key, value in one[name].items()}
@@ -272,19 +287,11 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, capsys, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------ as a user
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The whole script, on two processes."""
-    out = tmp_path_factory.mktemp("run")
-    done = run_script(*SMALL, "--steps", 3, "--out", out, processes=2)
-    return out, done
-
-
-def test_a_run_leaves_what_it_promises(finished):
-    out, done = finished
-    assert "zero-shot accuracy on unseen scenes" in done.stdout and "left" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith(f"next:  python eval_zeroshot.py {out}/last.pt")
-    assert done.stdout.count("step 1/3") == 1, "one process speaks"
+def test_a_run_leaves_what_it_promises(two_processes):
+    out, (main, other) = two_processes
+    assert "zero-shot accuracy on unseen scenes" in main["said"] and "left" in main["said"]
+    assert main["said"].splitlines()[-1].startswith(f"next:  python eval_zeroshot.py {out}/last.pt")
+    assert other["said"] == "", "one process speaks"
     assert {path.name for path in out.iterdir()} >= {"last.pt", "config.json", "metrics.jsonl", "curves.png"}
     config = json.loads((out / "config.json").read_text())
     assert config["method"] == "maskclip" and config["width"] == 32
@@ -315,18 +322,18 @@ def test_a_run_leaves_what_it_promises(finished):
     (["--init", "nothing:x"], "mae, mimetic, timm:FILE"),
     (["--compile", "--accumulate", 2], "leave one out, or --drop-path"),
 ])
-def test_a_mistake_is_a_user_error(more, says, finished, tmp_path):
-    out = shutil.copytree(finished[0], tmp_path / "run")        # this process keeps the lock of the folder it runs in
+def test_a_mistake_is_a_user_error(more, says, two_processes, tmp_path):
+    out = shutil.copytree(two_processes[0], tmp_path / "run")   # this process keeps the lock of the folder it runs in
     with pytest.raises(train.UserError) as error:
         trained(*more, "--out", out)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_finished_run_is_not_trained_again(finished, tmp_path, capsys):
-    out = shutil.copytree(finished[0], tmp_path / "run")
+def test_a_finished_run_is_not_trained_again(two_processes, tmp_path, capsys):
+    out = shutil.copytree(two_processes[0], tmp_path / "run")
     trained("--steps", 3, "--out", out)
     assert "step 1/3" not in capsys.readouterr().out
-    assert (finished[0] / "last.pt").read_bytes() == (out / "last.pt").read_bytes()
+    assert (two_processes[0] / "last.pt").read_bytes() == (out / "last.pt").read_bytes()
 
 
 @pytest.mark.parametrize("option, value, says", [
