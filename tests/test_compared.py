@@ -283,7 +283,7 @@ def test_declip_is_the_sum_of_its_parts(method):
     torch.testing.assert_close(terms["simsiam"], losses.simsiam_loss(*p, *z))
     masked = net.text(batch["corrupted"], EOT).flatten(0, 1)[batch["chosen"]]
     right = batch["tokens"].flatten()[batch["chosen"]]
-    torch.testing.assert_close(terms["L_MLM"], F.cross_entropy(net.text_decoder(masked), right))
+    torch.testing.assert_close(terms["L_MLM"], F.cross_entropy(net.word_classifier(masked), right))
     if method == "defilip":
         patches = [F.normalize(net.patch_proj(x[:, 1:]), dim=-1) for x in views]
         words = [F.normalize(net.word_proj(net.text(batch[name], EOT)), dim=-1) * is_word(batch[name])[..., None]

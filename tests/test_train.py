@@ -115,20 +115,23 @@ def test_an_echo_of_the_signal_does_not_stop_the_saving_but_asking_again_does(mo
 # ------------------------------------------------------------------------------------------------------ log and curves
 
 def test_curves_show_what_was_logged(tmp_path):
-    """A falling line in the first panel, a rising one in the second; not a number, and constants, do no harm."""
-    lines = [dict(step=i, epoch=0.1, falls=100.0 - i, rises=i ** 2, still=3.0, rare=float("nan") if i else 1.0,
+    """A panel a number; not a number, and constants, do no harm.  A line and a parabola, left, middle and right."""
+    lines = [dict(step=i, epoch=0.1, falls=100.0 - i, still=3.0, rare=float("nan") if i else 1.0,
                   samples_per_second=9.0) for i in range(100)]
     log = tmp_path / "m.jsonl"
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    pixels = np.asarray(train.draw_curves(log)).astype(int)
-    assert pixels.shape == (240, 1600, 3)
-    blue = (pixels - [0x1f, 0x5f, 0xbf] == 0).all(axis=2)                               # (height, width)
-    middle = [blue[:, x].nonzero()[0].mean() for x in (100, 220, 350, 500, 620, 750)]
-    assert middle[0] < middle[1] < middle[2] and middle[3] > middle[4] > middle[5]
-    assert middle[1] == pytest.approx((middle[0] + middle[2]) / 2, abs=10), "a straight line stays straight"
-    assert middle[4] > (middle[3] + middle[5]) / 2 + 10, "a parabola does not"
-    log.write_text(json.dumps(lines[0]) + "\n")
-    assert train.draw_curves(log).size == (1600, 240)
+    for some in (lines, lines[:1]):
+        log.write_text("".join(json.dumps(line) + "\n" for line in some))
+        width, height = train.draw_curves(log, columns=2).size
+        assert width > 2 * 380 and height > 2 * 190, "three panels in two rows"
+
+    def heights(values):
+        pixels = np.asarray(train.draw_curve(list(enumerate(values, start=1)))).astype(int)
+        blue = (pixels - [0x1f, 0x5f, 0xbf] == 0).all(axis=2)                           # (height, width)
+        return [blue[:, x].nonzero()[0].mean() for x in (70, 190, 310)]
+    left, middle, right = heights([100.0 - i for i in range(100)])
+    assert left < middle < right and middle == pytest.approx((left + right) / 2, abs=6), "a line stays straight"
+    left, middle, right = heights([i ** 2 for i in range(100)])
+    assert left > middle > right and middle > (left + right) / 2 + 10, "a parabola does not"
 
 
 def test_a_picture_that_fails_costs_one_line(tmp_path, capsys):
@@ -292,7 +295,8 @@ def test_a_run_leaves_what_it_promises(two_processes):
     assert "zero-shot accuracy on unseen scenes" in main["said"] and "left" in main["said"]
     assert main["said"].splitlines()[-1].startswith(f"next:  python eval_zeroshot.py {out}/last.pt")
     assert other["said"] == "", "one process speaks"
-    assert {path.name for path in out.iterdir()} >= {"last.pt", "config.json", "metrics.jsonl", "curves.png"}
+    assert {path.name for path in out.iterdir()} >= {
+        "last.pt", "config.json", "metrics.jsonl", "curves.png", "step.png"}, "and pictures need no other process"
     config = json.loads((out / "config.json").read_text())
     assert config["method"] == "maskclip" and config["width"] == 32
     for line in metrics(out):
@@ -339,9 +343,9 @@ def test_a_finished_run_is_not_trained_again(two_processes, tmp_path, capsys):
 @pytest.mark.parametrize("option, value, says", [
     ("--depth", "0", "from 1 up"), ("--patch-size", "0", "from 1 up"), ("--heads", "0", "from 1 up"),
     ("--image-size", "-8", "from 1 up"), ("--batch-size", "0", "from 1 up"), ("--seed", "-1", "from 0 to"),
-    ("--lr", "nan", "from 0 up"), ("--lr", "inf", "from 0 up"), ("--lr", "-1e-3", "from 0 up"),
-    ("--steps", "-5", "from 0 up"), ("--epochs", "0", "above 0"), ("--temp-s", "0", "above 0"),
-    ("--mask-ratio", "1", "from 0 to 0.99"), ("--beta2", "1", "from 0 to"), ("--utilization", "1.5", "above 0 to 1"),
+    ("--lr-end", "nan", "from 0 up"), ("--lr-end", "inf", "from 0 up"), ("--lr-end", "-1e-3", "from 0 up"),
+    ("--steps", "-5", "from 0 up"), ("--lr", "0", "above 0"), ("--epochs", "0", "above 0"),
+    ("--temp-s", "0", "above 0"), ("--mask-ratio", "1", "from 0 to 0.99"), ("--beta2", "1", "from 0 to"), ("--utilization", "1.5", "above 0 to 1"),
     ("--workers", "-2", "from -1 up"),
 ])
 def test_a_number_that_cannot_be_is_refused(option, value, says):
