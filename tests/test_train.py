@@ -295,8 +295,8 @@ def test_a_run_leaves_what_it_promises(two_processes):
     assert "zero-shot accuracy on unseen scenes" in main["said"] and "left" in main["said"]
     assert main["said"].splitlines()[-1].startswith(f"next:  python eval_zeroshot.py {out}/last.pt")
     assert other["said"] == "", "one process speaks"
-    assert {path.name for path in out.iterdir()} >= {
-        "last.pt", "config.json", "metrics.jsonl", "curves.png", "step.png"}, "and pictures need no other process"
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"last.pt", "config.json", "metrics.jsonl", "curves.png", "step.png"}, "pictures need no process else"
     config = json.loads((out / "config.json").read_text())
     assert config["method"] == "maskclip" and config["width"] == 32
     for line in metrics(out):
@@ -345,7 +345,8 @@ def test_a_finished_run_is_not_trained_again(two_processes, tmp_path, capsys):
     ("--image-size", "-8", "from 1 up"), ("--batch-size", "0", "from 1 up"), ("--seed", "-1", "from 0 to"),
     ("--lr-end", "nan", "from 0 up"), ("--lr-end", "inf", "from 0 up"), ("--lr-end", "-1e-3", "from 0 up"),
     ("--steps", "-5", "from 0 up"), ("--lr", "0", "above 0"), ("--epochs", "0", "above 0"),
-    ("--temp-s", "0", "above 0"), ("--mask-ratio", "1", "from 0 to 0.99"), ("--beta2", "1", "from 0 to"), ("--utilization", "1.5", "above 0 to 1"),
+    ("--temp-s", "0", "above 0"), ("--mask-ratio", "1", "from 0 to 0.99"), ("--beta2", "1", "from 0 to"),
+    ("--utilization", "1.5", "above 0 to 1"),
     ("--workers", "-2", "from -1 up"),
 ])
 def test_a_number_that_cannot_be_is_refused(option, value, says):
