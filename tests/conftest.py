@@ -1,4 +1,5 @@
 """What every test file shares: the scripts on the import path, the optional data, processes under torchrun."""
+import gc
 import os
 import subprocess
 import sys
@@ -76,4 +77,5 @@ def in_group(rank: int, function, world: int, folder: Path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     torch.save(function(rank, world), folder / f"{rank}.pt")
+    gc.collect()
     torch.distributed.destroy_process_group()

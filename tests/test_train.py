@@ -1,12 +1,14 @@
 """The run: schedules, a step in any number of parts and processes, going on, checkpoints, what users do wrong."""
 import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
 import signal
 import sys
 import types
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import train
-from conftest import SHARED, needs_shared, on_processes, run_script
+from conftest import SHARED, needs_shared, on_processes
 from model import METHODS, Teacher
 from test_model import SOT, captions, tiny
 from train import cosine_schedule, load_checkpoint, load_state, save_atomically
@@ -113,19 +115,23 @@ def test_an_echo_of_the_signal_does_not_stop_the_saving_but_asking_again_does(mo
 # ------------------------------------------------------------------------------------------------------ log and curves
 
 def test_curves_show_what_was_logged(tmp_path):
-    """A falling line in the first panel, a rising one in the second; not a number, and constants, do no harm."""
-    lines = [dict(step=i, epoch=0.1, falls=100.0 - i, rises=i ** 2, still=3.0, rare=float("nan") if i else 1.0,
+    """A panel a number; not a number, and constants, do no harm.  A line and a parabola, left, middle and right."""
+    lines = [dict(step=i, epoch=0.1, falls=100.0 - i, still=3.0, rare=float("nan") if i else 1.0,
                   samples_per_second=9.0) for i in range(100)]
     log = tmp_path / "m.jsonl"
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    pixels = np.asarray(train.draw_curves(log)).astype(int)
-    blue = (pixels - [0x1f, 0x5f, 0xbf] == 0).all(axis=2)                               # (height, width)
-    middle = [blue[:, x].nonzero()[0].mean() for x in (80, 190, 300, 466, 576, 686)]
-    assert middle[0] < middle[1] < middle[2] and middle[3] > middle[4] > middle[5]
-    assert middle[1] == pytest.approx((middle[0] + middle[2]) / 2, abs=10), "a straight line stays straight"
-    assert middle[4] > (middle[3] + middle[5]) / 2 + 10, "a parabola does not"
-    log.write_text(json.dumps(lines[0]) + "\n")
-    assert train.draw_curves(log).width > 1500
+    for some in (lines, lines[:1]):
+        log.write_text("".join(json.dumps(line) + "\n" for line in some))
+        width, height = train.draw_curves(log, columns=2).size
+        assert width > 2 * 380 and height > 2 * 190, "three panels in two rows"
+
+    def heights(values):
+        pixels = np.asarray(train.draw_curve(list(enumerate(values, start=1)))).astype(int)
+        blue = (pixels - [0x1f, 0x5f, 0xbf] == 0).all(axis=2)                           # (height, width)
+        return [blue[:, x].nonzero()[0].mean() for x in (70, 190, 310)]
+    left, middle, right = heights([100.0 - i for i in range(100)])
+    assert left < middle < right and middle == pytest.approx((left + right) / 2, abs=6), "a line stays straight"
+    left, middle, right = heights([i ** 2 for i in range(100)])
+    assert left > middle > right and middle > (left + right) / 2 + 10, "a parabola does not"
 
 
 def test_a_picture_that_fails_costs_one_line(tmp_path, capsys):
@@ -191,14 +197,27 @@ def test_accumulation_is_exact_contrast_and_center_included(method, count):
     assert_same(one_step(method, count), want)
 
 
-def steps_of_a_process(rank, world):
-    return {f"{method}, {count}": one_step(method, count, rank, world)
-            for method in ("maskclip", "declip") for count in (1, 2)}
+def as_one_of_several(out, rank, world) -> dict:
+    """Some steps, and then the whole script as torchrun starts it."""
+    steps = {f"{method}, {count}": one_step(method, count, rank, world)
+             for method in ("maskclip", "declip") for count in (1, 2)}
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}", LOCAL_WORLD_SIZE=f"{world}")
+    said, sys.argv = io.StringIO(), [*map(str, [*SMALL, "--steps", 3, "--out", out])]
+    with contextlib.redirect_stdout(said):
+        train.main()
+    return dict(steps=steps, said=said.getvalue())
 
 
-def test_two_processes_make_the_step_of_one(tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder of the run, and what each process returned."""
+    out = tmp_path_factory.mktemp("run")
+    return out, on_processes(partial(as_one_of_several, out), 2, tmp_path_factory.mktemp("meeting"))
+
+
+def test_two_processes_make_the_step_of_one(two_processes):
     """Gradients, which DistributedDataParallel has averaged, and centre of the joined batch; terms are shares of it."""
-    one, other = on_processes(steps_of_a_process, 2, tmp_path)
+    one, other = (process["steps"] for process in two_processes[1])
     for name in one:
         got = {key: (value + other[name][key]) / 2 if key in ("L_I", "L_T", "L_Dist", "L_MLM", "neighbor", "simsiam")
                else value for key, value in one[name].items()}
@@ -271,20 +290,13 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, capsys, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------ as a user
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The whole script, on two processes."""
-    out = tmp_path_factory.mktemp("run")
-    done = run_script(*SMALL, "--steps", 3, "--out", out, processes=2)
-    return out, done
-
-
-def test_a_run_leaves_what_it_promises(finished):
-    out, done = finished
-    assert "zero-shot accuracy on unseen scenes" in done.stdout and "left" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith(f"next:  python eval_zeroshot.py {out}/last.pt")
-    assert done.stdout.count("step 1/3") == 1, "one process speaks"
-    assert {path.name for path in out.iterdir()} >= {"last.pt", "config.json", "metrics.jsonl", "curves.png"}
+def test_a_run_leaves_what_it_promises(two_processes):
+    out, (main, other) = two_processes
+    assert "zero-shot accuracy on unseen scenes" in main["said"] and "left" in main["said"]
+    assert main["said"].splitlines()[-1].startswith(f"next:  python eval_zeroshot.py {out}/last.pt")
+    assert other["said"] == "", "one process speaks"
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"last.pt", "config.json", "metrics.jsonl", "curves.png", "step.png"}, "pictures need no process else"
     config = json.loads((out / "config.json").read_text())
     assert config["method"] == "maskclip" and config["width"] == 32
     for line in metrics(out):
@@ -314,26 +326,27 @@ def test_a_run_leaves_what_it_promises(finished):
     (["--init", "nothing:x"], "mae, mimetic, timm:FILE"),
     (["--compile", "--accumulate", 2], "leave one out, or --drop-path"),
 ])
-def test_a_mistake_is_a_user_error(more, says, finished, tmp_path):
-    out = shutil.copytree(finished[0], tmp_path / "run")        # this process keeps the lock of the folder it runs in
+def test_a_mistake_is_a_user_error(more, says, two_processes, tmp_path):
+    out = shutil.copytree(two_processes[0], tmp_path / "run")   # this process keeps the lock of the folder it runs in
     with pytest.raises(train.UserError) as error:
         trained(*more, "--out", out)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_finished_run_is_not_trained_again(finished, tmp_path, capsys):
-    out = shutil.copytree(finished[0], tmp_path / "run")
+def test_a_finished_run_is_not_trained_again(two_processes, tmp_path, capsys):
+    out = shutil.copytree(two_processes[0], tmp_path / "run")
     trained("--steps", 3, "--out", out)
     assert "step 1/3" not in capsys.readouterr().out
-    assert (finished[0] / "last.pt").read_bytes() == (out / "last.pt").read_bytes()
+    assert (two_processes[0] / "last.pt").read_bytes() == (out / "last.pt").read_bytes()
 
 
 @pytest.mark.parametrize("option, value, says", [
     ("--depth", "0", "from 1 up"), ("--patch-size", "0", "from 1 up"), ("--heads", "0", "from 1 up"),
     ("--image-size", "-8", "from 1 up"), ("--batch-size", "0", "from 1 up"), ("--seed", "-1", "from 0 to"),
-    ("--lr", "nan", "above 0"), ("--lr", "inf", "above 0"), ("--lr", "-1e-3", "above 0"),
-    ("--steps", "-5", "from 0 up"), ("--epochs", "0", "above 0"), ("--temp-s", "0", "above 0"),
-    ("--mask-ratio", "1", "from 0 to 0.99"), ("--beta2", "1", "from 0 to"), ("--utilization", "1.5", "above 0 to 1"),
+    ("--lr-end", "nan", "from 0 up"), ("--lr-end", "inf", "from 0 up"), ("--lr-end", "-1e-3", "from 0 up"),
+    ("--steps", "-5", "from 0 up"), ("--lr", "0", "above 0"), ("--epochs", "0", "above 0"),
+    ("--temp-s", "0", "above 0"), ("--mask-ratio", "1", "from 0 to 0.99"), ("--beta2", "1", "from 0 to"),
+    ("--utilization", "1.5", "above 0 to 1"),
     ("--workers", "-2", "from -1 up"),
 ])
 def test_a_number_that_cannot_be_is_refused(option, value, says):
