@@ -438,20 +438,19 @@ class PairCollate:
 
 def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
     """The batch cut into `count` equal parts on the device, pixels normalized."""
-    tensors = {name: value.chunk(count) for name, value in batch.items() if torch.is_tensor(value)}
-    parts = [{name: values[i] for name, values in tensors.items()} for i in range(count)]
-    for part in parts:
+    parts = []
+    for i in range(count):
+        part = {name: value.chunk(count)[i] for name, value in batch.items() if torch.is_tensor(value)}
         if "is_chosen" in part:
             part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)     # here it costs no GPU sync
-    parts = [{name: value.to(device, non_blocking=True) for name, value in part.items()} for part in parts]
+        part = {name: value.to(device, non_blocking=True) for name, value in part.items()}
+        parts.append({name: data_module.normalize(value) if value.dtype == torch.uint8 else value
+                      for name, value in part.items()})
     if "chosen" in parts[0]:
         # L_MLM is the mean over all masked words: each part's sum is divided by the mean count of parts and processes
-        words = sum(len(part["chosen"]) for part in parts) / len(parts)
-        words = mean_over_processes(torch.tensor(words, device=device))
-        for part in parts:
-            part["word_count"] = words
-    return [{name: data_module.normalize(value) if value.dtype == torch.uint8 else value
-             for name, value in part.items()} for part in parts]
+        words = torch.tensor(sum(len(part["chosen"]) for part in parts) / count, device=device)
+        parts = [dict(part, word_count=mean_over_processes(words)) for part in parts]
+    return parts
 
 
 # =====================================================================================================================
