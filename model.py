@@ -303,6 +303,11 @@ def random_mask(batch: int, patches: int, ratio: float, generator: torch.Generat
     return shuffled[:, :K].sort(dim=1).values, shuffled[:, K:].sort(dim=1).values
 
 
+def unit(x: Tensor) -> Tensor:
+    """(..., D) -> (..., D) of length 1, in float32"""
+    return F.normalize(fp32(x), dim=-1)
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """(B, N, D), (B, K) -> (B, K, D): rows `index` of each sample."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -475,8 +480,8 @@ class TextTransformer(nn.Module):
 
     With masked_words it knows one word more, the mask token, which lives outside the vocabulary.
     """
-    def __init__(self, vocab_size: int = 49408, context_length: int = 77, width: int = 512, depth: int = 12,
-                 heads: int = 8, causal: bool = True, masked_words: bool = False, quick_gelu: bool = False):
+    def __init__(self, vocab_size: int, context_length: int, width: int, depth: int, heads: int, causal: bool,
+                 masked_words: bool, quick_gelu: bool):
         super().__init__()
         self.causal = causal
         self.mask_id = vocab_size                               # one past the last word, and never in a caption
@@ -507,12 +512,11 @@ class TextTransformer(nn.Module):
 def init_text_blocks(blocks: nn.ModuleList):
     """CLIP's initialization: residual outputs shrink with depth."""
     for block in blocks:
-        width = block.norm1.normalized_shape[0]
-        nn.init.normal_(block.attn.qkv.weight, std=width ** -0.5)
-        nn.init.normal_(block.attn.proj.weight, std=width ** -0.5 * (2 * len(blocks)) ** -0.5)
-        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.fc2.weight, std=width ** -0.5 * (2 * len(blocks)) ** -0.5)
-        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        D = block.attn.qkv.in_features
+        residual = D ** -0.5 * (2 * len(blocks)) ** -0.5
+        for layer, std in ((block.attn.qkv, D ** -0.5), (block.attn.proj, residual),
+                           (block.mlp.fc1, (2 * D) ** -0.5), (block.mlp.fc2, residual)):
+            nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
 
@@ -541,7 +545,7 @@ class ImageDecoder(nn.Module):
         visible = self.embed(visible)
         pos = self.pos_embed.expand(B, -1, -1)                                                  # (B, N, D)
         seen = visible[:, 1:] + take(pos, keep)                                                 # (B, K, D)
-        unseen = self.mask_token + take(pos, hidden)                                      # (B, M, D)
+        unseen = self.mask_token + take(pos, hidden)                                            # (B, M, D)
         # attention knows no order, so hidden patches may stand behind the visible ones
         x = torch.cat([visible[:, :1], seen, unseen.to(seen.dtype)], dim=1)                     # (B, 1+N, D)
         for block in self.blocks:
@@ -567,11 +571,11 @@ class Quantizer(nn.Module):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, bottleneck), unit length"""
-        return F.normalize(fp32(self.mlp(x)), dim=-1)
+        return unit(self.mlp(x))
 
     def unit_codes(self) -> Tensor:
         """(C, bottleneck), unit length"""
-        return F.normalize(fp32(self.codes), dim=-1)
+        return unit(self.codes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, C) logits, each in [-1, 1]"""
@@ -690,8 +694,8 @@ class MaskCLIP(nn.Module):
 
     def both_ways(self, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """L_I and L_T, as Eq. 8 adds them; or halved, so that their sum is the mean that CLIP's code takes."""
-        L_I, L_T = pair
-        return dict(L_I=L_I, L_T=L_T) if self.config.contrastive_reduction == "sum" else dict(L_I=L_I / 2, L_T=L_T / 2)
+        share = 1.0 if self.config.contrastive_reduction == "sum" else 0.5
+        return dict(L_I=share * pair[0], L_T=share * pair[1])
 
     def total_loss(self, L_I: Tensor | float = 0.0, L_T: Tensor | float = 0.0, L_Dist: Tensor | float = 0.0,
                    L_MLM: Tensor | float = 0.0) -> Tensor:
@@ -743,13 +747,10 @@ class MaskCLIP(nn.Module):
 
     # ---- embeddings -------------------------------------------------------------------------------------------------
 
-    def pool_image(self, x: Tensor) -> Tensor:
-        """(B, 1+N, D) tokens -> (B, D)"""
-        return pool_tokens(x, self.config.pool)
-
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, D); where the class token is all that is read, the last block computes no other"""
-        return self.pool_image(self.visual(images, leftmost=1 if self.config.pool == "cls" else None))
+        pool = self.config.pool
+        return pool_tokens(self.visual(images, leftmost=1 if pool == "cls" else None), pool)
 
     def pool_text(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, L, D), (B, L) -> (B, D) at the first end token.  By its id: the highest id may be another one."""
@@ -757,7 +758,7 @@ class MaskCLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) normalized pixels -> (B, E), unit length"""
-        return F.normalize(fp32(self.image_proj(self.image_features(images))), dim=-1)
+        return unit(self.image_proj(self.image_features(images)))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(B, L) ids with start and end -> (B, E), unit length; computed up to the longest caption only"""
@@ -766,7 +767,7 @@ class MaskCLIP(nn.Module):
 
     def embed_text(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, L, D) text features -> (B, E), unit length"""
-        return F.normalize(fp32(self.text_proj(self.pool_text(x, tokens))), dim=-1)
+        return unit(self.text_proj(self.pool_text(x, tokens)))
 
     @torch.no_grad()
     def encode_classes(self, names, templates, tokenizer) -> Tensor:
@@ -784,7 +785,7 @@ class MaskCLIP(nn.Module):
 
     def encode_patches(self, images: Tensor, path: str = "code") -> Tensor:
         """(B, 3, h, w) -> (B, N, E) unit-length patch embeddings in the joint space, by DenseCLIP's value path"""
-        return F.normalize(fp32(self.image_proj(self.visual.value_features(images, path))), dim=-1)
+        return unit(self.image_proj(self.visual.value_features(images, path)))
 
 
 class Teacher(nn.Module):
@@ -811,9 +812,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self, model: MaskCLIP, momentum: float):
         """theta_bar <- m * theta_bar + (1 - m) * theta, after each optimizer step.  There are no buffers to copy."""
-        pairs = [(self.visual, model.visual)] + ([(self.quantizer, model.quantizer)] if self.quantizer else [])
-        for average, student in pairs:
-            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - momentum)
+        student = [model.get_parameter(name) for name, _ in self.named_parameters()]
+        torch._foreach_lerp_(list(self.parameters()), student, 1 - momentum)
 
     @torch.no_grad()
     def update_center(self, answers: list[dict[str, Tensor]], momentum: float):
@@ -840,7 +840,6 @@ class Teacher(nn.Module):
         q = losses.soft_codes(z @ answer["codes"].T, temp_t, answer["center"])                  # (rows, C)
         return dict(code_entropy=entropy(q.mean(dim=0)).item(), patch_entropy=entropy(q).mean().item(),
                     codes_used=len(q.argmax(dim=1).unique()) / q.shape[1])
-
 
 
 def entropy(q: Tensor) -> Tensor:
@@ -899,11 +898,13 @@ def mlp_head(*widths: int, norm_last: bool = False) -> nn.Sequential:
 
     No bias before a norm, which would take it out again; no running statistics, as no evaluation uses the heads.
     """
-    *hidden, last = zip(widths, widths[1:])
-    layers = [layer for i, o in hidden for layer in (
-        nn.Linear(i, o, bias=False), SyncBatchNorm(o, track_running_stats=False), nn.ReLU())]
-    layers.append(nn.Linear(*last, bias=not norm_last))
-    return nn.Sequential(*layers, *([SyncBatchNorm(last[1], track_running_stats=False)] if norm_last else []))
+    layers = []
+    for i, o in zip(widths[:-2], widths[1:-1]):
+        layers += [nn.Linear(i, o, bias=False), SyncBatchNorm(o, track_running_stats=False), nn.ReLU()]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=not norm_last))
+    if norm_last:
+        layers.append(SyncBatchNorm(widths[-1], track_running_stats=False))
+    return nn.Sequential(*layers)
 
 
 class SLIP(MaskCLIP):
@@ -913,54 +914,60 @@ class SLIP(MaskCLIP):
         super().__init__(config, eot)
         self.head = own_stream("head", mlp_head, config.width, config.slip_hidden, config.slip_hidden, 256)
 
-    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, batch):
         """batch holds view1, view2 (B,3,H,W) besides; so does what is returned, (B, D) each."""
         views = torch.stack([batch["images"], batch["view1"], batch["view2"]], dim=1).flatten(0, 1)     # (3B, 3, H, W)
         x = self.image_features(views)                                                          # (3B, D)
-        return dict(image=F.normalize(fp32(self.image_proj(x[::3])), dim=-1), view1=fp32(x[1::3]),
-                    view2=fp32(x[2::3]), text=self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"]))
+        return dict(image=unit(self.image_proj(x[::3])), view1=fp32(x[1::3]), view2=fp32(x[2::3]),
+                    text=self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"]))
 
-    def forward(self, batch: dict[str, Tensor], answer: None = None) -> tuple[dict, dict]:
+    def forward(self, batch, answer=None):
         return self.encode(batch), {}
 
-    def contrast(self, features: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
-        a, b = (F.normalize(self.head(features[name]), dim=-1) for name in ("view1", "view2"))
+    def contrast(self, features, labels=None):
+        """Besides: simclr, of the two views' projections (B, 256)"""
+        a, b = (unit(self.head(features[name])) for name in ("view1", "view2"))
         return dict(super().contrast(features, labels), simclr=losses.simclr_loss(a, b))
 
-    def total_loss(self, simclr: Tensor | float = 0.0, **terms) -> Tensor:
+    def total_loss(self, simclr=0.0, **terms):
         return super().total_loss(**terms) + self.config.simclr_weight * simclr
 
 
 class FILIP(MaskCLIP):
-    """CLIP whose image and text are the unit vectors of all patches and words (Yao et al., ICLR 2022).
+    """CLIP whose image and text are the unit vectors of all patches and words (Yao et al., ICLR 2022)."""
 
-    Words are what stands between start and end token.
-    # FILIP: all but padding; here: without start and end, which name nothing that a patch could look for
-    """
     def __init__(self, config: Config, eot: int):
         super().__init__(replace(config, embed_dim=config.token_dim), eot)
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images):
         """(B, 3, h, w) normalized pixels -> (B, N, E), unit length"""
-        return F.normalize(fp32(self.image_proj(self.visual(images)[:, 1:])), dim=-1)
+        return unit(self.image_proj(self.visual(images)[:, 1:]))
 
-    def embed_text(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def embed_text(self, x, tokens):
         """(B, L, D) text features -> (B, L, E), unit length, zero where there is no word"""
-        return F.normalize(fp32(self.text_proj(x)), dim=-1) * between_ends(tokens, self.eot)
+        return unit(self.text_proj(x)) * between_ends(tokens, self.eot)
 
-    def contrast(self, features: dict[str, Tensor], labels: None = None) -> dict[str, Tensor]:
-        return dict(token=sum(self.both_ways(losses.token_contrastive_loss(
-            features["image"], features["text"], self.logit_scale.exp(), self.config.token_top_k)).values()))
+    def contrast(self, features, labels=None):
+        return dict(token=token_contrast(self, features["image"], features["text"], self.logit_scale))
 
-    def total_loss(self, token: Tensor | float = 0.0) -> Tensor:
+    def total_loss(self, token=0.0):
         return self.config.token_weight * token
 
 
 def between_ends(tokens: Tensor, eot: int) -> Tensor:
-    """(B, L) -> (B, L, 1) bool, True for words: after the start token, before the end token"""
+    """(B, L) -> (B, L, 1) bool, True for words: after the start token, before the end token.
+
+    # FILIP: all but padding; here: without start and end, which name nothing that a patch could look for
+    """
     is_word = before_end(tokens, eot)
     is_word[:, 0] = False
     return is_word[..., None]
+
+
+def token_contrast(net: MaskCLIP, patches: Tensor, words: Tensor, logit_scale: Tensor) -> Tensor:
+    """FILIP's L_I + L_T of patches (B, N, E) and words (B, L, E)"""
+    pair = losses.token_contrastive_loss(patches, words, logit_scale.exp(), net.config.token_top_k)
+    return sum(net.both_ways(pair).values())
 
 
 class DeCLIP(MaskCLIP):
@@ -976,34 +983,34 @@ class DeCLIP(MaskCLIP):
         self.projector = own_stream("projector", mlp_head, E, S, S, S, norm_last=True)
         self.predictor = own_stream("predictor", mlp_head, S, S // 2, S)
         # until texts have filled it, the rest are random directions, which are rarely nearest
-        self.register_buffer("queue", F.normalize(own_stream("queue", torch.randn, config.queue_size, E), dim=-1))
+        self.register_buffer("queue", unit(own_stream("queue", torch.randn, config.queue_size, E)))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
-    def towers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch, answer=None):
         """batch holds view2 (B,3,H,W), tokens2 (B,L') besides, and images are a view too.  The first caption is seen
-        with masked words only.  -> (2B, 1+N, D) with both views of an image side by side; (B, L, D), (B, L', D)"""
+        with masked words only."""
         views = torch.stack([batch["images"], batch["view2"]], dim=1).flatten(0, 1)             # (2B, 3, H, W)
-        return self.visual(views), self.text(batch["corrupted"], self.eot), self.text(batch["tokens2"], self.eot)
+        text1, text2 = self.text(batch["corrupted"], self.eot), self.text(batch["tokens2"], self.eot)   # (B, L, D)
+        logits = self.word_classifier(text1.flatten(0, 1)[batch["chosen"]])                     # (n, V)
+        words = batch["tokens"].flatten()[batch["chosen"]]                                      # (n,)
+        L_MLM = losses.masked_language_loss(logits, words, batch["word_count"])
+        return self.features(batch, self.visual(views), text1, text2), dict(L_MLM=L_MLM)
 
-    def features(self, batch: dict[str, Tensor], views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
-        """What the towers returned -> image1, image2 (B, E) of any length, text1, text2 (B, E) of unit length"""
-        image = fp32(self.image_proj(self.pool_image(views)))                                   # (2B, E)
+    def features(self, batch, views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
+        """views (2B, 1+N, D), both of an image side by side, text1 (B, L, D), text2 (B, L', D) of the towers ->
+        image1, image2 (B, E) of any length, text1, text2 (B, E) of unit length"""
+        image = fp32(self.image_proj(pool_tokens(views, self.config.pool)))                     # (2B, E)
         return dict(image1=image[::2], image2=image[1::2], text1=self.embed_text(text1, batch["tokens"]),
                     text2=self.embed_text(text2, batch["tokens2"]))
 
-    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.features(batch, *self.towers(batch))
+    def encode(self, batch):
+        return self.forward(batch)[0]
 
-    def forward(self, batch: dict[str, Tensor], answer: None = None) -> tuple[dict, dict]:
-        views, text1, text2 = self.towers(batch)
-        logits = self.word_classifier(text1.flatten(0, 1)[batch["chosen"]])                        # (n, V)
-        words = batch["tokens"].flatten()[batch["chosen"]]                                      # (n,)
-        return (self.features(batch, views, text1, text2),
-                dict(L_MLM=losses.masked_language_loss(logits, words, batch["word_count"])))
-
-    def contrast(self, features: dict[str, Tensor], labels: None = None) -> dict[str, Tensor]:
+    def contrast(self, features, labels=None):
+        """L_I, L_T of each view with each caption; neighbor: of each view with the texts nearest to the captions;
+        simsiam: of the two views"""
         scale, texts = self.logit_scale.exp(), [features["text1"], features["text2"]]           # (B, E)
-        images = [F.normalize(features[name], dim=-1) for name in ("image1", "image2")]         # (B, E)
+        images = [unit(features[name]) for name in ("image1", "image2")]                        # (B, E)
         z1, z2 = (self.projector(features[name]) for name in ("image1", "image2"))              # (B, S)
         simsiam = losses.simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
         self.newest = [text.detach() for text in texts]
@@ -1013,7 +1020,7 @@ class DeCLIP(MaskCLIP):
         return dict(L_I=sum(pair["L_I"] for pair in pairs) / 4, L_T=sum(pair["L_T"] for pair in pairs) / 4,
                     neighbor=sum(neighbor) / 4, simsiam=simsiam)
 
-    def total_loss(self, L_I=0.0, L_T=0.0, L_MLM=0.0, neighbor=0.0, simsiam=0.0) -> Tensor:
+    def total_loss(self, L_I=0.0, L_T=0.0, L_MLM=0.0, neighbor=0.0, simsiam=0.0):
         c = self.config
         return (c.contrastive_weight * (L_I + L_T) + c.mlm_weight * L_MLM + c.neighbor_weight * neighbor
                 + c.simsiam_weight * simsiam)
@@ -1039,21 +1046,19 @@ class DeFILIP(DeCLIP):
         self.word_proj = own_stream("word_proj", nn.Linear, config.text_width, config.token_dim, bias=False)
         self.token_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def features(self, batch: dict[str, Tensor], views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
+    def features(self, batch, views, text1, text2):
         """DeCLIP's, and patches1, patches2 (B, N, E), words1 (B, L, E), words2 (B, L', E) as in FILIP"""
-        patches = F.normalize(fp32(self.patch_proj(views[:, 1:])), dim=-1)                      # (2B, N, E)
-        words1, words2 = (F.normalize(fp32(self.word_proj(x)), dim=-1) * between_ends(tokens, self.eot)
-                          for x, tokens in ((text1, batch["tokens"]), (text2, batch["tokens2"])))
+        patches = unit(self.patch_proj(views[:, 1:]))                                           # (2B, N, E)
         return dict(super().features(batch, views, text1, text2), patches1=patches[::2], patches2=patches[1::2],
-                    words1=words1, words2=words2)
+                    words1=unit(self.word_proj(text1)) * between_ends(batch["tokens"], self.eot),
+                    words2=unit(self.word_proj(text2)) * between_ends(batch["tokens2"], self.eot))
 
-    def contrast(self, features: dict[str, Tensor], labels: None = None) -> dict[str, Tensor]:
-        token = [sum(self.both_ways(losses.token_contrastive_loss(
-            features[p], features[w], self.token_logit_scale.exp(), self.config.token_top_k)).values())
-            for p in ("patches1", "patches2") for w in ("words1", "words2")]
+    def contrast(self, features, labels=None):
+        token = [token_contrast(self, features[p], features[w], self.token_logit_scale)
+                 for p in ("patches1", "patches2") for w in ("words1", "words2")]
         return dict(super().contrast(features), token=sum(token) / 4)
 
-    def total_loss(self, token: Tensor | float = 0.0, **terms) -> Tensor:
+    def total_loss(self, token=0.0, **terms):
         return super().total_loss(**terms) + self.config.token_weight * token
 
     @torch.no_grad()
@@ -1062,7 +1067,6 @@ class DeFILIP(DeCLIP):
         self.token_logit_scale.clamp_(0, math.log(100))
 
 
-COMPARED_PARTS = ("head", "word_classifier", "projector", "predictor", "patch_proj", "word_proj")
 COMPARED = {"slip": SLIP, "filip": FILIP, "declip": DeCLIP, "defilip": DeFILIP}
 
 
