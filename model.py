@@ -1148,17 +1148,10 @@ def check_sizes(config: Config, eot: int, weights: dict[str, Tensor], file_size:
     """An error if the config asks for other weights than there are, before memory is taken for what it asks."""
     if sum(value.numel() * value.element_size() for value in weights.values()) > file_size:
         raise ValueError("the weights claim to be larger than the file")
-    if config.method not in METHODS:
-        raise ValueError(f"method {config.method} is unknown to this version")
     if config.depth + config.text_depth > len(weights):
         raise ValueError(f"{config.depth} and {config.text_depth} blocks, but only {len(weights)} weights")
-    with torch.device("meta"):
-        wanted = build(config, eot).state_dict()
-    for name in sorted(wanted.keys() | weights.keys()):
-        said, there = (tuple(x[name].shape) if name in x else "nothing" for x in (wanted, weights))
-        if said != there:
-            raise ValueError(f"{name} should be {said}, the file has {there}")
-
+    with torch.device("meta"):                                              # tensors that have shapes but no numbers
+        build(config, eot).load_state_dict(weights, assign=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1213,12 +1206,6 @@ def renormalize(state: dict[str, Tensor], mean, std) -> dict[str, Tensor]:
                     "visual.patch_embed.proj.bias": bias + weight.sum(dim=(2, 3)) @ shift}
 
 
-def to_timm(model: MaskCLIP) -> dict[str, Tensor]:
-    """What timm's VisionTransformer of this size loads; for our dialect clip that with pre_norm=True."""
-    state = model.visual.state_dict()
-    return state if model.config.dialect == "timm" else bias_into_positions(state)
-
-
 def to_open_clip(model: MaskCLIP) -> dict[str, Tensor]:
     """What open_clip's CLIP loads when it is built with `open_clip_config`."""
     state = {name: value for name, value in model.state_dict().items() if name.startswith(BOTH_HAVE)}
@@ -1261,28 +1248,33 @@ def open_clip_config(c: Config) -> dict:
     return dict(embed_dim=c.embed_dim, quick_gelu=c.dialect == "openai", vision_cfg=vision, text_cfg=text)
 
 
-def config_from_open_clip(theirs: dict) -> Config:
+def with_defaults(model_cfg: dict) -> dict:
+    """open_clip's model_cfg, what it leaves out filled in: the whole, vision_cfg and text_cfg."""
+    vision = dict(head_width=64, pool_type="tok", mlp_ratio=4) | model_cfg["vision_cfg"]
+    text = dict(context_length=77, vocab_size=49408, mlp_ratio=4) | model_cfg["text_cfg"]
+    return dict(model_cfg, vision_cfg=vision, text_cfg=text)
+
+
+def config_from_open_clip(model_cfg: dict) -> Config:
     """The Config whose open_clip_config says the same; UserError names what has no counterpart here."""
     try:
-        vision = dict(head_width=64, pool_type="tok") | theirs["vision_cfg"]
-        text = dict(context_length=77, vocab_size=49408) | theirs["text_cfg"]
-        c = replace(PAPER, method="clip", image_size=vision["image_size"], patch_size=vision["patch_size"],
-                    width=vision["width"], depth=int(vision["layers"]), heads=vision["width"] // vision["head_width"],
-                    pool="mean" if vision["pool_type"] == "avg" else "cls", text_width=text["width"],
-                    text_depth=text["layers"], text_heads=text["heads"], context_length=text["context_length"],
-                    vocab_size=text["vocab_size"], embed_dim=theirs["embed_dim"], dialect="timm" if
-                    vision.get("no_ln_pre") else "openai" if theirs.get("quick_gelu") else "clip")
-        ours = open_clip_config(c)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"open_clip's config is not that of a plain vision transformer with CLIP's text tower "
-                        f"({type(error).__name__} {error})") from None
+        theirs = with_defaults(model_cfg)
+        vision, text = theirs["vision_cfg"], theirs["text_cfg"]
+        dialect = "timm" if vision.get("no_ln_pre") else "openai" if theirs.get("quick_gelu") else "clip"
+        c = replace(PAPER, method="clip", dialect=dialect, image_size=vision["image_size"],
+                    patch_size=vision["patch_size"], width=vision["width"], depth=int(vision["layers"]),
+                    heads=vision["width"] // vision["head_width"],
+                    pool="mean" if vision["pool_type"] == "avg" else "cls", text_width=text["width"], text_depth=text["layers"], text_heads=text["heads"],
+                    context_length=text["context_length"], vocab_size=text["vocab_size"], embed_dim=theirs["embed_dim"])
+        ours = with_defaults(open_clip_config(c))
+    except Exception as error:
+        raise UserError(f"open_clip's config is not that of a plain vision transformer with CLIP's text tower: "
+                        f"{one_line(error)}") from None
     free = {"vision_cfg", "text_cfg", "tokenizer_kwargs", "hf_tokenizer_name", "init_logit_scale"}
-    mlp = dict(mlp_ratio=4)
-    for part, said, want in (("vision_cfg", mlp | vision, mlp | ours["vision_cfg"]), ("model_cfg", theirs, ours),
-                             ("text_cfg", mlp | text, mlp | ours["text_cfg"])):
+    for said, want in ((vision, ours["vision_cfg"]), (text, ours["text_cfg"]), (theirs, ours)):
         for key in (said.keys() | want.keys()) - free:
             if (said.get(key) or None) != (want.get(key) or None):
-                raise UserError(f"open_clip's {part} has {key} = {said.get(key)}, for which our towers have no "
+                raise UserError(f"open_clip's config has {key} = {said.get(key)}, for which our towers have no "
                                 f"counterpart: wanted {want.get(key)}")
     return c
 
@@ -1304,34 +1296,22 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             for name, entry in entries.items()}
 
 
-def write_safetensors(state: dict[str, Tensor], path: Path):
-    """The same the other way; all numbers as float32."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in state.items():
-        header[name] = dict(dtype="F32", shape=list(tensor.shape), data_offsets=[at, at + 4 * tensor.numel()])
-        at += 4 * tensor.numel()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    numbers = (tensor.detach().float().cpu().contiguous().numpy().tobytes() for tensor in state.values())
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(numbers))
-
-
 @contextlib.contextmanager
-def reading(path):
-    """Of a damaged or foreign file, whatever stumbles over it is told in one line."""
+def telling(what: str):
+    """Of a damaged or foreign file, or a folder that takes none, whatever stumbles over it is told in one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None
+        raise UserError(f"{what}: {one_line(error)}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """float32 tensors by name, from a .safetensors or from what torch.save wrote, where they may lie a dict deeper."""
     if not path.is_file():
         raise UserError(f"no file {path}: wanted weights as timm or open_clip publish them")
-    with reading(path):
+    with telling(f"cannot read weights from {path}"):
         state = (read_safetensors(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
         state = next((state[key] for key in ("state_dict", "model") if key in state), state)
@@ -1339,27 +1319,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return {name: value.float() for name, value in state.items() if name not in NOT_WEIGHTS}
 
 
-@dataclass
-class Public:
-    """Public weights under our names, for our pixels, and what is said of them."""
-    state: dict[str, Tensor]
-    towers: tuple[str, ...]         # beginnings of the names that must all be there
-    config: Config | None           # of an image tower alone: None
-    dialect: str
-    resize: str = "shortest"        # how images were made square in training
+def read_public(spec: str, config: Config) -> tuple[dict[str, Tensor], Config]:
+    """timm:FILE or open_clip:DIR -> weights under our names, for our pixels, and the Config of their towers.
 
-
-def read_public(spec: str) -> Public:
-    """timm:FILE or open_clip:DIR"""
+    config: says of a timm tower what its file does not, its size.
+    """
     kind, _, path = spec.partition(":")
-    if kind not in ("timm", "open_clip"):
-        raise UserError(f"{spec!r} names no public weights: wanted timm:FILE or open_clip:DIR")
     path = Path(path).expanduser()
-    with reading(path):
-        return read_timm(path) if kind == "timm" else read_open_clip(path)
+    with telling(f"cannot read weights from {path}"):
+        if kind == "timm":
+            return read_timm(path, config)
+        if kind == "open_clip":
+            return read_open_clip(path)
+    raise UserError(f"{spec!r} names no public weights: wanted timm:FILE or open_clip:DIR")
 
 
-def read_timm(path: Path) -> Public:
+def read_timm(path: Path, config: Config) -> tuple[dict[str, Tensor], Config]:
     """A timm image tower, without its head.
 
     How its pixels are normalized, and whether a tower of CLIP's kind has QuickGELU, says the config.json beside it, as
@@ -1378,23 +1353,24 @@ def read_timm(path: Path) -> Public:
     if dialect == "clip" and "architecture" not in about:
         say(f"note: no config.json beside {path} names its architecture: GELU is assumed, not OpenAI's QuickGELU")
     state = renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD))
-    return Public(state, ("visual.",), None, dialect)
+    return state, replace(config, dialect=dialect)
 
 
-def read_open_clip(path: Path) -> Public:
+def read_open_clip(path: Path) -> tuple[dict[str, Tensor], Config]:
     """A folder as open_clip's hub has them: open_clip_config.json and one of OPEN_CLIP_FILES; or that file."""
-    folder = path if path.is_dir() else path.parent
-    file = next((folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()), None) if path.is_dir() else path
-    if file is None:
+    files = [path / name for name in OPEN_CLIP_FILES if (path / name).is_file()] if path.is_dir() else [path]
+    if not files:
         raise UserError(f"no weights in {path}: wanted {' or '.join(OPEN_CLIP_FILES)}")
-    if not (folder / "open_clip_config.json").is_file():
-        raise UserError(f"no open_clip_config.json beside {file}: write what open_clip.get_model_config(NAME) returns "
+    about = files[0].with_name("open_clip_config.json")
+    if not about.is_file():
+        raise UserError(f"no {about.name} beside {files[0]}: write what open_clip.get_model_config(NAME) returns "
                         f"there, as JSON")
-    about = read_json(folder / "open_clip_config.json")
+    about = read_json(about)
     config = config_from_open_clip(about.get("model_cfg", about))
     pixels = OPENAI_PIXELS | about.get("preprocess_cfg", {})
-    state = renormalize(from_open_clip(read_weights(file)), pixels["mean"], pixels["std"])
-    return Public(state, BOTH_HAVE, config, config.dialect, pixels.get("resize_mode", "shortest"))
+    if pixels.get("resize_mode", "shortest") != "shortest":
+        say(f"note: its images were resized by {pixels['resize_mode']} in training: evaluate with --squash")
+    return renormalize(from_open_clip(read_weights(files[0])), pixels["mean"], pixels["std"]), config
 
 
 def read_merges(path: str) -> BytePairTokenizer:
@@ -1403,91 +1379,83 @@ def read_merges(path: str) -> BytePairTokenizer:
     folder = folder if folder.is_dir() else folder.parent
     for file, opener in ((folder / "merges.txt.gz", gzip.open), (folder / "merges.txt", open)):
         if file.is_file():
-            with reading(file), opener(file, "rt", encoding="utf-8") as lines:
+            with telling(f"cannot read {file}"), opener(file, "rt", encoding="utf-8") as lines:
                 return BytePairTokenizer.from_state({"merges": lines.read(1 << 24).partition("\n")[2]})
     raise UserError(f"no merges.txt beside the weights in {folder}: give CLIP's merges file with --bpe")
 
 
 # ---- in and out ------------------------------------------------------------------------------------------------------
 
-def load_public(model: MaskCLIP, public: Public, spec: str):
-    """Loads the weights.  Strict for public.towers, but for the mask token, ours alone."""
+def load_public(model: MaskCLIP, state: dict[str, Tensor], spec: str):
+    """Strict, but for what public weights do not have: the mask token, and all but the image tower in timm's."""
+    has = ("visual.",) if spec.startswith("timm:") else BOTH_HAVE
+    ours = {name: value for name, value in model.state_dict().items()
+            if not name.startswith(has) or name == "text.mask_token"}
     try:
-        missing, unknown = model.load_state_dict(public.state, strict=False)
+        model.load_state_dict(ours | state)
     except RuntimeError as error:
-        raise UserError(f"{spec} is of another size: {' '.join(str(error).splitlines()[1].split())}") from None
-    missing = [name for name in missing if name.startswith(public.towers) and name != "text.mask_token"]
-    if missing or unknown:
-        raise UserError(f"{spec} does not fit a tower of dialect {model.config.dialect}: it lacks "
-                        f"{', '.join(missing[:3]) or 'nothing'}, and has {', '.join(unknown[:3]) or 'nothing'} besides")
+        raise UserError(f"{spec} does not fit a tower of dialect {model.config.dialect}: {one_line(error)}") from None
 
 
 def initialize(model: MaskCLIP, spec: str):
     """The start of a run from public weights: timm:FILE, its image tower; open_clip:DIR, all but masked branches."""
-    public = read_public(spec)
-    theirs = public.config or replace(model.config, dialect=public.dialect)
+    state, theirs = read_public(spec, model.config)
     for f in fields(Config):
         said, ours = getattr(theirs, f.name), getattr(model.config, f.name)
         if f.metadata["group"].endswith("tower") and f.name not in FREE_AT_START and said != ours:
             raise UserError(f"{spec} has {f.name} {said}, this run {ours}: give --{f.name.replace('_', '-')} {said}")
-    load_public(model, public, spec)
+    load_public(model, state, spec)
 
 
 def import_public(spec: str, preset: str, bpe: str | None, out: Path):
     """Public weights -> a checkpoint that all evaluation scripts read."""
-    public = read_public(spec)
-    if public.config:
-        config, next_step = public.config, "eval_zeroshot.py"
-        tokenizer = BytePairTokenizer.from_file(bpe) if bpe else read_merges(spec.partition(":")[2])
-        note = f"dialect {config.dialect}, {config.image_size} px, {tokenizer.vocab_size} tokens"
+    state, config = read_public(spec, replace(PRESETS[preset], method="clip"))
+    if spec.startswith("timm:"):
+        tokenizer, next_step = BytePairTokenizer([]), "eval_linear.py"
+        note = f"an image tower of preset {preset}, dialect {config.dialect}; its text tower is untrained"
     else:
-        config, next_step = replace(PRESETS[preset], method="clip", dialect=public.dialect), "eval_linear.py"
-        tokenizer = BytePairTokenizer([])
-        note = f"an image tower of preset {preset}, dialect {public.dialect}; its text tower is untrained"
-    if public.resize != "shortest":
-        note += f"; it was trained with images resized by {public.resize}: evaluate with --squash"
+        tokenizer = BytePairTokenizer.from_file(bpe) if bpe else read_merges(spec.partition(":")[2])
+        next_step = "eval_zeroshot.py"
+        note = f"dialect {config.dialect}, {config.image_size} px, {tokenizer.vocab_size} tokens"
     model = MaskCLIP(config, tokenizer.eot)
-    load_public(model, public, spec)
-    with writing(out):
+    load_public(model, state, spec)
+    with telling(f"{out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
     if not save_checkpoint(out, model, tokenizer, config):
         raise UserError(f"{out} could not be written")
     print(f"{out}: {note}.  Next: python {next_step} {out}")
 
 
-@contextlib.contextmanager
-def writing(path):
-    try:
-        yield
-    except (OSError, RuntimeError) as error:                    # torch.save's are RuntimeErrors
-        raise UserError(f"{path} cannot be written: {one_line(error)}") from None
-
-
 def export(model: MaskCLIP, tokenizer: BytePairTokenizer, kind: str, path: Path):
     """Writes weights for timm (a file) or open_clip (a folder that `open_clip.create_model("local-dir:...")` takes)."""
-    if kind not in ("timm", "open_clip"):
-        raise UserError(f"cannot export for {kind}: wanted --export timm FILE, or --export open_clip DIR")
-    with writing(path):
-        export_timm(model, path) if kind == "timm" else export_open_clip(model, tokenizer, path)
+    with telling(f"{path} cannot be written"):
+        if kind == "timm":
+            return export_timm(model, path)
+        if kind == "open_clip":
+            return export_open_clip(model, tokenizer, path)
+    raise UserError(f"cannot export for {kind}: wanted --export timm FILE, or --export open_clip DIR")
 
 
 def export_timm(model: MaskCLIP, path: Path):
-    c, is_safetensors = model.config, path.suffix == ".safetensors"
+    """What timm's VisionTransformer of this size loads; for our dialect clip that with pre_norm=True."""
+    c, state, more = model.config, model.visual.state_dict(), ""
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} would be a torch file: wanted --export timm with a name that ends in .pth")
+    if c.dialect != "timm":
+        state, more = bias_into_positions(state), ", pre_norm=True, CLIP norms of eps 1e-5"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(to_timm(model), path) if is_safetensors else torch.save(to_timm(model), path)
+    torch.save(state, path)
     print(f"timm: VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.width}, "
-          f"depth={c.depth}, num_heads={c.heads}, num_classes=0"
-          f"{'' if c.dialect == 'timm' else ', pre_norm=True, CLIP norms of eps 1e-5'}).load_state_dict("
-          f"{'safetensors.torch.load_file' if is_safetensors else 'torch.load'}('{path}')); pixels normalized with "
-          f"mean {MEAN}, std {STD}")
+          f"depth={c.depth}, num_heads={c.heads}, num_classes=0{more}).load_state_dict(torch.load('{path}')); pixels "
+          f"normalized with mean {MEAN}, std {STD}")
 
 
 def export_open_clip(model: MaskCLIP, tokenizer: BytePairTokenizer, path: Path):
     c = model.config
-    for is_theirs, ours in ((c.pool in POOLS, f"--pool {c.pool}; it has cls and mean"),
-                            (c.causal, "with --no-causal ours hides the padding"),
-                            (c.method != "filip", "FILIP compares patches with words")):
-        if not is_theirs:
+    for lacks, ours in ((c.pool not in POOLS, f"--pool {c.pool}; it has cls and mean"),
+                        (not c.causal, "with --no-causal ours hides the padding"),
+                        (c.method == "filip", "FILIP compares patches with words")):
+        if lacks:
             raise UserError(f"open_clip has no model like this one: {ours}")
     path.mkdir(parents=True, exist_ok=True)
     described, merges, note = open_clip_config(c), tokenizer.state()["merges"], ""
@@ -1520,59 +1488,53 @@ class Cost:
 
 def costs(config: Config, words: int | None = None, bf16: bool = False) -> list[Cost]:
     """The branches that config.method trains, for captions of `words` tokens (default: the full context length), and
-    last all of a step: nothing is counted twice, optimizer and averages not at all.
+    last all of a step at once: nothing is counted twice, optimizer and averages not at all.
 
-    Each is run for two pairs and for four: what the two more add is what two pairs cost.
+    The contrast is left out: it is one product of embeddings with those of the batch.
     """
-    two, four = (branches(config, B, words or config.context_length, bf16) for B in (2, 4))
-    rows = [Cost(a.name, a.parameters, *((getattr(b, x) - getattr(a, x)) / 2 for x in ("flops", "step_flops", "kept")))
-            for a, b in zip(two, four)]
-    if config.method not in COMPARED:
-        rows.append(Cost("all", 0, *(sum(getattr(row, x) for row in rows) for x in ("flops", "step_flops", "kept"))))
-    rows[-1].parameters = 1 + sum(row.parameters for row in rows)                               # 1: the logit scale
-    return rows
-
-
-def branches(config: Config, B: int, L: int, bf16: bool) -> list[Cost]:
-    """Each branch for B pairs.  The contrast is left out: it is one product of embeddings with those of the batch."""
-    c, method = replace(config, drop_path=0.0), METHODS[config.method]
+    c, L, method = replace(config, drop_path=0.0), words or config.context_length, METHODS[config.method]
+    B = 1024                                # so many that what is kept once, whatever the batch, does not count
     keep, hidden = random_mask(B, c.grid ** 2, c.mask_ratio)
     with torch.device("meta"):
         net = build(c, eot=c.vocab_size - 1)
-        teacher = Teacher(net) if method["predicts"] == "teacher" else nn.Identity()
+        teacher = Teacher(net) if method["predicts"] == "teacher" else None
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        net.to_empty(device="cpu"), teacher.to_empty(device="cpu")
+        net.to_empty(device="cpu")
         images, tokens = torch.zeros(B, 3, c.image_size, c.image_size), torch.zeros(B, L, dtype=torch.long)
         chosen = torch.zeros(B * max(1, round(c.word_ratio * (L - 2))), dtype=torch.long)
-        batch = dict(images=images, view1=images, view2=images, tokens=tokens, tokens2=tokens, chosen=chosen,
-                     word_count=torch.ones(()))
-        batch |= dict(corrupted=tokens) if method["mlm"] else {}
-        answer = teacher(images, hidden) if method["predicts"] == "teacher" else None
-
-        def branch(name: str, forward: Callable, *parts: str) -> Cost:
-            own = [p for part in parts for p in getattr(net, part, nn.Identity()).parameters()]
-            return Cost(name, sum(p.numel() for p in own), *measure(forward, net))
-        found = [branch("image tower", lambda: net.encode_image(images), "visual", "image_proj"),
-                 branch("text tower", lambda: net.embed_text(net.text(tokens, net.eot), tokens), "text", "text_proj")]
-        if c.method in COMPARED:
-            return [*found, branch("all", lambda: net(batch), *COMPARED_PARTS)]
-        if answer:
-            found.append(branch("teacher", lambda: teacher(images, hidden)))
-        if net.predicts:
-            found.append(branch("masked image", lambda: net.predict_hidden(images, keep, hidden, answer), "decoder",
-                                "quantizer", "predict"))
+        batch = dict(images=images, view1=images, view2=images, keep=keep, hidden=hidden, tokens=tokens, tokens2=tokens,
+                     chosen=chosen, word_count=torch.ones(()))
         if method["mlm"]:
-            found.append(branch("masked text", lambda: net.predict_words(
-                net.text(tokens, net.eot), tokens, chosen, batch["word_count"]), "text_decoder"))
-        return found
+            batch["corrupted"] = tokens
+        if teacher:
+            teacher.to_empty(device="cpu")
+
+        def answer():
+            return teacher(images, hidden) if teacher else None
+
+        def cost(name: str, forward: Callable, *parts: nn.Module) -> Cost:
+            parameters = sum(p.numel() for part in parts for p in part.parameters())
+            return Cost(name, parameters, *(x / B for x in measure(forward, net)))
+        rows = [cost("image tower", lambda: net.encode_image(images), net.visual, net.image_proj),
+                cost("text tower", lambda: net.embed_text(net.text(tokens, net.eot), tokens), net.text, net.text_proj)]
+        if teacher:
+            rows.append(cost("teacher", answer))
+        if net.predicts:
+            said = answer()
+            rows.append(cost("masked image", lambda: net.predict_hidden(images, keep, hidden, said), net.decoder,
+                             net.quantizer if net.predicts == "codes" else net.predict))
+        if method["mlm"] and c.method not in COMPARED:
+            rows.append(cost("masked text", lambda: net.predict_words(
+                net.text(tokens, net.eot), tokens, chosen, batch["word_count"]), net.text_decoder))
+        return [*rows, cost("all", lambda: net(batch, answer()), net)]
 
 
 # torch counts those of its other attention kernels by itself; query, key and value come last of those with a shape
 ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *rest, out_shape=None, **more: sdpa_flop_count(q, k, v),
+        lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *rest, out_shape=None, **more: sdpa_backward_flop_count(grad, q, k, v)}
+        lambda grad, q, k, v, *rest, **more: sdpa_backward_flop_count(grad, q, k, v)}
 
 
 def measure(forward: Callable, net: nn.Module) -> tuple[float, float, float]:
@@ -1586,10 +1548,9 @@ def measure(forward: Callable, net: nn.Module) -> tuple[float, float, float]:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             results = [x for x in tree_leaves(forward()) if x.requires_grad]
         flops = counter.get_total_flops()
+        weights = {p.untyped_storage()._cdata for p in net.parameters()}
         alive = [x.untyped_storage() for ref in seen if (x := ref()) is not None]
-        kept = {storage._cdata: storage.nbytes() for storage in alive}
-        for parameter in net.parameters():
-            kept.pop(parameter.untyped_storage()._cdata, None)
+        kept = {storage._cdata: storage.nbytes() for storage in alive if storage._cdata not in weights}
         if results:
             sum(x.sum() for x in results).backward()
         return flops, counter.get_total_flops(), sum(kept.values())
