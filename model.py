@@ -496,11 +496,9 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: Tensor, eot: int) -> Tensor:
         """(B, L) ids -> (B, L, D) normalized features; L may be any length up to the context length."""
-        if self.mask_token is None:
-            x = self.token_embedding(tokens)                                                    # (B, L, D)
-        else:
-            is_mask = tokens == self.mask_id
-            x = self.token_embedding(tokens.masked_fill(is_mask, 0))                            # (B, L, D)
+        is_mask = tokens == self.mask_id
+        x = self.token_embedding(tokens.masked_fill(is_mask, 0))                                # (B, L, D)
+        if self.mask_token is not None:
             x = torch.where(is_mask[..., None], self.mask_token.to(x.dtype), x)
         x = x + self.pos_embed[:tokens.shape[1]]
         is_word = None if self.causal else before_end(tokens, eot) | (tokens == eot)
@@ -540,7 +538,7 @@ class ImageDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, visible: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
-        """visible (B, 1+K, D) student tokens, keep (B, K), hidden (B, M) indices -> (B, M, D), at hidden patches only."""
+        """visible (B, 1+K, D) student tokens, keep (B, K), hidden (B, M) indices -> (B, M, D), at hidden patches"""
         B, K = keep.shape
         visible = self.embed(visible)
         pos = self.pos_embed.expand(B, -1, -1)                                                  # (B, N, D)
@@ -629,7 +627,7 @@ class MaskCLIP(nn.Module):
     predicts     what hidden patches are predicted as: "pixels", or of the teacher "codes" or "features", or None
     trained_on   the data sets (SPECs) it was pre-trained on, as far as load_checkpoint knows
     """
-    log_names = {"codes": "distillation", "features": "feature", "pixels": "pixel"}     # of L_Dist, by what is predicted
+    log_names = {"codes": "distillation", "features": "feature", "pixels": "pixel"}     # L_Dist, by what is predicted
 
     def __init__(self, config: Config, eot: int):
         super().__init__()
@@ -873,10 +871,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or losses.world_size() == 1:
             return super().forward(x)
-        self._check_input_dim(x)
-        axes = [0, *range(2, x.ndim)]
+        rows, axes = fp32(x).movedim(1, -1), list(range(x.ndim - 1))                           # (B, C) or (B, H, W, C)
         count = torch.full((x.shape[1],), x.numel() / x.shape[1], device=x.device)
-        own = torch.stack([count, fp32(x).mean(axes), fp32(x).var(axes, correction=0)])         # (3, C)
+        own = torch.stack([count, rows.mean(axes), rows.var(axes, correction=0)])               # (3, C)
         count, mean, var = losses.gather(own[None]).unbind(dim=1)                               # (W, C) each
         n = count.sum(dim=0)                                                                    # (C,)
         joint_mean = (count * mean).sum(dim=0) / n
@@ -886,11 +883,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(joint_mean, self.momentum)
                 self.running_var.lerp_(joint_var * n / (n - 1), self.momentum)
-
-        def per_channel(v):
-            return v.view(1, -1, *[1] * (x.ndim - 2))
-        y = (x - per_channel(joint_mean)) * per_channel((joint_var + self.eps).rsqrt())
-        return (y * per_channel(self.weight) + per_channel(self.bias) if self.affine else y).to(x.dtype)
+        y = (rows - joint_mean) * (joint_var + self.eps).rsqrt() * self.weight + self.bias
+        return y.movedim(-1, 1).to(x.dtype)
 
 
 def mlp_head(*widths: int, norm_last: bool = False) -> nn.Sequential:
@@ -1090,7 +1084,7 @@ def save_atomically(path: Path, state: dict) -> bool:
         os.replace(temporary, path)
         return True
     except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
-        say(f"warning: {path} was not saved ({str(error).splitlines()[0]}); the one before it stays, and training goes "
+        say(f"warning: {path} was not saved ({one_line(error)}); the one before it stays, and training goes "
             f"on", file=sys.stderr)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1264,7 +1258,8 @@ def config_from_open_clip(model_cfg: dict) -> Config:
         c = replace(PAPER, method="clip", dialect=dialect, image_size=vision["image_size"],
                     patch_size=vision["patch_size"], width=vision["width"], depth=int(vision["layers"]),
                     heads=vision["width"] // vision["head_width"],
-                    pool="mean" if vision["pool_type"] == "avg" else "cls", text_width=text["width"], text_depth=text["layers"], text_heads=text["heads"],
+                    pool="mean" if vision["pool_type"] == "avg" else "cls",
+                    text_width=text["width"], text_depth=text["layers"], text_heads=text["heads"],
                     context_length=text["context_length"], vocab_size=text["vocab_size"], embed_dim=theirs["embed_dim"])
         ours = with_defaults(open_clip_config(c))
     except Exception as error:
@@ -1315,7 +1310,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = (read_safetensors(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
         state = next((state[key] for key in ("state_dict", "model") if key in state), state)
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}    # DDP, compile
+        # DistributedDataParallel and torch.compile leave their marks before names
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
         return {name: value.float() for name, value in state.items() if name not in NOT_WEIGHTS}
 
 
@@ -1579,25 +1575,25 @@ def main(argv=None):
     out = cli.add_argument_group("our weights for others")
     out.add_argument("checkpoint", nargs="?", help="what train.py wrote, as runs/pocket/last.pt")
     out.add_argument("--export", nargs=2, metavar=("timm|open_clip", "PATH"),
-                     help="timm: the image tower's state dict, to the file PATH, a .pth or a .safetensors; open_clip: "
-                          "config, weights and merges, to the folder PATH")
+                     help="timm: the image tower's state dict, to the file PATH, a .pth; open_clip: config, "
+                          "weights and merges, to the folder PATH")
     into = cli.add_argument_group("public weights for us")
     into.add_argument("--import", dest="source", metavar="SPEC", help="timm:FILE, an image tower; open_clip:DIR, a "
                       "folder with open_clip_config.json, weights and merges.txt, as each repository on the hub has")
     into.add_argument("--out", metavar="FILE", help="the checkpoint to write, which all evaluation scripts read")
     into.add_argument("--bpe", help="CLIP's merges file, where there is no merges.txt beside the weights")
     o = cli.parse_args(argv)
-    if not o.source and (o.out or o.bpe) or o.source and (o.export or o.checkpoint or not o.out):
-        raise UserError("to import: python model.py --import timm:FILE|open_clip:DIR --out CHECKPOINT [--bpe MERGES]")
-    if o.export and not o.checkpoint:
-        raise UserError("to export: python model.py CHECKPOINT --export timm FILE, or --export open_clip DIR")
-    if o.source:
+    if o.source and o.out and not o.checkpoint and not o.export:
         return import_public(o.source, o.preset, o.bpe, Path(o.out))
-    if o.checkpoint:
-        model, tokenizer, config = load_checkpoint(o.checkpoint)
+    if o.source or o.out or o.bpe or o.export and not o.checkpoint:
+        raise UserError("wanted python model.py CHECKPOINT --export timm FILE|open_clip DIR, or python model.py "
+                        "--import timm:FILE|open_clip:DIR --out CHECKPOINT [--bpe MERGES]")
+    if not o.checkpoint:
+        return describe(preset_for(o.preset, o.method), o.words)
+    model, tokenizer, config = load_checkpoint(o.checkpoint)
     if o.export:
         return export(model, tokenizer, o.export[0], Path(o.export[1]))
-    describe(config if o.checkpoint else preset_for(o.preset, o.method), o.words)
+    describe(config, o.words)
 
 
 if __name__ == "__main__":
