@@ -1283,12 +1283,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The file format of timm's and open_clip's hub: 8 bytes length of the header, the header in JSON, the numbers."""
     raw = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
-    entries = {name: entry for name, entry in json.loads(raw[8:start]).items() if name != "__metadata__"}
-    if sum(math.prod(entry["shape"]) for entry in entries.values()) > len(raw):             # many names for one place
-        raise ValueError(f"the header tells of more numbers than fit into {len(raw)} bytes")
-    return {name: torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]], count=math.prod(entry["shape"]),
-                                   offset=start + entry["data_offsets"][0]).reshape(entry["shape"])
-            for name, entry in entries.items()}
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    if sum(last - first for first, last in (entry["data_offsets"] for entry in header.values())) != len(raw) - start:
+        raise ValueError("the header tells of more or fewer numbers than there are")
+    state = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        numbers = torch.frombuffer(raw[start + first:start + last], dtype=DTYPES[entry["dtype"]])
+        state[name] = numbers.reshape(entry["shape"])
+    return state
 
 
 @contextlib.contextmanager

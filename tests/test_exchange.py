@@ -345,11 +345,11 @@ def test_what_openai_torch_compile_and_ddp_add_to_weights(tmp_path):
 
 
 def test_the_cost_of_a_checkpoint_is_that_of_its_own_model(tmp_path, capsys):
-    saved(tmp_path / "last.pt", TINY, toy_vocabulary())
-    model.main([str(tmp_path / "last.pt")])
-    said = capsys.readouterr().out
-    model.describe(TINY)
-    assert said == capsys.readouterr().out and said.startswith("maskclip: 32 px")
+    config = replace(TINY, method="clip")
+    saved(tmp_path / "last.pt", config, toy_vocabulary())
+    said = run_model(capsys, tmp_path / "last.pt")
+    model.describe(config)
+    assert said == capsys.readouterr().out and said.startswith("clip: 32 px")
 
 
 @pytest.mark.parametrize("line, says", [
