@@ -303,6 +303,11 @@ def random_mask(batch: int, patches: int, ratio: float, generator: torch.Generat
     return shuffled[:, :K].sort(dim=1).values, shuffled[:, K:].sort(dim=1).values
 
 
+def unit(x: Tensor) -> Tensor:
+    """(..., D) -> (..., D) of length 1, in float32"""
+    return F.normalize(fp32(x), dim=-1)
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """(B, N, D), (B, K) -> (B, K, D): rows `index` of each sample."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -475,8 +480,8 @@ class TextTransformer(nn.Module):
 
     With masked_words it knows one word more, the mask token, which lives outside the vocabulary.
     """
-    def __init__(self, vocab_size: int = 49408, context_length: int = 77, width: int = 512, depth: int = 12,
-                 heads: int = 8, causal: bool = True, masked_words: bool = False, quick_gelu: bool = False):
+    def __init__(self, vocab_size: int, context_length: int, width: int, depth: int, heads: int, causal: bool,
+                 masked_words: bool, quick_gelu: bool):
         super().__init__()
         self.causal = causal
         self.mask_id = vocab_size                               # one past the last word, and never in a caption
@@ -491,11 +496,9 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: Tensor, eot: int) -> Tensor:
         """(B, L) ids -> (B, L, D) normalized features; L may be any length up to the context length."""
-        if self.mask_token is None:
-            x = self.token_embedding(tokens)                                                    # (B, L, D)
-        else:
-            is_mask = tokens == self.mask_id
-            x = self.token_embedding(tokens.masked_fill(is_mask, 0))                            # (B, L, D)
+        is_mask = tokens == self.mask_id
+        x = self.token_embedding(tokens.masked_fill(is_mask, 0))                                # (B, L, D)
+        if self.mask_token is not None:
             x = torch.where(is_mask[..., None], self.mask_token.to(x.dtype), x)
         x = x + self.pos_embed[:tokens.shape[1]]
         is_word = None if self.causal else before_end(tokens, eot) | (tokens == eot)
@@ -507,12 +510,11 @@ class TextTransformer(nn.Module):
 def init_text_blocks(blocks: nn.ModuleList):
     """CLIP's initialization: residual outputs shrink with depth."""
     for block in blocks:
-        width = block.norm1.normalized_shape[0]
-        nn.init.normal_(block.attn.qkv.weight, std=width ** -0.5)
-        nn.init.normal_(block.attn.proj.weight, std=width ** -0.5 * (2 * len(blocks)) ** -0.5)
-        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.fc2.weight, std=width ** -0.5 * (2 * len(blocks)) ** -0.5)
-        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        D = block.attn.qkv.in_features
+        residual = D ** -0.5 * (2 * len(blocks)) ** -0.5
+        for layer, std in ((block.attn.qkv, D ** -0.5), (block.attn.proj, residual),
+                           (block.mlp.fc1, (2 * D) ** -0.5), (block.mlp.fc2, residual)):
+            nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
 
@@ -536,12 +538,12 @@ class ImageDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, visible: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
-        """visible (B, 1+K, D) student tokens, keep (B, K), hidden (B, M) indices -> (B, M, D), at hidden patches only."""
+        """visible (B, 1+K, D) student tokens, keep (B, K), hidden (B, M) indices -> (B, M, D), at hidden patches"""
         B, K = keep.shape
         visible = self.embed(visible)
         pos = self.pos_embed.expand(B, -1, -1)                                                  # (B, N, D)
         seen = visible[:, 1:] + take(pos, keep)                                                 # (B, K, D)
-        unseen = self.mask_token + take(pos, hidden)                                      # (B, M, D)
+        unseen = self.mask_token + take(pos, hidden)                                            # (B, M, D)
         # attention knows no order, so hidden patches may stand behind the visible ones
         x = torch.cat([visible[:, :1], seen, unseen.to(seen.dtype)], dim=1)                     # (B, 1+N, D)
         for block in self.blocks:
@@ -567,11 +569,11 @@ class Quantizer(nn.Module):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, bottleneck), unit length"""
-        return F.normalize(fp32(self.mlp(x)), dim=-1)
+        return unit(self.mlp(x))
 
     def unit_codes(self) -> Tensor:
         """(C, bottleneck), unit length"""
-        return F.normalize(fp32(self.codes), dim=-1)
+        return unit(self.codes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, C) logits, each in [-1, 1]"""
@@ -625,7 +627,7 @@ class MaskCLIP(nn.Module):
     predicts     what hidden patches are predicted as: "pixels", or of the teacher "codes" or "features", or None
     trained_on   the data sets (SPECs) it was pre-trained on, as far as load_checkpoint knows
     """
-    log_names = {"codes": "distillation", "features": "feature", "pixels": "pixel"}     # of L_Dist, by what is predicted
+    log_names = {"codes": "distillation", "features": "feature", "pixels": "pixel"}     # L_Dist, by what is predicted
 
     def __init__(self, config: Config, eot: int):
         super().__init__()
@@ -690,8 +692,8 @@ class MaskCLIP(nn.Module):
 
     def both_ways(self, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """L_I and L_T, as Eq. 8 adds them; or halved, so that their sum is the mean that CLIP's code takes."""
-        L_I, L_T = pair
-        return dict(L_I=L_I, L_T=L_T) if self.config.contrastive_reduction == "sum" else dict(L_I=L_I / 2, L_T=L_T / 2)
+        share = 1.0 if self.config.contrastive_reduction == "sum" else 0.5
+        return dict(L_I=share * pair[0], L_T=share * pair[1])
 
     def total_loss(self, L_I: Tensor | float = 0.0, L_T: Tensor | float = 0.0, L_Dist: Tensor | float = 0.0,
                    L_MLM: Tensor | float = 0.0) -> Tensor:
@@ -743,13 +745,10 @@ class MaskCLIP(nn.Module):
 
     # ---- embeddings -------------------------------------------------------------------------------------------------
 
-    def pool_image(self, x: Tensor) -> Tensor:
-        """(B, 1+N, D) tokens -> (B, D)"""
-        return pool_tokens(x, self.config.pool)
-
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, D); where the class token is all that is read, the last block computes no other"""
-        return self.pool_image(self.visual(images, leftmost=1 if self.config.pool == "cls" else None))
+        pool = self.config.pool
+        return pool_tokens(self.visual(images, leftmost=1 if pool == "cls" else None), pool)
 
     def pool_text(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, L, D), (B, L) -> (B, D) at the first end token.  By its id: the highest id may be another one."""
@@ -757,7 +756,7 @@ class MaskCLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) normalized pixels -> (B, E), unit length"""
-        return F.normalize(fp32(self.image_proj(self.image_features(images))), dim=-1)
+        return unit(self.image_proj(self.image_features(images)))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(B, L) ids with start and end -> (B, E), unit length; computed up to the longest caption only"""
@@ -766,7 +765,7 @@ class MaskCLIP(nn.Module):
 
     def embed_text(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, L, D) text features -> (B, E), unit length"""
-        return F.normalize(fp32(self.text_proj(self.pool_text(x, tokens))), dim=-1)
+        return unit(self.text_proj(self.pool_text(x, tokens)))
 
     @torch.no_grad()
     def encode_classes(self, names, templates, tokenizer) -> Tensor:
@@ -784,7 +783,7 @@ class MaskCLIP(nn.Module):
 
     def encode_patches(self, images: Tensor, path: str = "code") -> Tensor:
         """(B, 3, h, w) -> (B, N, E) unit-length patch embeddings in the joint space, by DenseCLIP's value path"""
-        return F.normalize(fp32(self.image_proj(self.visual.value_features(images, path))), dim=-1)
+        return unit(self.image_proj(self.visual.value_features(images, path)))
 
 
 class Teacher(nn.Module):
@@ -811,9 +810,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self, model: MaskCLIP, momentum: float):
         """theta_bar <- m * theta_bar + (1 - m) * theta, after each optimizer step.  There are no buffers to copy."""
-        pairs = [(self.visual, model.visual)] + ([(self.quantizer, model.quantizer)] if self.quantizer else [])
-        for average, student in pairs:
-            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - momentum)
+        student = [model.get_parameter(name) for name, _ in self.named_parameters()]
+        torch._foreach_lerp_(list(self.parameters()), student, 1 - momentum)
 
     @torch.no_grad()
     def update_center(self, answers: list[dict[str, Tensor]], momentum: float):
@@ -840,7 +838,6 @@ class Teacher(nn.Module):
         q = losses.soft_codes(z @ answer["codes"].T, temp_t, answer["center"])                  # (rows, C)
         return dict(code_entropy=entropy(q.mean(dim=0)).item(), patch_entropy=entropy(q).mean().item(),
                     codes_used=len(q.argmax(dim=1).unique()) / q.shape[1])
-
 
 
 def entropy(q: Tensor) -> Tensor:
@@ -874,10 +871,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or losses.world_size() == 1:
             return super().forward(x)
-        self._check_input_dim(x)
-        axes = [0, *range(2, x.ndim)]
+        rows, axes = fp32(x).movedim(1, -1), list(range(x.ndim - 1))                           # (B, C) or (B, H, W, C)
         count = torch.full((x.shape[1],), x.numel() / x.shape[1], device=x.device)
-        own = torch.stack([count, fp32(x).mean(axes), fp32(x).var(axes, correction=0)])         # (3, C)
+        own = torch.stack([count, rows.mean(axes), rows.var(axes, correction=0)])               # (3, C)
         count, mean, var = losses.gather(own[None]).unbind(dim=1)                               # (W, C) each
         n = count.sum(dim=0)                                                                    # (C,)
         joint_mean = (count * mean).sum(dim=0) / n
@@ -887,11 +883,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(joint_mean, self.momentum)
                 self.running_var.lerp_(joint_var * n / (n - 1), self.momentum)
-
-        def per_channel(v):
-            return v.view(1, -1, *[1] * (x.ndim - 2))
-        y = (x - per_channel(joint_mean)) * per_channel((joint_var + self.eps).rsqrt())
-        return (y * per_channel(self.weight) + per_channel(self.bias) if self.affine else y).to(x.dtype)
+        y = (rows - joint_mean) * (joint_var + self.eps).rsqrt() * self.weight + self.bias
+        return y.movedim(-1, 1).to(x.dtype)
 
 
 def mlp_head(*widths: int, norm_last: bool = False) -> nn.Sequential:
@@ -899,11 +892,13 @@ def mlp_head(*widths: int, norm_last: bool = False) -> nn.Sequential:
 
     No bias before a norm, which would take it out again; no running statistics, as no evaluation uses the heads.
     """
-    *hidden, last = zip(widths, widths[1:])
-    layers = [layer for i, o in hidden for layer in (
-        nn.Linear(i, o, bias=False), SyncBatchNorm(o, track_running_stats=False), nn.ReLU())]
-    layers.append(nn.Linear(*last, bias=not norm_last))
-    return nn.Sequential(*layers, *([SyncBatchNorm(last[1], track_running_stats=False)] if norm_last else []))
+    layers = []
+    for i, o in zip(widths[:-2], widths[1:-1]):
+        layers += [nn.Linear(i, o, bias=False), SyncBatchNorm(o, track_running_stats=False), nn.ReLU()]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=not norm_last))
+    if norm_last:
+        layers.append(SyncBatchNorm(widths[-1], track_running_stats=False))
+    return nn.Sequential(*layers)
 
 
 class SLIP(MaskCLIP):
@@ -913,54 +908,60 @@ class SLIP(MaskCLIP):
         super().__init__(config, eot)
         self.head = own_stream("head", mlp_head, config.width, config.slip_hidden, config.slip_hidden, 256)
 
-    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, batch):
         """batch holds view1, view2 (B,3,H,W) besides; so does what is returned, (B, D) each."""
         views = torch.stack([batch["images"], batch["view1"], batch["view2"]], dim=1).flatten(0, 1)     # (3B, 3, H, W)
         x = self.image_features(views)                                                          # (3B, D)
-        return dict(image=F.normalize(fp32(self.image_proj(x[::3])), dim=-1), view1=fp32(x[1::3]),
-                    view2=fp32(x[2::3]), text=self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"]))
+        return dict(image=unit(self.image_proj(x[::3])), view1=fp32(x[1::3]), view2=fp32(x[2::3]),
+                    text=self.embed_text(self.text(batch["tokens"], self.eot), batch["tokens"]))
 
-    def forward(self, batch: dict[str, Tensor], answer: None = None) -> tuple[dict, dict]:
+    def forward(self, batch, answer=None):
         return self.encode(batch), {}
 
-    def contrast(self, features: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
-        a, b = (F.normalize(self.head(features[name]), dim=-1) for name in ("view1", "view2"))
+    def contrast(self, features, labels=None):
+        """Besides: simclr, of the two views' projections (B, 256)"""
+        a, b = (unit(self.head(features[name])) for name in ("view1", "view2"))
         return dict(super().contrast(features, labels), simclr=losses.simclr_loss(a, b))
 
-    def total_loss(self, simclr: Tensor | float = 0.0, **terms) -> Tensor:
+    def total_loss(self, simclr=0.0, **terms):
         return super().total_loss(**terms) + self.config.simclr_weight * simclr
 
 
 class FILIP(MaskCLIP):
-    """CLIP whose image and text are the unit vectors of all patches and words (Yao et al., ICLR 2022).
+    """CLIP whose image and text are the unit vectors of all patches and words (Yao et al., ICLR 2022)."""
 
-    Words are what stands between start and end token.
-    # FILIP: all but padding; here: without start and end, which name nothing that a patch could look for
-    """
     def __init__(self, config: Config, eot: int):
         super().__init__(replace(config, embed_dim=config.token_dim), eot)
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images):
         """(B, 3, h, w) normalized pixels -> (B, N, E), unit length"""
-        return F.normalize(fp32(self.image_proj(self.visual(images)[:, 1:])), dim=-1)
+        return unit(self.image_proj(self.visual(images)[:, 1:]))
 
-    def embed_text(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def embed_text(self, x, tokens):
         """(B, L, D) text features -> (B, L, E), unit length, zero where there is no word"""
-        return F.normalize(fp32(self.text_proj(x)), dim=-1) * between_ends(tokens, self.eot)
+        return unit(self.text_proj(x)) * between_ends(tokens, self.eot)
 
-    def contrast(self, features: dict[str, Tensor], labels: None = None) -> dict[str, Tensor]:
-        return dict(token=sum(self.both_ways(losses.token_contrastive_loss(
-            features["image"], features["text"], self.logit_scale.exp(), self.config.token_top_k)).values()))
+    def contrast(self, features, labels=None):
+        return dict(token=token_contrast(self, features["image"], features["text"], self.logit_scale))
 
-    def total_loss(self, token: Tensor | float = 0.0) -> Tensor:
+    def total_loss(self, token=0.0):
         return self.config.token_weight * token
 
 
 def between_ends(tokens: Tensor, eot: int) -> Tensor:
-    """(B, L) -> (B, L, 1) bool, True for words: after the start token, before the end token"""
+    """(B, L) -> (B, L, 1) bool, True for words: after the start token, before the end token.
+
+    # FILIP: all but padding; here: without start and end, which name nothing that a patch could look for
+    """
     is_word = before_end(tokens, eot)
     is_word[:, 0] = False
     return is_word[..., None]
+
+
+def token_contrast(net: MaskCLIP, patches: Tensor, words: Tensor, logit_scale: Tensor) -> Tensor:
+    """FILIP's L_I + L_T of patches (B, N, E) and words (B, L, E)"""
+    pair = losses.token_contrastive_loss(patches, words, logit_scale.exp(), net.config.token_top_k)
+    return sum(net.both_ways(pair).values())
 
 
 class DeCLIP(MaskCLIP):
@@ -976,34 +977,34 @@ class DeCLIP(MaskCLIP):
         self.projector = own_stream("projector", mlp_head, E, S, S, S, norm_last=True)
         self.predictor = own_stream("predictor", mlp_head, S, S // 2, S)
         # until texts have filled it, the rest are random directions, which are rarely nearest
-        self.register_buffer("queue", F.normalize(own_stream("queue", torch.randn, config.queue_size, E), dim=-1))
+        self.register_buffer("queue", unit(own_stream("queue", torch.randn, config.queue_size, E)))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
-    def towers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch, answer=None):
         """batch holds view2 (B,3,H,W), tokens2 (B,L') besides, and images are a view too.  The first caption is seen
-        with masked words only.  -> (2B, 1+N, D) with both views of an image side by side; (B, L, D), (B, L', D)"""
+        with masked words only."""
         views = torch.stack([batch["images"], batch["view2"]], dim=1).flatten(0, 1)             # (2B, 3, H, W)
-        return self.visual(views), self.text(batch["corrupted"], self.eot), self.text(batch["tokens2"], self.eot)
+        text1, text2 = self.text(batch["corrupted"], self.eot), self.text(batch["tokens2"], self.eot)   # (B, L, D)
+        logits = self.word_classifier(text1.flatten(0, 1)[batch["chosen"]])                     # (n, V)
+        words = batch["tokens"].flatten()[batch["chosen"]]                                      # (n,)
+        L_MLM = losses.masked_language_loss(logits, words, batch["word_count"])
+        return self.features(batch, self.visual(views), text1, text2), dict(L_MLM=L_MLM)
 
-    def features(self, batch: dict[str, Tensor], views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
-        """What the towers returned -> image1, image2 (B, E) of any length, text1, text2 (B, E) of unit length"""
-        image = fp32(self.image_proj(self.pool_image(views)))                                   # (2B, E)
+    def features(self, batch, views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
+        """views (2B, 1+N, D), both of an image side by side, text1 (B, L, D), text2 (B, L', D) of the towers ->
+        image1, image2 (B, E) of any length, text1, text2 (B, E) of unit length"""
+        image = fp32(self.image_proj(pool_tokens(views, self.config.pool)))                     # (2B, E)
         return dict(image1=image[::2], image2=image[1::2], text1=self.embed_text(text1, batch["tokens"]),
                     text2=self.embed_text(text2, batch["tokens2"]))
 
-    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.features(batch, *self.towers(batch))
+    def encode(self, batch):
+        return self.forward(batch)[0]
 
-    def forward(self, batch: dict[str, Tensor], answer: None = None) -> tuple[dict, dict]:
-        views, text1, text2 = self.towers(batch)
-        logits = self.word_classifier(text1.flatten(0, 1)[batch["chosen"]])                        # (n, V)
-        words = batch["tokens"].flatten()[batch["chosen"]]                                      # (n,)
-        return (self.features(batch, views, text1, text2),
-                dict(L_MLM=losses.masked_language_loss(logits, words, batch["word_count"])))
-
-    def contrast(self, features: dict[str, Tensor], labels: None = None) -> dict[str, Tensor]:
+    def contrast(self, features, labels=None):
+        """L_I, L_T of each view with each caption; neighbor: of each view with the texts nearest to the captions;
+        simsiam: of the two views"""
         scale, texts = self.logit_scale.exp(), [features["text1"], features["text2"]]           # (B, E)
-        images = [F.normalize(features[name], dim=-1) for name in ("image1", "image2")]         # (B, E)
+        images = [unit(features[name]) for name in ("image1", "image2")]                        # (B, E)
         z1, z2 = (self.projector(features[name]) for name in ("image1", "image2"))              # (B, S)
         simsiam = losses.simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
         self.newest = [text.detach() for text in texts]
@@ -1013,7 +1014,7 @@ class DeCLIP(MaskCLIP):
         return dict(L_I=sum(pair["L_I"] for pair in pairs) / 4, L_T=sum(pair["L_T"] for pair in pairs) / 4,
                     neighbor=sum(neighbor) / 4, simsiam=simsiam)
 
-    def total_loss(self, L_I=0.0, L_T=0.0, L_MLM=0.0, neighbor=0.0, simsiam=0.0) -> Tensor:
+    def total_loss(self, L_I=0.0, L_T=0.0, L_MLM=0.0, neighbor=0.0, simsiam=0.0):
         c = self.config
         return (c.contrastive_weight * (L_I + L_T) + c.mlm_weight * L_MLM + c.neighbor_weight * neighbor
                 + c.simsiam_weight * simsiam)
@@ -1039,21 +1040,19 @@ class DeFILIP(DeCLIP):
         self.word_proj = own_stream("word_proj", nn.Linear, config.text_width, config.token_dim, bias=False)
         self.token_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def features(self, batch: dict[str, Tensor], views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
+    def features(self, batch, views, text1, text2):
         """DeCLIP's, and patches1, patches2 (B, N, E), words1 (B, L, E), words2 (B, L', E) as in FILIP"""
-        patches = F.normalize(fp32(self.patch_proj(views[:, 1:])), dim=-1)                      # (2B, N, E)
-        words1, words2 = (F.normalize(fp32(self.word_proj(x)), dim=-1) * between_ends(tokens, self.eot)
-                          for x, tokens in ((text1, batch["tokens"]), (text2, batch["tokens2"])))
+        patches = unit(self.patch_proj(views[:, 1:]))                                           # (2B, N, E)
         return dict(super().features(batch, views, text1, text2), patches1=patches[::2], patches2=patches[1::2],
-                    words1=words1, words2=words2)
+                    words1=unit(self.word_proj(text1)) * between_ends(batch["tokens"], self.eot),
+                    words2=unit(self.word_proj(text2)) * between_ends(batch["tokens2"], self.eot))
 
-    def contrast(self, features: dict[str, Tensor], labels: None = None) -> dict[str, Tensor]:
-        token = [sum(self.both_ways(losses.token_contrastive_loss(
-            features[p], features[w], self.token_logit_scale.exp(), self.config.token_top_k)).values())
-            for p in ("patches1", "patches2") for w in ("words1", "words2")]
+    def contrast(self, features, labels=None):
+        token = [token_contrast(self, features[p], features[w], self.token_logit_scale)
+                 for p in ("patches1", "patches2") for w in ("words1", "words2")]
         return dict(super().contrast(features), token=sum(token) / 4)
 
-    def total_loss(self, token: Tensor | float = 0.0, **terms) -> Tensor:
+    def total_loss(self, token=0.0, **terms):
         return super().total_loss(**terms) + self.config.token_weight * token
 
     @torch.no_grad()
@@ -1062,7 +1061,6 @@ class DeFILIP(DeCLIP):
         self.token_logit_scale.clamp_(0, math.log(100))
 
 
-COMPARED_PARTS = ("head", "word_classifier", "projector", "predictor", "patch_proj", "word_proj")
 COMPARED = {"slip": SLIP, "filip": FILIP, "declip": DeCLIP, "defilip": DeFILIP}
 
 
@@ -1086,7 +1084,7 @@ def save_atomically(path: Path, state: dict) -> bool:
         os.replace(temporary, path)
         return True
     except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
-        say(f"warning: {path} was not saved ({str(error).splitlines()[0]}); the one before it stays, and training goes "
+        say(f"warning: {path} was not saved ({one_line(error)}); the one before it stays, and training goes "
             f"on", file=sys.stderr)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1144,17 +1142,10 @@ def check_sizes(config: Config, eot: int, weights: dict[str, Tensor], file_size:
     """An error if the config asks for other weights than there are, before memory is taken for what it asks."""
     if sum(value.numel() * value.element_size() for value in weights.values()) > file_size:
         raise ValueError("the weights claim to be larger than the file")
-    if config.method not in METHODS:
-        raise ValueError(f"method {config.method} is unknown to this version")
     if config.depth + config.text_depth > len(weights):
         raise ValueError(f"{config.depth} and {config.text_depth} blocks, but only {len(weights)} weights")
-    with torch.device("meta"):
-        wanted = build(config, eot).state_dict()
-    for name in sorted(wanted.keys() | weights.keys()):
-        said, there = (tuple(x[name].shape) if name in x else "nothing" for x in (wanted, weights))
-        if said != there:
-            raise ValueError(f"{name} should be {said}, the file has {there}")
-
+    with torch.device("meta"):                                              # tensors that have shapes but no numbers
+        build(config, eot).load_state_dict(weights, assign=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1209,12 +1200,6 @@ def renormalize(state: dict[str, Tensor], mean, std) -> dict[str, Tensor]:
                     "visual.patch_embed.proj.bias": bias + weight.sum(dim=(2, 3)) @ shift}
 
 
-def to_timm(model: MaskCLIP) -> dict[str, Tensor]:
-    """What timm's VisionTransformer of this size loads; for our dialect clip that with pre_norm=True."""
-    state = model.visual.state_dict()
-    return state if model.config.dialect == "timm" else bias_into_positions(state)
-
-
 def to_open_clip(model: MaskCLIP) -> dict[str, Tensor]:
     """What open_clip's CLIP loads when it is built with `open_clip_config`."""
     state = {name: value for name, value in model.state_dict().items() if name.startswith(BOTH_HAVE)}
@@ -1257,28 +1242,34 @@ def open_clip_config(c: Config) -> dict:
     return dict(embed_dim=c.embed_dim, quick_gelu=c.dialect == "openai", vision_cfg=vision, text_cfg=text)
 
 
-def config_from_open_clip(theirs: dict) -> Config:
+def with_defaults(model_cfg: dict) -> dict:
+    """open_clip's model_cfg, what it leaves out filled in: the whole, vision_cfg and text_cfg."""
+    vision = dict(head_width=64, pool_type="tok", mlp_ratio=4) | model_cfg["vision_cfg"]
+    text = dict(context_length=77, vocab_size=49408, mlp_ratio=4) | model_cfg["text_cfg"]
+    return dict(model_cfg, vision_cfg=vision, text_cfg=text)
+
+
+def config_from_open_clip(model_cfg: dict) -> Config:
     """The Config whose open_clip_config says the same; UserError names what has no counterpart here."""
     try:
-        vision = dict(head_width=64, pool_type="tok") | theirs["vision_cfg"]
-        text = dict(context_length=77, vocab_size=49408) | theirs["text_cfg"]
-        c = replace(PAPER, method="clip", image_size=vision["image_size"], patch_size=vision["patch_size"],
-                    width=vision["width"], depth=int(vision["layers"]), heads=vision["width"] // vision["head_width"],
-                    pool="mean" if vision["pool_type"] == "avg" else "cls", text_width=text["width"],
-                    text_depth=text["layers"], text_heads=text["heads"], context_length=text["context_length"],
-                    vocab_size=text["vocab_size"], embed_dim=theirs["embed_dim"], dialect="timm" if
-                    vision.get("no_ln_pre") else "openai" if theirs.get("quick_gelu") else "clip")
-        ours = open_clip_config(c)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"open_clip's config is not that of a plain vision transformer with CLIP's text tower "
-                        f"({type(error).__name__} {error})") from None
+        theirs = with_defaults(model_cfg)
+        vision, text = theirs["vision_cfg"], theirs["text_cfg"]
+        dialect = "timm" if vision.get("no_ln_pre") else "openai" if theirs.get("quick_gelu") else "clip"
+        c = replace(PAPER, method="clip", dialect=dialect, image_size=vision["image_size"],
+                    patch_size=vision["patch_size"], width=vision["width"], depth=int(vision["layers"]),
+                    heads=vision["width"] // vision["head_width"],
+                    pool="mean" if vision["pool_type"] == "avg" else "cls",
+                    text_width=text["width"], text_depth=text["layers"], text_heads=text["heads"],
+                    context_length=text["context_length"], vocab_size=text["vocab_size"], embed_dim=theirs["embed_dim"])
+        ours = with_defaults(open_clip_config(c))
+    except Exception as error:
+        raise UserError(f"open_clip's config is not that of a plain vision transformer with CLIP's text tower: "
+                        f"{one_line(error)}") from None
     free = {"vision_cfg", "text_cfg", "tokenizer_kwargs", "hf_tokenizer_name", "init_logit_scale"}
-    mlp = dict(mlp_ratio=4)
-    for part, said, want in (("vision_cfg", mlp | vision, mlp | ours["vision_cfg"]), ("model_cfg", theirs, ours),
-                             ("text_cfg", mlp | text, mlp | ours["text_cfg"])):
+    for said, want in ((vision, ours["vision_cfg"]), (text, ours["text_cfg"]), (theirs, ours)):
         for key in (said.keys() | want.keys()) - free:
             if (said.get(key) or None) != (want.get(key) or None):
-                raise UserError(f"open_clip's {part} has {key} = {said.get(key)}, for which our towers have no "
+                raise UserError(f"open_clip's config has {key} = {said.get(key)}, for which our towers have no "
                                 f"counterpart: wanted {want.get(key)}")
     return c
 
@@ -1292,70 +1283,58 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The file format of timm's and open_clip's hub: 8 bytes length of the header, the header in JSON, the numbers."""
     raw = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
-    entries = {name: entry for name, entry in json.loads(raw[8:start]).items() if name != "__metadata__"}
-    if sum(math.prod(entry["shape"]) for entry in entries.values()) > len(raw):             # many names for one place
-        raise ValueError(f"the header tells of more numbers than fit into {len(raw)} bytes")
-    return {name: torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]], count=math.prod(entry["shape"]),
-                                   offset=start + entry["data_offsets"][0]).reshape(entry["shape"])
-            for name, entry in entries.items()}
-
-
-def write_safetensors(state: dict[str, Tensor], path: Path):
-    """The same the other way; all numbers as float32."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in state.items():
-        header[name] = dict(dtype="F32", shape=list(tensor.shape), data_offsets=[at, at + 4 * tensor.numel()])
-        at += 4 * tensor.numel()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    numbers = (tensor.detach().float().cpu().contiguous().numpy().tobytes() for tensor in state.values())
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(numbers))
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    if sum(last - first for first, last in (entry["data_offsets"] for entry in header.values())) != len(raw) - start:
+        raise ValueError("the header tells of more or fewer numbers than there are")
+    state = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        numbers = torch.frombuffer(raw[start + first:start + last], dtype=DTYPES[entry["dtype"]])
+        state[name] = numbers.reshape(entry["shape"])
+    return state
 
 
 @contextlib.contextmanager
-def reading(path):
-    """Of a damaged or foreign file, whatever stumbles over it is told in one line."""
+def telling(what: str):
+    """Of a damaged or foreign file, or a folder that takes none, whatever stumbles over it is told in one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"cannot read weights from {path}: {one_line(error)}") from None
+        raise UserError(f"{what}: {one_line(error)}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """float32 tensors by name, from a .safetensors or from what torch.save wrote, where they may lie a dict deeper."""
     if not path.is_file():
         raise UserError(f"no file {path}: wanted weights as timm or open_clip publish them")
-    with reading(path):
+    with telling(f"cannot read weights from {path}"):
         state = (read_safetensors(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
         state = next((state[key] for key in ("state_dict", "model") if key in state), state)
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}    # DDP, compile
+        # DistributedDataParallel and torch.compile leave their marks before names
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
         return {name: value.float() for name, value in state.items() if name not in NOT_WEIGHTS}
 
 
-@dataclass
-class Public:
-    """Public weights under our names, for our pixels, and what is said of them."""
-    state: dict[str, Tensor]
-    towers: tuple[str, ...]         # beginnings of the names that must all be there
-    config: Config | None           # of an image tower alone: None
-    dialect: str
-    resize: str = "shortest"        # how images were made square in training
+def read_public(spec: str, config: Config) -> tuple[dict[str, Tensor], Config]:
+    """timm:FILE or open_clip:DIR -> weights under our names, for our pixels, and the Config of their towers.
 
-
-def read_public(spec: str) -> Public:
-    """timm:FILE or open_clip:DIR"""
+    config: says of a timm tower what its file does not, its size.
+    """
     kind, _, path = spec.partition(":")
-    if kind not in ("timm", "open_clip"):
-        raise UserError(f"{spec!r} names no public weights: wanted timm:FILE or open_clip:DIR")
     path = Path(path).expanduser()
-    with reading(path):
-        return read_timm(path) if kind == "timm" else read_open_clip(path)
+    with telling(f"cannot read weights from {path}"):
+        if kind == "timm":
+            return read_timm(path, config)
+        if kind == "open_clip":
+            return read_open_clip(path)
+    raise UserError(f"{spec!r} names no public weights: wanted timm:FILE or open_clip:DIR")
 
 
-def read_timm(path: Path) -> Public:
+def read_timm(path: Path, config: Config) -> tuple[dict[str, Tensor], Config]:
     """A timm image tower, without its head.
 
     How its pixels are normalized, and whether a tower of CLIP's kind has QuickGELU, says the config.json beside it, as
@@ -1374,23 +1353,24 @@ def read_timm(path: Path) -> Public:
     if dialect == "clip" and "architecture" not in about:
         say(f"note: no config.json beside {path} names its architecture: GELU is assumed, not OpenAI's QuickGELU")
     state = renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD))
-    return Public(state, ("visual.",), None, dialect)
+    return state, replace(config, dialect=dialect)
 
 
-def read_open_clip(path: Path) -> Public:
+def read_open_clip(path: Path) -> tuple[dict[str, Tensor], Config]:
     """A folder as open_clip's hub has them: open_clip_config.json and one of OPEN_CLIP_FILES; or that file."""
-    folder = path if path.is_dir() else path.parent
-    file = next((folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()), None) if path.is_dir() else path
-    if file is None:
+    files = [path / name for name in OPEN_CLIP_FILES if (path / name).is_file()] if path.is_dir() else [path]
+    if not files:
         raise UserError(f"no weights in {path}: wanted {' or '.join(OPEN_CLIP_FILES)}")
-    if not (folder / "open_clip_config.json").is_file():
-        raise UserError(f"no open_clip_config.json beside {file}: write what open_clip.get_model_config(NAME) returns "
+    about = files[0].with_name("open_clip_config.json")
+    if not about.is_file():
+        raise UserError(f"no {about.name} beside {files[0]}: write what open_clip.get_model_config(NAME) returns "
                         f"there, as JSON")
-    about = read_json(folder / "open_clip_config.json")
+    about = read_json(about)
     config = config_from_open_clip(about.get("model_cfg", about))
     pixels = OPENAI_PIXELS | about.get("preprocess_cfg", {})
-    state = renormalize(from_open_clip(read_weights(file)), pixels["mean"], pixels["std"])
-    return Public(state, BOTH_HAVE, config, config.dialect, pixels.get("resize_mode", "shortest"))
+    if pixels.get("resize_mode", "shortest") != "shortest":
+        say(f"note: its images were resized by {pixels['resize_mode']} in training: evaluate with --squash")
+    return renormalize(from_open_clip(read_weights(files[0])), pixels["mean"], pixels["std"]), config
 
 
 def read_merges(path: str) -> BytePairTokenizer:
@@ -1399,91 +1379,83 @@ def read_merges(path: str) -> BytePairTokenizer:
     folder = folder if folder.is_dir() else folder.parent
     for file, opener in ((folder / "merges.txt.gz", gzip.open), (folder / "merges.txt", open)):
         if file.is_file():
-            with reading(file), opener(file, "rt", encoding="utf-8") as lines:
+            with telling(f"cannot read {file}"), opener(file, "rt", encoding="utf-8") as lines:
                 return BytePairTokenizer.from_state({"merges": lines.read(1 << 24).partition("\n")[2]})
     raise UserError(f"no merges.txt beside the weights in {folder}: give CLIP's merges file with --bpe")
 
 
 # ---- in and out ------------------------------------------------------------------------------------------------------
 
-def load_public(model: MaskCLIP, public: Public, spec: str):
-    """Loads the weights.  Strict for public.towers, but for the mask token, ours alone."""
+def load_public(model: MaskCLIP, state: dict[str, Tensor], spec: str):
+    """Strict, but for what public weights do not have: the mask token, and all but the image tower in timm's."""
+    has = ("visual.",) if spec.startswith("timm:") else BOTH_HAVE
+    ours = {name: value for name, value in model.state_dict().items()
+            if not name.startswith(has) or name == "text.mask_token"}
     try:
-        missing, unknown = model.load_state_dict(public.state, strict=False)
+        model.load_state_dict(ours | state)
     except RuntimeError as error:
-        raise UserError(f"{spec} is of another size: {' '.join(str(error).splitlines()[1].split())}") from None
-    missing = [name for name in missing if name.startswith(public.towers) and name != "text.mask_token"]
-    if missing or unknown:
-        raise UserError(f"{spec} does not fit a tower of dialect {model.config.dialect}: it lacks "
-                        f"{', '.join(missing[:3]) or 'nothing'}, and has {', '.join(unknown[:3]) or 'nothing'} besides")
+        raise UserError(f"{spec} does not fit a tower of dialect {model.config.dialect}: {one_line(error)}") from None
 
 
 def initialize(model: MaskCLIP, spec: str):
     """The start of a run from public weights: timm:FILE, its image tower; open_clip:DIR, all but masked branches."""
-    public = read_public(spec)
-    theirs = public.config or replace(model.config, dialect=public.dialect)
+    state, theirs = read_public(spec, model.config)
     for f in fields(Config):
         said, ours = getattr(theirs, f.name), getattr(model.config, f.name)
         if f.metadata["group"].endswith("tower") and f.name not in FREE_AT_START and said != ours:
             raise UserError(f"{spec} has {f.name} {said}, this run {ours}: give --{f.name.replace('_', '-')} {said}")
-    load_public(model, public, spec)
+    load_public(model, state, spec)
 
 
 def import_public(spec: str, preset: str, bpe: str | None, out: Path):
     """Public weights -> a checkpoint that all evaluation scripts read."""
-    public = read_public(spec)
-    if public.config:
-        config, next_step = public.config, "eval_zeroshot.py"
-        tokenizer = BytePairTokenizer.from_file(bpe) if bpe else read_merges(spec.partition(":")[2])
-        note = f"dialect {config.dialect}, {config.image_size} px, {tokenizer.vocab_size} tokens"
+    state, config = read_public(spec, replace(PRESETS[preset], method="clip"))
+    if spec.startswith("timm:"):
+        tokenizer, next_step = BytePairTokenizer([]), "eval_linear.py"
+        note = f"an image tower of preset {preset}, dialect {config.dialect}; its text tower is untrained"
     else:
-        config, next_step = replace(PRESETS[preset], method="clip", dialect=public.dialect), "eval_linear.py"
-        tokenizer = BytePairTokenizer([])
-        note = f"an image tower of preset {preset}, dialect {public.dialect}; its text tower is untrained"
-    if public.resize != "shortest":
-        note += f"; it was trained with images resized by {public.resize}: evaluate with --squash"
+        tokenizer = BytePairTokenizer.from_file(bpe) if bpe else read_merges(spec.partition(":")[2])
+        next_step = "eval_zeroshot.py"
+        note = f"dialect {config.dialect}, {config.image_size} px, {tokenizer.vocab_size} tokens"
     model = MaskCLIP(config, tokenizer.eot)
-    load_public(model, public, spec)
-    with writing(out):
+    load_public(model, state, spec)
+    with telling(f"{out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
     if not save_checkpoint(out, model, tokenizer, config):
         raise UserError(f"{out} could not be written")
     print(f"{out}: {note}.  Next: python {next_step} {out}")
 
 
-@contextlib.contextmanager
-def writing(path):
-    try:
-        yield
-    except (OSError, RuntimeError) as error:                    # torch.save's are RuntimeErrors
-        raise UserError(f"{path} cannot be written: {one_line(error)}") from None
-
-
 def export(model: MaskCLIP, tokenizer: BytePairTokenizer, kind: str, path: Path):
     """Writes weights for timm (a file) or open_clip (a folder that `open_clip.create_model("local-dir:...")` takes)."""
-    if kind not in ("timm", "open_clip"):
-        raise UserError(f"cannot export for {kind}: wanted --export timm FILE, or --export open_clip DIR")
-    with writing(path):
-        export_timm(model, path) if kind == "timm" else export_open_clip(model, tokenizer, path)
+    with telling(f"{path} cannot be written"):
+        if kind == "timm":
+            return export_timm(model, path)
+        if kind == "open_clip":
+            return export_open_clip(model, tokenizer, path)
+    raise UserError(f"cannot export for {kind}: wanted --export timm FILE, or --export open_clip DIR")
 
 
 def export_timm(model: MaskCLIP, path: Path):
-    c, is_safetensors = model.config, path.suffix == ".safetensors"
+    """What timm's VisionTransformer of this size loads; for our dialect clip that with pre_norm=True."""
+    c, state, more = model.config, model.visual.state_dict(), ""
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} would be a torch file: wanted --export timm with a name that ends in .pth")
+    if c.dialect != "timm":
+        state, more = bias_into_positions(state), ", pre_norm=True, CLIP norms of eps 1e-5"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(to_timm(model), path) if is_safetensors else torch.save(to_timm(model), path)
+    torch.save(state, path)
     print(f"timm: VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.width}, "
-          f"depth={c.depth}, num_heads={c.heads}, num_classes=0"
-          f"{'' if c.dialect == 'timm' else ', pre_norm=True, CLIP norms of eps 1e-5'}).load_state_dict("
-          f"{'safetensors.torch.load_file' if is_safetensors else 'torch.load'}('{path}')); pixels normalized with "
-          f"mean {MEAN}, std {STD}")
+          f"depth={c.depth}, num_heads={c.heads}, num_classes=0{more}).load_state_dict(torch.load('{path}')); pixels "
+          f"normalized with mean {MEAN}, std {STD}")
 
 
 def export_open_clip(model: MaskCLIP, tokenizer: BytePairTokenizer, path: Path):
     c = model.config
-    for is_theirs, ours in ((c.pool in POOLS, f"--pool {c.pool}; it has cls and mean"),
-                            (c.causal, "with --no-causal ours hides the padding"),
-                            (c.method != "filip", "FILIP compares patches with words")):
-        if not is_theirs:
+    for lacks, ours in ((c.pool not in POOLS, f"--pool {c.pool}; it has cls and mean"),
+                        (not c.causal, "with --no-causal ours hides the padding"),
+                        (c.method == "filip", "FILIP compares patches with words")):
+        if lacks:
             raise UserError(f"open_clip has no model like this one: {ours}")
     path.mkdir(parents=True, exist_ok=True)
     described, merges, note = open_clip_config(c), tokenizer.state()["merges"], ""
@@ -1516,59 +1488,53 @@ class Cost:
 
 def costs(config: Config, words: int | None = None, bf16: bool = False) -> list[Cost]:
     """The branches that config.method trains, for captions of `words` tokens (default: the full context length), and
-    last all of a step: nothing is counted twice, optimizer and averages not at all.
+    last all of a step at once: nothing is counted twice, optimizer and averages not at all.
 
-    Each is run for two pairs and for four: what the two more add is what two pairs cost.
+    The contrast is left out: it is one product of embeddings with those of the batch.
     """
-    two, four = (branches(config, B, words or config.context_length, bf16) for B in (2, 4))
-    rows = [Cost(a.name, a.parameters, *((getattr(b, x) - getattr(a, x)) / 2 for x in ("flops", "step_flops", "kept")))
-            for a, b in zip(two, four)]
-    if config.method not in COMPARED:
-        rows.append(Cost("all", 0, *(sum(getattr(row, x) for row in rows) for x in ("flops", "step_flops", "kept"))))
-    rows[-1].parameters = 1 + sum(row.parameters for row in rows)                               # 1: the logit scale
-    return rows
-
-
-def branches(config: Config, B: int, L: int, bf16: bool) -> list[Cost]:
-    """Each branch for B pairs.  The contrast is left out: it is one product of embeddings with those of the batch."""
-    c, method = replace(config, drop_path=0.0), METHODS[config.method]
+    c, L, method = replace(config, drop_path=0.0), words or config.context_length, METHODS[config.method]
+    B = 1024                                # so many that what is kept once, whatever the batch, does not count
     keep, hidden = random_mask(B, c.grid ** 2, c.mask_ratio)
     with torch.device("meta"):
         net = build(c, eot=c.vocab_size - 1)
-        teacher = Teacher(net) if method["predicts"] == "teacher" else nn.Identity()
+        teacher = Teacher(net) if method["predicts"] == "teacher" else None
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        net.to_empty(device="cpu"), teacher.to_empty(device="cpu")
+        net.to_empty(device="cpu")
         images, tokens = torch.zeros(B, 3, c.image_size, c.image_size), torch.zeros(B, L, dtype=torch.long)
         chosen = torch.zeros(B * max(1, round(c.word_ratio * (L - 2))), dtype=torch.long)
-        batch = dict(images=images, view1=images, view2=images, tokens=tokens, tokens2=tokens, chosen=chosen,
-                     word_count=torch.ones(()))
-        batch |= dict(corrupted=tokens) if method["mlm"] else {}
-        answer = teacher(images, hidden) if method["predicts"] == "teacher" else None
-
-        def branch(name: str, forward: Callable, *parts: str) -> Cost:
-            own = [p for part in parts for p in getattr(net, part, nn.Identity()).parameters()]
-            return Cost(name, sum(p.numel() for p in own), *measure(forward, net))
-        found = [branch("image tower", lambda: net.encode_image(images), "visual", "image_proj"),
-                 branch("text tower", lambda: net.embed_text(net.text(tokens, net.eot), tokens), "text", "text_proj")]
-        if c.method in COMPARED:
-            return [*found, branch("all", lambda: net(batch), *COMPARED_PARTS)]
-        if answer:
-            found.append(branch("teacher", lambda: teacher(images, hidden)))
-        if net.predicts:
-            found.append(branch("masked image", lambda: net.predict_hidden(images, keep, hidden, answer), "decoder",
-                                "quantizer", "predict"))
+        batch = dict(images=images, view1=images, view2=images, keep=keep, hidden=hidden, tokens=tokens, tokens2=tokens,
+                     chosen=chosen, word_count=torch.ones(()))
         if method["mlm"]:
-            found.append(branch("masked text", lambda: net.predict_words(
-                net.text(tokens, net.eot), tokens, chosen, batch["word_count"]), "text_decoder"))
-        return found
+            batch["corrupted"] = tokens
+        if teacher:
+            teacher.to_empty(device="cpu")
+
+        def answer():
+            return teacher(images, hidden) if teacher else None
+
+        def cost(name: str, forward: Callable, *parts: nn.Module) -> Cost:
+            parameters = sum(p.numel() for part in parts for p in part.parameters())
+            return Cost(name, parameters, *(x / B for x in measure(forward, net)))
+        rows = [cost("image tower", lambda: net.encode_image(images), net.visual, net.image_proj),
+                cost("text tower", lambda: net.embed_text(net.text(tokens, net.eot), tokens), net.text, net.text_proj)]
+        if teacher:
+            rows.append(cost("teacher", answer))
+        if net.predicts:
+            said = answer()
+            rows.append(cost("masked image", lambda: net.predict_hidden(images, keep, hidden, said), net.decoder,
+                             net.quantizer if net.predicts == "codes" else net.predict))
+        if method["mlm"] and c.method not in COMPARED:
+            rows.append(cost("masked text", lambda: net.predict_words(
+                net.text(tokens, net.eot), tokens, chosen, batch["word_count"]), net.text_decoder))
+        return [*rows, cost("all", lambda: net(batch, answer()), net)]
 
 
 # torch counts those of its other attention kernels by itself; query, key and value come last of those with a shape
 ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *rest, out_shape=None, **more: sdpa_flop_count(q, k, v),
+        lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *rest, out_shape=None, **more: sdpa_backward_flop_count(grad, q, k, v)}
+        lambda grad, q, k, v, *rest, **more: sdpa_backward_flop_count(grad, q, k, v)}
 
 
 def measure(forward: Callable, net: nn.Module) -> tuple[float, float, float]:
@@ -1582,10 +1548,9 @@ def measure(forward: Callable, net: nn.Module) -> tuple[float, float, float]:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             results = [x for x in tree_leaves(forward()) if x.requires_grad]
         flops = counter.get_total_flops()
+        weights = {p.untyped_storage()._cdata for p in net.parameters()}
         alive = [x.untyped_storage() for ref in seen if (x := ref()) is not None]
-        kept = {storage._cdata: storage.nbytes() for storage in alive}
-        for parameter in net.parameters():
-            kept.pop(parameter.untyped_storage()._cdata, None)
+        kept = {storage._cdata: storage.nbytes() for storage in alive if storage._cdata not in weights}
         if results:
             sum(x.sum() for x in results).backward()
         return flops, counter.get_total_flops(), sum(kept.values())
@@ -1614,25 +1579,25 @@ def main(argv=None):
     out = cli.add_argument_group("our weights for others")
     out.add_argument("checkpoint", nargs="?", help="what train.py wrote, as runs/pocket/last.pt")
     out.add_argument("--export", nargs=2, metavar=("timm|open_clip", "PATH"),
-                     help="timm: the image tower's state dict, to the file PATH, a .pth or a .safetensors; open_clip: "
-                          "config, weights and merges, to the folder PATH")
+                     help="timm: the image tower's state dict, to the file PATH, a .pth; open_clip: config, "
+                          "weights and merges, to the folder PATH")
     into = cli.add_argument_group("public weights for us")
     into.add_argument("--import", dest="source", metavar="SPEC", help="timm:FILE, an image tower; open_clip:DIR, a "
                       "folder with open_clip_config.json, weights and merges.txt, as each repository on the hub has")
     into.add_argument("--out", metavar="FILE", help="the checkpoint to write, which all evaluation scripts read")
     into.add_argument("--bpe", help="CLIP's merges file, where there is no merges.txt beside the weights")
     o = cli.parse_args(argv)
-    if not o.source and (o.out or o.bpe) or o.source and (o.export or o.checkpoint or not o.out):
-        raise UserError("to import: python model.py --import timm:FILE|open_clip:DIR --out CHECKPOINT [--bpe MERGES]")
-    if o.export and not o.checkpoint:
-        raise UserError("to export: python model.py CHECKPOINT --export timm FILE, or --export open_clip DIR")
-    if o.source:
+    if o.source and o.out and not o.checkpoint and not o.export:
         return import_public(o.source, o.preset, o.bpe, Path(o.out))
-    if o.checkpoint:
-        model, tokenizer, config = load_checkpoint(o.checkpoint)
+    if o.source or o.out or o.bpe or o.export and not o.checkpoint:
+        raise UserError("wanted python model.py CHECKPOINT --export timm FILE|open_clip DIR, or python model.py "
+                        "--import timm:FILE|open_clip:DIR --out CHECKPOINT [--bpe MERGES]")
+    if not o.checkpoint:
+        return describe(preset_for(o.preset, o.method), o.words)
+    model, tokenizer, config = load_checkpoint(o.checkpoint)
     if o.export:
         return export(model, tokenizer, o.export[0], Path(o.export[1]))
-    describe(config if o.checkpoint else preset_for(o.preset, o.method), o.words)
+    describe(config, o.words)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from torch import nn
 
 import data
 import model
-from conftest import SHARED, needs_shared
+from conftest import SHARED, needs_shared, run_script
 from data import BytePairTokenizer, EvalTransform, UserError
-from model import PAPER, PRESETS, MaskCLIP, load_checkpoint, load_state, save_checkpoint
-from test_plan import known
-from test_train import trained
+from model import PAPER, PRESETS, MaskCLIP
+from train import load_checkpoint, load_state, save_checkpoint
 
 CAPTIONS = ["a photo of a cat", "two dogs, a red ball & a café!", "", "word " * 200]
 TINY = replace(PRESETS["pocket"], image_size=32, width=64, depth=2, heads=4, text_width=48, text_heads=4,
@@ -50,6 +49,13 @@ def saved(path, config, tokenizer) -> MaskCLIP:
     return net
 
 
+def run_model(capsys, *arguments) -> str:
+    """What model.py prints, in this process."""
+    capsys.readouterr()
+    model.main([str(word) for word in arguments])
+    return capsys.readouterr().out
+
+
 def toy_vocabulary() -> BytePairTokenizer:
     return BytePairTokenizer.train(["a photo of a cat and of a dog, of two dogs and a red ball"] * 3, 540)
 
@@ -58,69 +64,40 @@ def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture
-def run_model(capsys):
-    """model.py with these words, in this process; what it says."""
-    def run(*words) -> str:
-        model.main([*map(str, words)])
-        return capsys.readouterr().out
-    return run
-
-
-def refused(text: str, *words):
-    """model.py refuses these words, in one line that says so."""
-    with pytest.raises(UserError, match=text) as told:
-        model.main([*map(str, words)])
-    assert "\n" not in str(told.value)
-
-
 # ------------------------------------------------------------------------------------------------------------- timm
 
-@pytest.mark.parametrize("changes, file", [
-    (dict(), "vit.pth"), (dict(), "vit.safetensors"), (dict(dialect="clip"), "vit.pth"),
-    (dict(patch_size=16, depth=3, method="clip"), "vit.pth")])
-def test_to_timm(timm, run_model, tmp_path, changes, file):
+@pytest.mark.parametrize("changes", [dict(), dict(dialect="clip"), dict(patch_size=16, depth=3, method="clip")])
+def test_to_timm(timm, tmp_path, changes, capsys):
     config = replace(TINY, **changes)
     ours = saved(tmp_path / "last.pt", config, toy_vocabulary())
-    said = run_model(tmp_path / "last.pt", "--export", "timm", tmp_path / "to" / file)
+    said = run_model(capsys, tmp_path / "last.pt", "--export", "timm", tmp_path / "to" / "vit.pth")
     assert "img_size=32" in said and "num_heads=4" in said
     extra = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5)) if config.dialect == "clip" else {}
     theirs = timm.models.VisionTransformer(img_size=32, patch_size=config.patch_size, embed_dim=64, depth=config.depth,
                                            num_heads=4, num_classes=0, **extra).eval()
-    timm.models.load_checkpoint(theirs, str(tmp_path / "to" / file), strict=True)
+    timm.models.load_checkpoint(theirs, str(tmp_path / "to" / "vit.pth"), strict=True)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         close(ours.visual(images), theirs.forward_features(images))
 
 
-def test_weights_go_out_under_timms_names_which_are_ours(run_model, tmp_path):
-    tower = saved(tmp_path / "last.pt", TINY, toy_vocabulary()).visual.state_dict()
-    said = run_model(tmp_path / "last.pt", "--export", "timm", tmp_path / "vit.safetensors")
-    assert said.startswith("timm: VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4")
-    read = model.read_safetensors(tmp_path / "vit.safetensors")
-    assert read.keys() == tower.keys() and all(torch.equal(read[name], tower[name]) for name in tower)
-
-
-@pytest.mark.parametrize("kind, path", [("timm", "folder"), ("open_clip", "file"), ("timm", "file/vit.pth")])
-def test_weights_that_cannot_be_written(tmp_path, kind, path):
+@pytest.mark.parametrize("kind, path, says", [
+    ("timm", "folder", "folder cannot be written"), ("open_clip", "file", "file cannot be written"),
+    ("timm", "file/vit.pth", "cannot be written"), ("timm", "vit.safetensors", "ends in .pth"),
+    ("onnx", "x", "cannot export for onnx")])
+def test_weights_that_cannot_be_written(tmp_path, kind, path, says):
     saved(tmp_path / "last.pt", replace(TINY, pool="cls"), toy_vocabulary())
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
-    refused(f"{path} cannot be written: ", tmp_path / "last.pt", "--export", kind, tmp_path / path)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_safetensors_there_and_back(tmp_path):
-    state = {"a": torch.randn(3, 4), "b.c": torch.randn(()), "d": torch.randn(2, 6).T}
-    model.write_safetensors(state, tmp_path / "x.safetensors")
-    read = model.read_safetensors(tmp_path / "x.safetensors")
-    assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
+    with pytest.raises(UserError, match=says) as told:
+        model.main([str(tmp_path / "last.pt"), "--export", kind, str(tmp_path / path)])
+    assert "\n" not in str(told.value) and (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.slow
-def test_vit_b16_to_timm(timm, run_model, tmp_path):
+def test_vit_b16_to_timm(timm, tmp_path, capsys):
     ours = saved(tmp_path / "last.pt", replace(PAPER, method="clip", vocab_size=600), toy_vocabulary())
-    run_model(tmp_path / "last.pt", "--export", "timm", tmp_path / "vit.pth")
+    run_model(capsys, tmp_path / "last.pt", "--export", "timm", tmp_path / "vit.pth")
     theirs = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
     theirs.load_state_dict(torch.load(tmp_path / "vit.pth", weights_only=True))
     images = torch.randn(2, 3, 224, 224)
@@ -129,7 +106,7 @@ def test_vit_b16_to_timm(timm, run_model, tmp_path):
 
 
 @pytest.mark.parametrize("dialect", ["timm", "clip", "openai"])
-def test_from_timm(timm, run_model, tmp_path, dialect):
+def test_from_timm(timm, tmp_path, dialect, capsys):
     """With a classifier's head, in safetensors, and with pixels normalized another way, which config.json tells."""
     save_file = pytest.importorskip("safetensors.torch", reason="writing safetensors needs safetensors").save_file
     extra = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5)) if dialect != "timm" else {}
@@ -141,7 +118,7 @@ def test_from_timm(timm, run_model, tmp_path, dialect):
     (tmp_path / "config.json").write_text(json.dumps(dict(
         about, pretrained_cfg=dict(mean=[0.5] * 3, std=[0.4, 0.5, 0.6]))))
     out = tmp_path / "x.pt"
-    said = run_model("--import", f"timm:{tmp_path}/model.safetensors", "--preset", "pocket", "--out", out)
+    said = run_model(capsys, "--import", f"timm:{tmp_path}/model.safetensors", "--preset", "pocket", "--out", out)
     ours, _, config = load_checkpoint(out)
     assert config.dialect == dialect and ("GELU is assumed" in said) == (dialect == "clip")
     pixels = torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8)
@@ -177,17 +154,17 @@ def picture() -> Image.Image:
     dict(),                                                         # mean pooling, its own vocabulary, masked words
     dict(pool="cls", method="clip"), dict(dialect="clip"), dict(dialect="openai", pool="cls"),
 ], ids=str)
-def test_to_open_clip_and_back(open_clip, run_model, tmp_path, changes):
+def test_to_open_clip_and_back(open_clip, tmp_path, changes):
     tokenizer, folder = toy_vocabulary(), tmp_path / "to"
     ours = saved(tmp_path / "last.pt", replace(TINY, **changes), tokenizer)
-    said = run_model(tmp_path / "last.pt", "--export", "open_clip", folder)
+    said = run_script("model.py", tmp_path / "last.pt", "--export", "open_clip", folder).stdout
     assert "bpe_path" in said, "a vocabulary of its own lies at a path, which must be said"
     theirs, pixels, our_pixels = compare(open_clip, folder, ours, tokenizer, picture())
     close(data.normalize(our_pixels), pixels)
     with torch.no_grad():
         close(ours.encode_image(pixels), theirs.encode_image(pixels, normalize=True))
 
-    run_model("--import", f"open_clip:{folder}", "--out", tmp_path / "back.pt")
+    run_script("model.py", "--import", f"open_clip:{folder}", "--out", tmp_path / "back.pt")
     back, words, config = load_checkpoint(tmp_path / "back.pt")
     assert words.merges == tokenizer.merges and (config.pool, config.heads) == (ours.config.pool, 4)
     with torch.no_grad():
@@ -198,11 +175,11 @@ def test_to_open_clip_and_back(open_clip, run_model, tmp_path, changes):
 
 @needs_shared
 @pytest.mark.slow
-def test_vit_b16_to_open_clip(open_clip, run_model, tmp_path):
+def test_vit_b16_to_open_clip(open_clip, tmp_path, capsys):
     """With CLIP's vocabulary, which open_clip has itself, and a photograph."""
     tokenizer = BytePairTokenizer.from_file(SHARED / "bpe_simple_vocab_16e6.txt.gz")
     ours = saved(tmp_path / "last.pt", replace(PAPER, method="clip"), tokenizer)
-    run_model(tmp_path / "last.pt", "--export", "open_clip", tmp_path / "to")
+    run_model(capsys, tmp_path / "last.pt", "--export", "open_clip", tmp_path / "to")
     assert "tokenizer_kwargs" not in (tmp_path / "to" / "open_clip_config.json").read_text()
     photo = Image.open(next((SHARED / "photos").rglob("*.jpg")))
     theirs, pixels, our_pixels = compare(open_clip, tmp_path / "to", ours, tokenizer, photo)
@@ -214,7 +191,7 @@ def test_vit_b16_to_open_clip(open_clip, run_model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-16-quickgelu"])
-def test_from_open_clip(open_clip, run_model, tmp_path, name):
+def test_from_open_clip(open_clip, tmp_path, name, capsys):
     """A public model, as the hub publishes it: its own pixels, a norm before the blocks, perhaps quick GELU."""
     torch.manual_seed(0)
     theirs, _, transform = open_clip.create_model_and_transforms(name)
@@ -226,7 +203,7 @@ def test_from_open_clip(open_clip, run_model, tmp_path, name):
     lines = gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8").read().split("\n")
     merges = ["#version: 0.2", *lines[1:49152 - 256 - 2 + 1], ""]           # as on the hub
     (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
-    run_model("--import", f"open_clip:{tmp_path}", "--out", tmp_path / "x.pt")
+    run_model(capsys, "--import", f"open_clip:{tmp_path}", "--out", tmp_path / "x.pt")
     ours, tokenizer, config = load_checkpoint(tmp_path / "x.pt")
     assert config.dialect == ("openai" if "quick" in name else "clip")
     tokens = open_clip.get_tokenizer(name)(CAPTIONS)
@@ -257,88 +234,89 @@ def test_what_has_no_counterpart_is_refused_by_name(change, named):
 
 
 @pytest.mark.parametrize("change, named", [(dict(causal=False, pool="mean"), "--no-causal"),
-                                           (dict(pool="max"), "--pool max"),
-                                           (dict(method="filip", pool="cls"), "FILIP compares patches with words")])
+                                           (dict(pool="max"), "--pool max"), (dict(method="filip"), "FILIP")])
 def test_what_open_clip_lacks_is_not_exported(tmp_path, change, named):
-    config, tokenizer = replace(TINY, **change), toy_vocabulary()
-    assert save_checkpoint(tmp_path / "last.pt", model.build(config, tokenizer.eot), tokenizer, config)
-    refused(named, tmp_path / "last.pt", "--export", "open_clip", tmp_path / "to")
+    saved(tmp_path / "last.pt", replace(TINY, **change), toy_vocabulary())
+    with pytest.raises(UserError, match=named):
+        model.main([str(tmp_path / "last.pt"), "--export", "open_clip", str(tmp_path / "to")])
+    assert not (tmp_path / "to").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ start of a run
 
-STILL = ["--pool", "cls", "--vocab-size", 600, "--drop-path", 0, "--lr", 1e-12, "--lr-start", 0,
-         "--lr-end", 0, "--weight-decay", 0, "--steps", 1]
+SMALL = ["train.py", "--image-size", 32, "--patch-size", 16, "--width", 32, "--depth", 2, "--heads", 2,
+         "--text-width", 32, "--text-heads", 2, "--embed-dim", 16, "--n-codes", 16, "--quantizer-hidden", 16,
+         "--quantizer-bottleneck", 8, "--vocab-size", 600, "--pool", "cls", "--batch-size", 8,
+         "--data", "shapes:train=64", "--lr", 0, "--lr-start", 0, "--lr-end", 0, "--weight-decay", 0]
 
 
-@pytest.fixture
-def public(tmp_path):
-    """Weights as timm and open_clip publish them, and the network and vocabulary they are of."""
-    config = replace(TINY, width=32, heads=2, text_width=32, text_heads=2, embed_dim=16, method="clip", pool="cls")
+@pytest.mark.slow
+def test_a_run_starts_from_public_weights_and_goes_on_without_reading_them_again(tmp_path):
+    """At learning rate 0 the first step leaves the towers, and so the teacher, at what was read."""
+    config = replace(TINY, patch_size=16, width=32, heads=2, text_width=32, text_heads=2, embed_dim=16, method="clip",
+                     pool="cls")
     tokenizer = toy_vocabulary()
-    net = saved(tmp_path / "public.pt", config, tokenizer)
-    model.export(net, tokenizer, "timm", tmp_path / "vit.pth")
-    model.export(net, tokenizer, "open_clip", tmp_path / "public")
-    return net, tokenizer
+    public = saved(tmp_path / "public.pt", config, tokenizer)
+    state, run = public.state_dict(), [*SMALL, "--context-length", 16, "--out", tmp_path / "run"]
+    model.export(public, tokenizer, "timm", tmp_path / "vit.pth")
+    model.export(public, tokenizer, "open_clip", tmp_path / "public")
 
-
-def test_a_run_starts_from_timms_tower_and_goes_on_without_reading_it_again(public, tmp_path, capsys):
-    """At next to no learning rate the first step leaves the tower, and so the teacher, at what was read."""
-    net, run = public[0], [*STILL, "--out", tmp_path / "run"]
-    trained(*run, "--init", f"timm:{tmp_path}/vit.pth")
-    state = load_state(tmp_path / "run" / "last.pt")
-    for name, value in net.visual.state_dict().items():
-        torch.testing.assert_close(state["model"]["visual." + name], value)
-        torch.testing.assert_close(state["teacher"]["visual." + name], value)
-    assert not torch.allclose(state["model"]["text.pos_embed"][:16], net.text.pos_embed)
+    run_script(*run, "--steps", 1, "--init", f"timm:{tmp_path}/vit.pth")
+    trained = load_state(tmp_path / "run" / "last.pt")
+    for name, value in public.visual.state_dict().items():
+        torch.testing.assert_close(trained["model"]["visual." + name], value)
+        torch.testing.assert_close(trained["teacher"]["visual." + name], value)
+    assert not torch.allclose(trained["model"]["text.pos_embed"], state["text.pos_embed"])
     (tmp_path / "vit.pth").unlink()
-    trained(*run, "--init", f"timm:{tmp_path}/vit.pth")
-    assert "going on from step 1" in capsys.readouterr().out
-    with pytest.raises(UserError, match="init = timm:"):                    # another start is another run
-        trained(*run)
+    again = run_script(*run, "--steps", 1, "--init", f"timm:{tmp_path}/vit.pth")
+    assert "going on from step 1" in again.stdout
+    error = run_script(*run, "--steps", 1, check=2).stderr
+    assert "init = timm:" in error, "another start is another run"
 
-
-def test_a_run_starts_from_both_towers_of_open_clip(public, tmp_path):
-    net, tokenizer = public
-    run = [*STILL, "--init", f"open_clip:{tmp_path}/public"]
-    trained(*run, "--context-length", 16, "--out", tmp_path / "both")
-    state = load_state(tmp_path / "both" / "last.pt")
-    assert state["tokenizer"] == tokenizer.state(), "the vocabulary comes with the weights"
+    run[-1] = tmp_path / "both"
+    run_script(*run, "--steps", 1, "--init", f"open_clip:{tmp_path}/public")
+    trained = load_state(tmp_path / "both" / "last.pt")
+    assert trained["tokenizer"] == tokenizer.state(), "the vocabulary comes with the weights"
     for name in ("text.token_embedding.weight", "text.blocks.1.mlp.fc2.bias", "image_proj.weight", "text_proj.weight"):
-        torch.testing.assert_close(state["model"][name], net.state_dict()[name])
-    with pytest.raises(UserError, match="give --context-length 16"):
-        trained(*run, "--out", tmp_path / "third")
+        torch.testing.assert_close(trained["model"][name], state[name])
+    run[-1] = tmp_path / "third"
+    error = run_script(*run[:-4], "--out", tmp_path / "third", "--init", f"open_clip:{tmp_path}/public", check=2).stderr
+    assert "give --context-length 16" in error
 
 
-@pytest.mark.parametrize("content, init, want", [
+@pytest.mark.parametrize("content, init, says", [
     (None, "timm:{}", "no file"),
     (b"rubbish", "timm:{}", "cannot read weights"),
     ({"x": torch.zeros(2)}, "timm:{}", "patch_embed"),
     (None, "open_clip:{}", "open_clip_config.json"),
+    (None, "nothing:{}", "wanted timm:FILE or open_clip:DIR"),
 ])
-def test_a_start_that_cannot_be(tmp_path, content, init, want):
+def test_a_start_that_cannot_be(tmp_path, content, init, says):
     path = tmp_path / "file.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content:
         torch.save(content, path)
-    merges = ["--bpe", SHARED / "bpe_simple_vocab_16e6.txt.gz"] if "open_clip" in init and SHARED.is_dir() else []
-    with pytest.raises(UserError, match=f"{want}|no merges.txt beside") as told:
-        trained(*STILL, "--out", tmp_path / "run", "--init", init.format(path), *merges)
+    with pytest.raises(UserError, match=says) as told:
+        model.initialize(MaskCLIP(TINY, 5), init.format(path))
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"visual.norm.bias": None}, "lacks visual.norm.bias"),
-    ({"visual.norm_pre.weight": torch.zeros(64)}, "visual.norm_pre.weight"),
-    ({"visual.norm.bias": torch.zeros(65)}, "another size.*visual.norm.bias"),
-])
-def test_weights_that_do_not_fit_are_named(change, says):
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    public = saved(tmp_path / "public.pt", TINY, toy_vocabulary()).visual.state_dict()
     net = MaskCLIP(TINY, 5)
-    state = {f"visual.{name}": value for name, value in net.visual.state_dict().items()} | change
-    state = {name: value for name, value in state.items() if value is not None}
-    with pytest.raises(UserError, match=says):
-        model.load_public(net, model.Public(state, ("visual.",), None, "timm"), "F")
+    visual = {f"visual.{name}": value for name, value in public.items()}
+    lacking = {name: value for name, value in visual.items() if name != "visual.norm.bias"}
+    for state, says in ((lacking, "Missing .*visual.norm.bias"),
+                        (visual | {"visual.norm_pre.weight": torch.zeros(64)}, "Unexpected .*visual.norm_pre.weight"),
+                        (visual | {"visual.norm.bias": torch.zeros(65)}, "size mismatch .*visual.norm.bias")):
+        with pytest.raises(UserError, match=says) as told:
+            model.load_public(net, state, "timm:F")
+        assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match="Missing .*text.pos_embed"):
+        model.load_public(net, visual | dict(logit_scale=net.logit_scale), "open_clip:F")
+    model.load_public(net, visual, "timm:F")
+    assert torch.equal(net.visual.norm.bias, public["norm.bias"])
 
 
 def test_another_dialect_is_named_with_its_cure(tmp_path):
@@ -353,39 +331,40 @@ def test_what_openai_torch_compile_and_ddp_add_to_weights(tmp_path):
     tokenizer = toy_vocabulary()
     ours = saved(tmp_path / "x.pt", replace(TINY, dialect="openai", pool="cls", method="clip"), tokenizer)
     model.export(ours, tokenizer, "open_clip", tmp_path / "to")
-    plain, file = model.read_open_clip(tmp_path / "to").state, tmp_path / "to" / "open_clip_pytorch_model.bin"
+    plain, config = model.read_public(f"open_clip:{tmp_path / 'to'}", PAPER)
+    assert config.dialect == "openai" and plain.keys() == {
+        name for name in ours.state_dict() if name.startswith(model.BOTH_HAVE)}
+    file = tmp_path / "to" / "open_clip_pytorch_model.bin"
     state = {f"module._orig_mod.{name}": value for name, value in torch.load(file, weights_only=True).items()}
     torch.save(state | {name: torch.tensor(32) for name in ("input_resolution", "context_length", "vocab_size")}, file)
-    read = model.read_open_clip(tmp_path / "to").state
+    read = model.read_public(f"open_clip:{file}", PAPER)[0]
     assert read.keys() == plain.keys() and all(torch.equal(read[name], plain[name]) for name in plain)
     (tmp_path / "to" / "open_clip_config.json").unlink()
     with pytest.raises(UserError, match="no open_clip_config.json beside .*open_clip.get_model_config"):
-        model.read_open_clip(file)
+        model.read_public(f"open_clip:{file}", PAPER)
 
 
-def test_the_cost_of_a_checkpoint_is_that_of_its_own_model(run_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "costs", known)
-    saved(tmp_path / "last.pt", replace(TINY, method="clip"), toy_vocabulary())
-    said = run_model(tmp_path / "last.pt", "--words", 9)
-    assert said.startswith("clip: 32 px, patches of 8 px, captions of 9 tokens; a pair costs")
-    assert said.endswith("a step's FLOPs are 1.38 times those of clip\n")
-
-
-IMPORT, EXPORT = "to import: python model.py --import", "to export: python model.py CHECKPOINT"
+def test_the_cost_of_a_checkpoint_is_that_of_its_own_model(tmp_path, capsys):
+    config = replace(TINY, method="clip")
+    saved(tmp_path / "last.pt", config, toy_vocabulary())
+    said = run_model(capsys, tmp_path / "last.pt")
+    model.describe(config)
+    assert said == capsys.readouterr().out and said.startswith("clip: 32 px")
 
 
 @pytest.mark.parametrize("line, says", [
-    ("none.pt", "no checkpoint at none.pt"), ("--out x.pt", IMPORT), ("--bpe x", IMPORT), ("--import timm:b", IMPORT),
-    ("x.pt --export timm a --import timm:b", IMPORT), ("x.pt --import timm:b --out y.pt", IMPORT),
-    ("--export timm a", EXPORT), ("last.pt --export keras a", "wanted --export timm FILE"),
-    ("--import keras:b --out y.pt", "wanted timm:FILE or open_clip:DIR"),
+    ("none.pt", "no checkpoint at none.pt"),
+    *((line, "wanted python model.py") for line in (
+        "--out x.pt", "--bpe x", "--import timm:b", "x.pt --import timm:b --out c", "x.pt --out c", "--export timm a",
+        "x.pt --export timm a --import timm:b --out c")),
     ("--import timm:vit.pth --preset pocket --out file/x.pt", "file/x.pt cannot be written")])
 def test_command_lines_that_make_no_sense(line, says, tmp_path, monkeypatch):
-    net = saved(tmp_path / "last.pt", PRESETS["pocket"], toy_vocabulary())
+    saved(tmp_path / "last.pt", PRESETS["pocket"], toy_vocabulary())
     monkeypatch.chdir(tmp_path)
-    torch.save(model.to_timm(net), "vit.pth")
+    model.main(["last.pt", "--export", "timm", "vit.pth"])
     (tmp_path / "file").write_text("mine")
-    refused(says, *line.split())
+    with pytest.raises(UserError, match=says):
+        model.main(line.split())
 
 
 def test_safetensors_are_read_as_their_library_reads_them(tmp_path):
