@@ -43,7 +43,6 @@ import threading
 import time
 import traceback
 import warnings
-import zipfile
 import zlib
 from array import array
 from collections import Counter, defaultdict
@@ -478,9 +477,9 @@ BYTE_OF_CHAR = dict(zip(ALPHABET, BYTES))
 CLIP_MERGES = 49152 - 256 - 2    # CLIP uses this many of the merges in its file
 
 # Characters read of a caption, because the time of ftfy, and of joining the bytes of one word, grows with the square of
-# the length of some hostile texts.  A symbol of CLIP's has at most 32, so these hold over 150 tokens, unless most of
-# them are white space or for ftfy to remove.
-LONGEST = 5_000
+# the length of some hostile texts.  A symbol of CLIP's has at most 32, so these hold 77 tokens even of the longest
+# words, unless most of them are white space or for ftfy to remove.
+LONGEST = 2_500
 CACHED_CHUNKS, CACHED_LENGTH = 1 << 17, 32    # bounds of the cache: entries, characters of an entry
 
 
@@ -573,22 +572,26 @@ class BytePairTokenizer:
         for text in texts:
             counts.update(WORD.findall(clean(text[:LONGEST])))
         words = [(bytes_of(word), n) for word, n in counts.items() if word not in (START, END)]
-        symbols, merges, frequency = cls([]).symbols[:-2], [], Counter()       # frequency: of pairs, in the captions
+        symbols, merges = cls([]).symbols[:-2], []
+        frequency, words_of = Counter(), defaultdict(set)        # of a pair: in the captions; places in `words`
 
-        def count(ids, n):
+        def count(k, sign):
+            ids, n = words[k]
             for pair in zip(ids, ids[1:]):
-                frequency[pair] += n
-        for ids, n in words:
-            count(ids, n)
+                frequency[pair] += sign * n
+                words_of[pair].add(k)
+        for k in range(len(words)):
+            count(k, 1)
         while len(symbols) + 2 < vocab_size:
-            best = min(frequency, key=lambda pair: (-frequency[pair], pair), default=None)
-            if frequency[best] < 2:
+            most = max(frequency.values(), default=0)
+            if most < 2:
                 break
-            for k, (ids, n) in enumerate(words):
-                if best[0] in ids and best[1] in ids:
-                    words[k] = join(ids, best, len(symbols)), n
-                    count(ids, -n)
-                    count(*words[k])
+            best = min(pair for pair, n in frequency.items() if n == most)
+            for k in words_of.pop(best):
+                ids, n = words[k]
+                count(k, -1)
+                words[k] = join(ids, best, len(symbols)), n
+                count(k, 1)
             merges.append((symbols[best[0]], symbols[best[1]]))
             symbols.append("".join(merges[-1]))
         return cls(merges)
@@ -678,6 +681,8 @@ KINDS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]        # an
 TEXTURES = ("plain", "striped", "checkered", "dotted", "cloudy")
 OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {} ")
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+LONE_SIZE = (0.45, 0.8)     # smallest and largest size of a lone object; n are n ** -0.4 times as large, or less to fit
+SHAPES_OPTIONS = dict(train=int, val=int, size=int, seed=int, single=float, unsaid=float, forms=int)
 MAX_NOISE = 8        # colors keep this far from 0 and 255, so that noise is never clipped
 
 
@@ -715,13 +720,15 @@ def shape_distance(shape, u, v):
 
     Exact beside straight edges and arcs, too small near corners: enough for anti-aliasing.
     """
+    def disc(cx, cy, radius):
+        return np.sqrt((u - cx) ** 2 + (v - cy) ** 2) - radius
     x, y = np.abs(u), np.abs(v)                                  # the shapes are symmetric, the moon upside down only
     if shape == "circle":
-        return np.sqrt(u * u + v * v) - 1
+        return disc(0, 0, 1)
     if shape == "ring":
-        return np.abs(np.sqrt(u * u + v * v) - 0.75) - 0.25
+        return np.abs(disc(0, 0, 0.75)) - 0.25
     if shape == "moon":                                          # a disc less another
-        return np.maximum(np.sqrt((u - 0.25) ** 2 + v * v) - 1, 0.8 - np.sqrt((u - 0.75) ** 2 + v * v))
+        return np.maximum(disc(0.25, 0, 1), -disc(0.75, 0, 0.8))
     if shape == "square":
         return np.maximum(x, y) - 0.82
     if shape == "cross":
@@ -734,11 +741,9 @@ def shape_distance(shape, u, v):
             beyond = np.maximum(0.809017 * x - 0.5877853 * y, 0)
             x, y = np.abs(x - 1.618034 * beyond), y + 1.1755705 * beyond
         return 0.8967 * x + 0.4426 * (y - 1.12)
-    if shape == "heart":                                         # a lobe and the wedge that touches it
-        x, y = x - 0.46, v + 0.36
-        wedge = np.maximum(np.maximum(0.8 * x + 0.6 * y - 0.5, -y), 0.6 * x - 0.8 * y)
-        return np.minimum(np.sqrt(x * x + y * y) - 0.5, wedge)
-    raise ValueError(f"no shape {shape!r}; shapes are {', '.join(SHAPES)}")
+    x, y = x - 0.46, v + 0.36                                    # heart: a lobe and the wedge that touches it
+    wedge = np.maximum(np.maximum(0.8 * x + 0.6 * y - 0.5, -y), 0.6 * x - 0.8 * y)
+    return np.minimum(np.sqrt(x * x + y * y) - 0.5, wedge)
 
 
 def turn(degrees):
@@ -804,12 +809,12 @@ def visible_masks(scene: Scene, size: int) -> list[np.ndarray]:
 
 
 def size_words(thing):
-    """Words that are true of an object's size; none for a middling one."""
+    """Words that are true of an object's size; "" for a middling one."""
     if thing.size >= 0.5:
         return "big", "large"
     if thing.size <= 0.2:
         return "tiny", "small"
-    return ("small",) if thing.size <= 0.36 else ()
+    return ("small",) if thing.size <= 0.36 else ("",)
 
 
 def place_words(thing):
@@ -855,7 +860,7 @@ def scene_caption(rng, things, texture, unsaid):
         if len(group) > 1:
             words = [COUNTS[len(group)], color, shape + ("es" if shape == "cross" else "s")]
         else:
-            words = [rng.choice(size_words(group[0]) or ("",)) if chance(0.4) else "", color, shape]
+            words = [rng.choice(size_words(group[0])) if chance(0.4) else "", color, shape]
             words = ["an" if "".join(words)[0] in "aeiou" else "a", *words]
         return " ".join(filter(None, words))
 
@@ -863,9 +868,9 @@ def scene_caption(rng, things, texture, unsaid):
         places = place_words(group[0]) if len(group) == 1 and chance(2 / len(groups)) else ()
         return f"{words} {rng.choice(places)}" if places else words
 
-    groups = {}
+    groups = defaultdict(list)
     for thing in things:
-        groups.setdefault(thing.category, []).append(thing)
+        groups[thing.category].append(thing)
     subject, *others = sorted(groups.values(), key=lambda group: rng.random())
     groups = [subject, *(group for group in others if not chance(unsaid))]
     names = [name(group) for group in groups]
@@ -882,13 +887,34 @@ def scene_caption(rng, things, texture, unsaid):
     return text + rng.choice((" on a {} background", ", {} background")).format(texture) if chance(0.25) else text
 
 
+def lay_out(rng, n, category):
+    """n objects inside the picture that hide at most about a quarter of each other, the first of `category`."""
+    things, scale = [], n ** -0.4
+    while len(things) < n:
+        if category is None:                                     # now and then two alike
+            category = things[-1].category if things and rng.random() < 0.1 else rng.randrange(len(KINDS))
+        color, shape = KINDS[category].split()
+        size = rng.uniform(*LONE_SIZE) * scale
+        cx, cy = rng.uniform(size / 2, 1 - size / 2), rng.uniform(size / 2, 1 - size / 2)
+
+        def too_near(other):                                     # 0.8 of the sum of the radii; 1.1 of it for one color
+            apart = (0.55 if other.color == color else 0.4) * (size + other.size)
+            return (cx - other.cx) ** 2 + (cy - other.cy) ** 2 < apart * apart
+        if any(map(too_near, things)):
+            scale *= 0.98                                        # try elsewhere and smaller
+        else:
+            rgb = tuple(min(max(c + rng.uniform(-10, 10), MAX_NOISE), 255 - MAX_NOISE) for c in COLORS[color])
+            things.append(Thing(shape, color, cx, cy, size, rng.uniform(-20, 20), rgb))
+            category = None
+    return things
+
+
 @dataclass(eq=False)
 class ShapesWorld:
     """`count` scenes of colored shapes on textured backgrounds; scene i follows from (seed, split, i) alone.
 
     objects      fewest and most objects in a scene.  If one is allowed, a share `single` of the scenes has one, and the
                  other numbers are equally likely.  With (1, 1), scene i is of class i % 64: exactly balanced
-    object_size  smallest and largest size of a lone object; n objects are n ** -0.4 times as large, or less to fit
     unsaid       probability that the caption leaves out an object after the first, or an object's color or shape
     dense        read() gives label_map and objects too
     forms        a class is a shape of any color, and there are 8; else color and shape, and there are 64
@@ -902,7 +928,6 @@ class ShapesWorld:
     size: int = 64
     seed: int = 0
     objects: tuple[int, int] = (1, 4)
-    object_size: tuple[float, float] = (0.45, 0.8)
     single: float = 0.7
     unsaid: float = 0.0
     dense: bool = False
@@ -913,14 +938,13 @@ class ShapesWorld:
     reduce_zero_label = True            # label 0 of a label_map is no class
 
     def __post_init__(self):
-        if self.split not in ("train", "val"):
-            raise UserError(f"the Shapes world has no split {self.split!r}; use train or val")
-        ranges = dict(objects=(self.objects, 1, 6), object_size=(self.object_size, 0.1, 0.8),
-                      count=([self.count], 1, 1e9), size=([self.size], 16, 1e5),
-                      single=([self.single], 0, 1), unsaid=([self.unsaid], 0, 1))
-        for what, (values, least, most) in ranges.items():
-            if not least <= values[0] <= values[-1] <= most:
-                raise UserError(f"Shapes world: {what} is {values}, wanted numbers that rise from {least} to {most}")
+        assert self.split in ("train", "val"), self.split
+        fewest, most = self.objects
+        for what, values, least, largest in (("objects", (fewest, most), 1, 6), ("count", [self.count], 1, 10 ** 9),
+                                             ("size", [self.size], 16, 10 ** 5), ("single", [self.single], 0, 1),
+                                             ("unsaid", [self.unsaid], 0, 1)):
+            if not least <= values[0] <= values[-1] <= largest:
+                raise UserError(f"Shapes world: {what} is {values}, wanted numbers that rise from {least} to {largest}")
         if self.forms:
             self.classes = list(SHAPES)
 
@@ -930,40 +954,17 @@ class ShapesWorld:
     def name(self, i):
         return f"shapes-{self.split}-{self.seed}-{i}"
 
-    def layout(self, rng, n, category):
-        """n objects inside the picture that hide at most about a quarter of each other, the first of `category`."""
-        things, scale = [], n ** -0.4
-        while len(things) < n:
-            if category is None:                                 # now and then two alike
-                category = things[-1].category if things and rng.random() < 0.1 else rng.randrange(len(KINDS))
-            color, shape = KINDS[category].split()
-            size = rng.uniform(*self.object_size) * scale
-            cx, cy = rng.uniform(size / 2, 1 - size / 2), rng.uniform(size / 2, 1 - size / 2)
-            for other in things:                                 # 0.8 of the sum of the radii; 1.1 of it for one color
-                apart = (0.55 if other.color == color else 0.4) * (size + other.size)
-                if (cx - other.cx) ** 2 + (cy - other.cy) ** 2 < apart * apart:
-                    scale *= 0.98                                # too near: try elsewhere and smaller
-                    break
-            else:
-                rgb = tuple(min(max(c + rng.uniform(-10, 10), MAX_NOISE), 255 - MAX_NOISE) for c in COLORS[color])
-                things.append(Thing(shape, color, cx, cy, size, rng.uniform(-20, 20), rgb))
-                category = None
-        return things
-
     def scene(self, i):
         """The description of picture i, caption included."""
         rng = random.Random(f"shapes {self.seed} {self.split} {i}")
         fewest, most = self.objects
         lone = fewest == 1 and (most == 1 or rng.random() < self.single)
         n = 1 if lone else rng.randint(max(fewest, 2), most)
-        for _ in range(1000):
-            things = self.layout(rng, n, i % len(KINDS) if most == 1 else None)
+        held_out = None
+        while held_out != (self.split == "val"):
+            things = lay_out(rng, n, i % len(KINDS) if most == 1 else None)
             cells = sorted((t.category, int(16 * t.cx), int(16 * t.cy), int(16 * t.size)) for t in things)
             held_out = hashlib.blake2b(bytes(sum(cells, ()))).digest()[0] % 4 == 0
-            if held_out == (self.split == "val"):
-                break
-        else:
-            raise UserError(f"Shapes world: object_size {self.object_size} leaves {self.split} no layout; widen it")
         texture, gray, contrast = rng.choice(TEXTURES), rng.uniform(108, 142), rng.uniform(12, 22)
         tones = [tuple(tone + rng.uniform(-12, 12) for _ in range(3)) for tone in (gray - contrast, gray + contrast)]
         return Scene(things, texture, tones, period=rng.uniform(0.14, 0.3), angle=rng.uniform(0, 180),
@@ -975,47 +976,42 @@ class ShapesWorld:
         scene = self.scene(i)
         return draw_scene(scene, self.size), scene.caption
 
-    def class_of(self, thing):
-        return thing.category % len(self.classes)               # forms are the inner loop of KINDS
-
     def read(self, i: int) -> Sample:
         scene = self.scene(i)
         sample = Sample(Image.fromarray(draw_scene(scene, self.size)), (scene.caption,))
-        if len(scene.objects) == 1:
-            sample.label = self.class_of(scene.objects[0])
+        labels = [thing.category % len(self.classes) for thing in scene.objects]     # forms: KINDS' inner loop
+        if len(labels) == 1:
+            sample.label = labels[0]
         if self.dense:
             sample.label_map, sample.objects = np.zeros((self.size, self.size), dtype=np.uint8), []
-            for thing, visible in zip(scene.objects, visible_masks(scene, self.size)):
-                sample.label_map[visible] = self.class_of(thing) + 1     # 0 is the background
+            for label, visible in zip(labels, visible_masks(scene, self.size)):
+                sample.label_map[visible] = label + 1                                # 0 is the background
                 ys, xs = visible.nonzero()
                 if len(ys):
                     box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
-                    sample.objects.append(dict(box=box, category=self.class_of(thing), mask=visible, crowd=False))
+                    sample.objects.append(dict(box=box, category=label, mask=visible, crowd=False))
         return sample
 
 
-def shapes_options(text):
-    """What follows "shapes:" in a SPEC, or "": "train=20000,objects=1-4" -> {"train": 20000, "objects": (1, 4)}."""
-    def pair(value):
-        low, high = value.split("-")
-        return int(low), int(high)
-    kinds = dict(train=int, val=int, size=int, seed=int, objects=pair, single=float, unsaid=float, forms=int)
-    options = {}
+def shapes(text, split, task, size, **_):
+    """The world as a data set, from what follows "shapes:" in a SPEC, such as "train=20000,objects=1-4", or "".
+
+    Any split but "train" is held out; what a task asks for is the default.
+    """
+    options = dict(train=20000, val=1024, size=size or 64, forms=task == "detection")
+    if task == "classes":
+        options["objects"] = 1, 1
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
         try:
-            options[key] = kinds[key](value)
+            if key == "objects":
+                low, high = value.split("-")
+                options[key] = int(low), int(high)
+            else:
+                options[key] = SHAPES_OPTIONS[key](value)
         except (KeyError, ValueError):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
                             f"seed=0, objects=1-4, single=0.7, unsaid=0.2 (both from 0 to 1), forms=1 (or 0)") from None
-    return options
-
-
-def shapes(text, split, task, size, **_):
-    """The world as a data set: any split but "train" is held out, and what a task asks for is the default."""
-    options = dict(train=20000, val=1024, size=size or 64, forms=task == "detection")
-    options |= dict(objects=(1, 1)) if task == "classes" else {}
-    options |= shapes_options(text)
     counts = dict(train=options.pop("train"), val=options.pop("val"))
     split = "train" if split == "train" else "val"
     return ShapesWorld(split, counts[split], dense=task in ("segmentation", "detection"), **options)
@@ -1039,9 +1035,6 @@ class Records:
     data: object
     transform: Callable
     seed: int = 0
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, key):
         epoch, *candidates = key
@@ -1091,24 +1084,22 @@ class TrainBatches:
         return len(self.steps)
 
     def __iter__(self):
-        per_epoch, share, current = self.n // self.batch_size, self.batch_size // self.world, None
-        for step in self.steps:
-            epoch, i = divmod(step, per_epoch)
-            if epoch != current:
-                order, current = epoch_order(self.n, self.seed, epoch), epoch
-                left_over = order[per_epoch * self.batch_size:]
-            start = i * self.batch_size + self.rank * share
-            yield [(epoch, int(order[k]), *self.spares_of(k, left_over if len(left_over) else order))
-                   for k in range(start, start + share)]
-
-    @staticmethod
-    def spares_of(k, pool):
-        """Ten records of the pool that may take the place of the epoch's k-th."""
-        return [int(pool[(k + j) % len(pool)]) for j in range(1, 11)]
+        per_epoch, share = self.n // self.batch_size, self.batch_size // self.world
+        for epoch, steps in itertools.groupby(self.steps, lambda step: step // per_epoch):
+            order = epoch_order(self.n, self.seed, epoch)
+            spares = order[per_epoch * self.batch_size:] if self.n % self.batch_size else order
+            for step in steps:
+                start = step % per_epoch * self.batch_size + self.rank * share
+                yield [(epoch, int(order[k]), *spares.take(range(k + 1, k + 11), mode="wrap").tolist())
+                       for k in range(start, start + share)]
 
 
 class DataLoader(torch.utils.data.DataLoader):
-    """torch's, which tells of a worker's death in one line."""
+    """torch's, for Records and the keys of their batches; it tells of a worker's death in one line."""
+    def __init__(self, records, batches, workers, collate):
+        super().__init__(records, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                         pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_parent)
+
     def __iter__(self):
         try:
             yield from super().__iter__()
@@ -1135,8 +1126,7 @@ def train_loader(data, transform, batch_size: int, seed: int, steps: range, rank
                  workers: int = 0, collate=collate):
     """An iterator over the batches of `steps`; batch_size is global, each batch holds this process's share of it."""
     batches = TrainBatches(len(data), batch_size, seed, steps, rank, world)
-    return DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_parent)
+    return DataLoader(Records(data, transform, seed), batches, workers, collate)
 
 
 def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0, collate=collate,
@@ -1144,8 +1134,7 @@ def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1,
     """Every record once and in order: process r reads records r, r + world, ...  Bad ones are left out and named."""
     indices = range(rank, len(data), world)
     batches = [[(0, i) for i in indices[k:k + batch_size]] for k in range(0, len(indices), batch_size)]
-    return DataLoader(Records(data, transform, seed), batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      pin_memory=torch.cuda.is_available())
+    return DataLoader(Records(data, transform, seed), batches, workers, collate)
 
 
 # =====================================================================================================================
@@ -1181,30 +1170,12 @@ def clean_caption(text):
     return text
 
 
-def archive_and_member(path):
-    """a/val.zip@3/17.png -> a/val.zip, 3/17.png;  a/17.png -> a/17.png, "" """
-    archive, at, member = path.partition(".zip@")
-    return (archive + ".zip", member) if at else (path, "")
-
-
-@functools.lru_cache(maxsize=4)
-def open_zip(path, process):
-    """process: os.getpid(), because an open file that a fork inherits has one position for both."""
-    return zipfile.ZipFile(path)
-
-
 def read_file(path: str) -> bytes:
-    """The bytes of a file, or of ARCHIVE.zip@MEMBER."""
-    archive, member = archive_and_member(path)
     with refusing(f"unreadable file: {path!r}"):
-        if member:
-            zipped = open_zip(archive, os.getpid())
-            size, read = zipped.getinfo(member).file_size, partial(zipped.read, member)
-        else:
-            size, read = os.path.getsize(path), Path(path).read_bytes
+        size = os.path.getsize(path)
         if size > MAX_FILE:
             raise ValueError(f"{size:,} bytes are too many")
-        return read()
+        return Path(path).read_bytes()
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
@@ -1413,7 +1384,7 @@ class ImageFiles:
 
     source     where the list comes from, for messages
     root       folder that the files are named from
-    listed     (file, fields of its Sample: captions, label or objects) of each; the file may be ARCHIVE.zip@MEMBER
+    listed     (file, fields of its Sample: captions, label or objects) of each
     classes    what the labels mean
     """
     names_classes, text_label = False, -1                # see name_classes
@@ -1424,7 +1395,7 @@ class ImageFiles:
         if not len(self):
             raise UserError(f"{source} holds no images")
         probe = [self.path(i) for i in range(min(len(self), 100))]
-        if not any(isfile(archive_and_member(path)[0]) for path in probe):
+        if not any(map(isfile, probe)):
             raise UserError(f"none of the first {len(probe)} images of {source} exists: looked for {probe[0]}")
 
     def __len__(self):
@@ -1739,33 +1710,26 @@ def has_area(box: tuple, width: int, height: int) -> bool:
 
 def check_object(where, box, area, mask, width, height):
     """UserError if an object of an image of width x height has a malformed box, area or mask."""
-    for kind, value, is_right in (
-            ("a bbox [x, y, width, height]", box, len(box) == 4 and are_numbers(box)),
+    if isinstance(mask, dict):                # counts as a string are checked when the mask is unpacked
+        counts = mask.get("counts")
+        is_mask = mask.get("size") == [height, width] and (
+            isinstance(counts, str) or are_numbers(counts) and min(counts) >= 0 and sum(counts) == width * height)
+    else:
+        is_mask = isinstance(mask, list) and mask != [] and all(
+            are_numbers(points) and len(points) >= 6 and len(points) % 2 == 0 for points in mask)
+    for wanted, value, is_right in (
+            ("a bbox [x, y, width, height]", box, are_numbers(box) and len(box) == 4),
             ("an area, a number of pixels", area, are_numbers([area])),
             (f"a segmentation of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or an RLE of size [{height}, {width}]",
-             mask, are_polygons(mask) or is_rle(mask, width, height))):
+             mask, is_mask)):
         if not is_right:
-            raise UserError(f"{where}: wanted {kind}, got {json.dumps(value)[:80]}")
+            raise UserError(f"{where}: wanted {wanted}, got {json.dumps(value)[:80]}")
 
 
 def are_numbers(values):
-    """Whether all are finite numbers."""
-    return set(map(type, values)) <= {int, float} and abs(sum(values)) < 1e12
-
-
-def are_polygons(mask):
-    return isinstance(mask, list) and mask != [] and all(
-        isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and are_numbers(points)
-        for points in mask)
-
-
-def is_rle(mask, width, height):
-    """Whether this is an RLE for an image of this size; if its counts are a string, whoever reads it will see."""
-    if not isinstance(mask, dict) or mask.get("size") != [height, width]:
-        return False
-    counts = mask.get("counts")
-    return isinstance(counts, str) or (isinstance(counts, list) and are_numbers(counts) and
-                                       min(counts, default=0) >= 0 and sum(counts) == width * height)
+    """Whether this is a list of finite numbers, not empty."""
+    return isinstance(values, list) and values != [] and all(
+        type(value) in (int, float) and abs(value) < 1e12 for value in values)
 
 
 # ---- the suite of "Image Classification in the Wild": 20 data sets below one folder ---------------------------------
@@ -1775,14 +1739,8 @@ def is_rle(mask, width, height):
 #                      LIST               test.txt: lines "val.zip@3/17.png 3", the class counted from 0, or "3,7";
 #                                         test.json: COCO's images, annotations and categories
 #                      labels.txt         or labelmap.txt, beside a test.txt: the name of a class a line
-#                      val.zip            or unpacked beside it
+#                      val/3/17.png       or 3/17.png: val.zip unpacked
 #                  DIR/prompts.py         the toolkit's names of classes and templates; read, never run
-#
-#   or your own    DIR/NAME/test/CLASS/**/*.jpg     NAME from the table; classes in the order of folders' names
-#                  DIR/NAME/classnames.txt          optional, as for folder:DIR; further names after further tabs
-#                  DIR/NAME/templates.txt           a prompt a line, with {} for the class name
-#                  DIR/NAME/test/labels.txt         in place of folders where an image can be of several classes:
-#                                                   lines "FILE<TAB>CLASS CLASS ...", FILE below DIR/NAME/test
 
 ICINW = {  # name in the ELEVATER toolkit: folder, list, classes, test images, metric
     "caltech-101": ("caltech_101_20211007", "test.txt", 102, 6084, "mean per class"),
@@ -1835,38 +1793,34 @@ def icinw(root: str, **_) -> tuple[list[IcinwTask], list[str]]:
     names, templates = toolkit_prompts(f"{root}/prompts.py")
     tasks, missing = [], []
     for name, (published, *_) in ICINW.items():
-        homes = [f"{root}/{name}", f"{root}/classification/{published}", f"{root}/{published}"]
-        if home := next(filter(isdir, homes), None):
+        home = next(filter(isdir, (f"{root}/classification/{published}", f"{root}/{published}")), None)
+        if home:
             tasks.append(icinw_task(name, home, names.get(name), templates.get(name)))
         else:
             missing.append(name)
     if not tasks:
-        raise UserError(f"{root} has no folder of the ICinW suite; wanted one or more of classification/"
-                        f"{ICINW['caltech-101'][0]} ..., or of {', '.join(ICINW)}")
+        raise UserError(f"{root} has no data set of the ICinW suite: wanted folders as the ELEVATER toolkit has them, "
+                        f"such as classification/{ICINW['caltech-101'][0]}")
     return tasks, missing
 
 
 def icinw_task(name, home, names, templates):
     """names, templates: the toolkit's, where there are any"""
-    published, listing, classes, images, metric = ICINW[name]
-    is_multi_label, is_class, notes = metric == "11-point mAP", None, []
-    if not home.endswith(published):
-        templates = find_templates(f"{home}/templates.txt")
-        data, is_class = own_list(home) if is_multi_label else (folder(home, "test"), None)
+    _, listing, classes, images, metric = ICINW[name]
+    data, is_class = toolkit_list(home, f"{home}/{listing}", metric == "11-point mAP")
+    notes = data.notes
+    if names and len(names) != len(data.classes):
+        raise UserError(f"prompts.py names {len(names)} classes of {name}, {home} has {len(data.classes)}")
+    if names and templates:
+        data.classes = names
     else:
-        data, is_class = toolkit_list(home, f"{home}/{listing}", is_multi_label)
-        if names and len(names) != len(data.classes):
-            raise UserError(f"prompts.py names {len(names)} classes of {name}, {home} has {len(data.classes)}")
-        if names and templates:
-            data.classes = names
-        else:
-            templates = TEMPLATES_80
-            notes = ["without the toolkit's prompts.py: names as in the data, OpenAI's 80 templates"]
+        templates = TEMPLATES_80
+        notes.append("without the toolkit's prompts.py: names as in the data, OpenAI's 80 templates")
     for what, count, wanted in ("images", len(data), images), ("classes", len(data.classes), classes):
         if count != wanted:
             notes.append(f"{count:,} {what}, the published test set has {wanted:,}")
     # the nearest car may stand at the margin: the toolkit, too, does not cut out the centre of these images
-    return IcinwTask(name, data, templates, metric, is_class, squash=name == "kitti-distance", notes=data.notes + notes)
+    return IcinwTask(name, data, templates, metric, is_class, squash=name == "kitti-distance", notes=notes)
 
 
 def toolkit_prompts(path):
@@ -1893,56 +1847,54 @@ def toolkit_prompts(path):
 
 
 def toolkit_list(home, path, is_multi_label):
-    """A data set of the toolkit: what `labeled` makes of its list."""
-    listed = []
-    if path.endswith(".json"):
-        content = read_json(path)
-        names = dict(sorted((i, name) for _, i, name in entries(content, "categories", path, id=int, name=str)))
-        classes, labels = list(names.values()), defaultdict(list)
-        for _, i, category in entries(content, "annotations", path, image_id=int, category_id=int):
-            labels[i].append([*names, category].index(category))
-        for _, i, archive, file in entries(content, "images", path, id=int, zip_file=object, file_name=str):
-            listed.append((f"{archive}@{file}" if archive else file, labels[i]))
-    else:
-        labels = f"{home}/labels.txt"
-        classes = read_lines(labels if isfile(labels) else f"{home}/labelmap.txt", "names of classes")
-        for number, line in enumerate(read_lines(path, "lines FILE CLASS"), 1):
-            file, _, labels = line.rpartition(" ")
-            if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", labels):
-                raise UserError(f"{path}, line {number}: wanted FILE CLASS or FILE CLASS,CLASS..., got {line[:60]!r}")
-            listed.append((file, [int(label) for label in labels.split(",")]))
-    return labeled(path, home, classes, listed, is_multi_label)
-
-
-def own_list(home):
-    """test/labels.txt, where an image can be of several classes."""
-    path = f"{home}/test/labels.txt"
-    lines = [line.partition("\t") for line in read_lines(path, "labels, lines FILE<TAB>CLASS CLASS ...")]
-    folders = sorted({name for _, _, names in lines for name in names.split()})
-    listed = [(file, [folders.index(name) for name in names.split()]) for file, _, names in lines]
-    return labeled(path, f"{home}/test", class_names(home, folders), listed, True)
-
-
-def labeled(path, root, classes, listed, is_multi_label):
-    """(file, its labels) of each image -> ImageFiles; and with several labels an image is_class (n, classes) bool."""
+    """ImageFiles of a list, and where images can be of several classes is_class (n, classes) bool."""
+    classes, listed = (json_list if path.endswith(".json") else text_list)(home, path)
     for file, labels in listed:
         if max(labels, default=0) >= len(classes):
             raise UserError(f"{path}: {file} is of class {max(labels)}, with {len(classes)} classes")
     kept = [(file, labels) for file, labels in listed if is_multi_label or len(labels) == 1]
-    data = ImageFiles(path, root, ((unpacked(root, file), {} if is_multi_label else dict(label=labels[0]))
+    data = ImageFiles(path, home, ((unpacked(home, file), {} if is_multi_label else dict(label=labels[0]))
                                    for file, labels in kept), classes)
     data.notes = note_counts({"images without one class": len(listed) - len(kept)})
     is_class = np.array([np.isin(np.arange(len(classes)), labels) for _, labels in kept])
     return data, is_class if is_multi_label else None
 
 
+def text_list(home, path):
+    """Names of the classes, and (file, its classes) for each line of a test.txt."""
+    names = f"{home}/labels.txt"
+    names, listed = read_lines(names if isfile(names) else f"{home}/labelmap.txt", "names of classes"), []
+    for number, line in enumerate(read_lines(path, "lines FILE CLASS"), 1):
+        file, _, labels = line.rpartition(" ")
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", labels):
+            raise UserError(f"{path}, line {number}: wanted FILE CLASS or FILE CLASS,CLASS..., got {line[:60]!r}")
+        listed.append((file, [int(label) for label in labels.split(",")]))
+    return names, listed
+
+
+def json_list(home, path):
+    """The same of a test.json."""
+    content, labels = read_json(path), defaultdict(list)
+    names = dict(sorted((i, name) for _, i, name in entries(content, "categories", path, id=int, name=str)))
+    for _, i, category in entries(content, "annotations", path, image_id=int, category_id=int):
+        labels[i].append([*names, category].index(category))             # an unknown one is out of range
+    images = entries(content, "images", path, id=int, zip_file=object, file_name=str)
+    return list(names.values()), [(f"{archive}@{file}" if archive else file, labels[i])
+                                  for _, i, archive, file in images]
+
+
 def unpacked(home, file):
-    """val.zip@3/17.png, or where that lies if there is no val.zip any more: val/3/17.png or 3/17.png"""
-    archive, member = archive_and_member(file)
-    if not member or isfile(f"{home}/{archive}"):
+    """val.zip@3/17.png -> val/3/17.png or 3/17.png, whichever is there."""
+    archive, _, member = file.rpartition(".zip@")
+    if not archive:
         return file
-    below = f"{archive.removesuffix('.zip')}/{member}"
-    return below if isfile(f"{home}/{below}") else member
+    for place in (f"{archive}/{member}", member):
+        if isfile(f"{home}/{place}"):
+            return place
+    if isfile(f"{home}/{archive}.zip"):
+        raise UserError(f"{home}/{archive}.zip holds {member}: unpack it, "
+                        f"cd {home} && unzip -q {archive}.zip -d {archive}")
+    return member
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2167,13 +2119,14 @@ def hash_names(data) -> str:
 # Looking at data: `python data.py preview` draws a contact sheet, `python data.py check` reads everything
 # ---------------------------------------------------------------------------------------------------------------------
 
-CELL, LINES, LINE = 224, 4, 18      # of the contact sheet: side of a picture; lines of a caption, and their height
+CELL = 224       # side of a picture in the contact sheet, pixels
 
 
-def sheet(rows: list[list[tuple[str, Image.Image]]], height: int, line: int = 18, gap: int = 6) -> Image.Image:
+def sheet(rows: list[list[tuple[str, Image.Image]]], height: int) -> Image.Image:
     """Rows of (text, picture): each picture, made `height` pixels high, with the lines of its text above it."""
     rows = [[(text, picture.resize((max(1, round(height * picture.width / picture.height)), height),
                                    Image.Resampling.NEAREST)) for text, picture in row] for row in rows]
+    gap, line = 6, 18
     head = line * max(text.count("\n") + 1 for row in rows for text, _ in row)
     width = gap + max(picture.width for row in rows for _, picture in row)
     page = Image.new("RGB", (width * max(map(len, rows)), (head + height + gap) * len(rows)), "white")
@@ -2186,28 +2139,23 @@ def sheet(rows: list[list[tuple[str, Image.Image]]], height: int, line: int = 18
     return page
 
 
-def preview(data, out: str, rows: int = 4, columns: int = 6, seed: int = 0):
-    """Writes a contact sheet of records drawn at random: picture, and below it caption or class, or why it is bad."""
-    font, rng = ImageFont.load_default(14), np.random.default_rng(seed)
-    high, gap = CELL + LINES * LINE, 8
-    sheet = Image.new("RGB", (columns * (CELL + gap) + gap, rows * (high + gap) + gap), "white")
-    for place, i in enumerate(rng.choice(len(data), min(rows * columns, len(data)), replace=False).tolist()):
-        card = Image.new("RGB", (CELL, high), "white")
+def preview(data, out: str):
+    """Writes a contact sheet of 24 records drawn at random: each picture below its caption or class, or why it is bad."""
+    rng, cards = np.random.default_rng(0), []
+    for i in rng.choice(len(data), min(24, len(data)), replace=False).tolist():
         try:
             sample = data.read(i)
             picture = decode(sample.image)
             with refusing("too narrow to draw"):
-                card.paste(ImageOps.contain(picture, (CELL, CELL), BICUBIC))
+                picture = ImageOps.pad(picture, (CELL, CELL), BICUBIC, "white")
             text = (pick_caption(sample, rng) if sample.captions else
                     data.classes[sample.label] if sample.label >= 0 else data.name(i))
         except BadRecord as error:
-            card.paste("lightgray", (0, 0, CELL, CELL))
+            picture = Image.new("RGB", (CELL, CELL), "lightgray")
             text = f"BAD {data.name(i)}: {error}"
-        lines = textwrap.wrap(text, CELL // 8)[:LINES]
-        ImageDraw.Draw(card).multiline_text((0, CELL), "\n".join(lines), "black", font)
-        row, column = divmod(place, columns)
-        sheet.paste(card, (gap + column * (CELL + gap), gap + row * (high + gap)))
-    sheet.save(out)
+        cards.append(("\n".join(textwrap.wrap(text, CELL // 8)[:4]), picture))
+    sheet([cards[k:k + 6] for k in range(0, len(cards), 6)], CELL).save(out)
+    say(f"wrote {out}: {len(cards)} of {len(data)} records")
 
 
 def inspect(sample, rng, tokenizer):
@@ -2254,41 +2202,29 @@ def check_folder_of(option: str, path: str):
         raise UserError(f"{option} {path} cannot be written: wanted the name of a file in a folder that exists")
 
 
-COMMON_OPTIONS = [("--split", "train", "train (default), val or test, where the data has splits"),
-                  ("--bpe", "", "CLIP's merges file (default: learn merges from the captions)"),
-                  ("--vocab-size", 1024, "entries that are learned where no --bpe is given (default: 1024)")]
-COMMANDS = {
-    "preview": ("draw a contact sheet of samples with captions", [
-        ("--out", "grid.png", "the picture to write (default: grid.png)"), ("--rows", 4, "of the sheet (default: 4)"),
-        ("--columns", 6, "of the sheet (default: 6)"), ("--seed", 0, "another one shows other records (default: 0)")]),
-    "check": ("read and decode everything; count and name bad records", [
-        ("--context-length", 77, "tokens; longer captions count as truncated (default: 77)"),
-        ("--workers", 0, "loader processes (default: 0)"), ("--json", "", "file for the report as one JSON object")]),
-    "bpe": ("learn byte-pair merges from the captions and show how a text is cut", []),
-}
-
-
 def main(argv: list[str] | None = None):
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = cli.add_subparsers(dest="command", required=True)
-    for name, (help, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        command.add_argument("--data", action="append", metavar="SPEC",
-                             help=f"{specs()}; may be repeated (default: shapes)")
-        for option, default, help in [*COMMON_OPTIONS, *options]:
-            kind = str if isinstance(default, str) else at_least(min(default, 1))
-            command.add_argument(option, default=default, type=kind, help=help)
-    command.add_argument("text", nargs="*", help="texts to cut (default: a few captions)")
-    o = cli.parse_args(argv)
-    check_folder_of("--out", getattr(o, "out", ""))
-    check_folder_of("--json", getattr(o, "json", ""))
-    if o.command == "preview" and Path(o.out).suffix.lower() not in Image.registered_extensions():
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                  allow_abbrev=False)
+    cli.add_argument("command", choices=("preview", "check", "bpe"))
+    cli.add_argument("text", nargs="*", help="bpe: texts to cut (default: a few captions)")
+    cli.add_argument("--data", action="append", metavar="SPEC", help=f"{specs()}; may be repeated (default: shapes)")
+    cli.add_argument("--split", default="train", help="train (default), val or test, where the data has splits")
+    cli.add_argument("--out", default="grid.png", help="preview: the picture to write (default: grid.png)")
+    cli.add_argument("--bpe", help="check, bpe: CLIP's merges file (default: learn merges from the captions)")
+    cli.add_argument("--vocab-size", type=at_least(514), default=1024,
+                     help="check, bpe: entries to learn where no --bpe is given (default: 1024)")
+    cli.add_argument("--context-length", type=at_least(2), default=77,
+                     help="check: tokens; longer captions count as truncated (default: 77)")
+    cli.add_argument("--workers", type=at_least(0), default=0, help="check: loader processes (default: 0)")
+    cli.add_argument("--json", help="check: file for the report as one JSON object")
+    o = cli.parse_intermixed_args(argv)
+    check_folder_of("--out", o.out)
+    check_folder_of("--json", o.json)
+    if Path(o.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
     data = Mixed([part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)])
     if o.command == "preview":
-        preview(data, o.out, o.rows, o.columns, o.seed)
-        print(f"wrote {o.out}: {min(o.rows * o.columns, len(data))} of {len(data)} records")
-        return
+        return preview(data, o.out)
     tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else learn_tokenizer(data, o.vocab_size)
     if o.command == "check":
         report = check(data, tokenizer, o.context_length, o.workers)
