@@ -163,7 +163,6 @@ def run(main: Callable):
 # Image transforms: from the bytes of a file to a uint8 tensor (3, size, size)
 #
 #   open_image   reads the header and refuses what is no image, or too large to decode
-#   draft        lets a JPEG decode at a half, quarter or eighth of its size when the crop is larger than needed
 #   decode       pixels, upright, in RGB, transparent parts on white
 #   crop_box     where to crop at random; resize_crop: bicubic, torchvision's pixels to within one level
 #   center_box   where to crop for evaluation
@@ -173,7 +172,7 @@ def run(main: Callable):
 
 @dataclass
 class Sample:
-    image: Image.Image                  # any mode; perhaps only its header is read so far, for `draft`
+    image: Image.Image                  # any mode; perhaps only its header is read so far, see `decode`
     captions: tuple[str, ...] = ()
     label: int = -1                         # class index, -1 unknown
     text_label: int = -1                    # class that the captions name, over all data sets: see NamedClasses
@@ -193,7 +192,6 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")    # no oth
 MAX_PIXELS = 100_000_000     # a file of a few kilobytes can claim gigabytes of pixels
 MAX_SCANS = 100              # of a progressive JPEG, which has about ten: thousands in a small file decode for hours
 MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or counter, not a picture
-DRAFT_MARGIN = 2             # a JPEG decodes to at least this multiple of the final size: about one level off
 BICUBIC = Image.Resampling.BICUBIC
 TORCH_RESIZE = torch.backends.cpu.get_cpu_capability().startswith("AVX")   # faster than Pillow there, else slower
 
@@ -231,18 +229,6 @@ def orientation(image):
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) after `decode`."""
     return image.size[::-1] if orientation(image) in (5, 6, 7, 8) else image.size
-
-
-def draft(image: Image.Image, shrink: float) -> int:
-    """Lets an image that is not decoded yet decode 2, 4 or 8 times smaller, at most `shrink` times; returns how many.
-
-    Only JPEGs can: a block of 8 x 8 pixels is computed as one of 4, 2 or 1.  Sides become ceil(side / times).  One that
-    EXIF turns comes out shifted by a part of a reduced pixel if its sides are no multiples.
-    """
-    times = next((times for times in (8, 4, 2) if times <= shrink), 1)
-    width, height = image.size
-    answer = image.draft("RGB", (width // times, height // times)) if times > 1 else None
-    return round(width / answer[1][2]) if answer else 1
 
 
 def decode(image: Image.Image) -> Image.Image:
@@ -295,10 +281,7 @@ def resize_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -
 
     Cropped first and then resized, as torchvision does: Image.resize(box=) would mix in pixels from outside the box.
     """
-    if box != (0, 0, *image.size):
-        image = image.crop(box)
-    if image.size == (size, size):
-        return to_tensor(image)
+    image = image.crop(box)
     if TORCH_RESIZE:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]       # (1, 3, h, w), a view of (h, w, 3)
         return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
@@ -322,8 +305,7 @@ def center_box(width, height, size, resize):
 class TrainTransform:
     """A random part of an image, by `crop_box`, as uint8 tensor (3, size, size); with `flip` half of them mirrored.
 
-    Scale 0.5 to 1 and no flip are SLIP's, where the paper is silent.  The image may be decoded at
-    reduced scale: for several crops of one image pass decode(image).
+    Scale 0.5 to 1 and no flip are SLIP's, where the paper is silent.
     """
     size: int
     scale: tuple[float, float] = (0.5, 1.0)
@@ -332,11 +314,9 @@ class TrainTransform:
     single_shot: bool = False
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        width, height = upright_size(image)
-        left, top, w, h = crop_box(width, height, self.scale, self.ratio, rng, self.single_shot)
-        times = draft(image, min(w, h) / (DRAFT_MARGIN * self.size))
-        box = tuple(round(edge / times) for edge in (left, top, left + w, top + h))
-        pixels = resize_crop(decode(image), box, self.size)
+        image = decode(image)
+        left, top, w, h = crop_box(*image.size, self.scale, self.ratio, rng, self.single_shot)
+        pixels = resize_crop(image, (left, top, left + w, top + h), self.size)
         return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
 
 
@@ -351,16 +331,15 @@ class EvalTransform:
     squash: bool = False
 
     def __post_init__(self):
-        self.resize = self.size if self.squash else self.resize or self.size
-        if self.resize < self.size:
+        self.resize = self.resize or self.size
+        if self.resize < self.size and not self.squash:
             raise UserError(f"cannot cut {self.size} x {self.size} pixels from a short side of {self.resize}: "
                             f"resize to at least {self.size}")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-        width, height = upright_size(image)
-        times = draft(image, min(width, height) / (DRAFT_MARGIN * self.resize))
-        box = (0, 0, width, height) if self.squash else center_box(width, height, self.size, self.resize)
-        return to_tensor(decode(image).resize((self.size, self.size), BICUBIC, box=[edge / times for edge in box]))
+        image = decode(image)
+        box = None if self.squash else center_box(*image.size, self.size, self.resize)
+        return to_tensor(image.resize((self.size, self.size), BICUBIC, box))
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -682,7 +661,8 @@ TEXTURES = ("plain", "striped", "checkered", "dotted", "cloudy")
 OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {} ")
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 LONE_SIZE = (0.45, 0.8)     # smallest and largest size of a lone object; n are n ** -0.4 times as large, or less to fit
-SHAPES_OPTIONS = dict(train=int, val=int, size=int, seed=int, single=float, unsaid=float, forms=int)
+LONE_SHARE = 0.7            # of the scenes have one object, where one to several are allowed
+SHAPES_OPTIONS = dict(train=int, val=int, size=int, seed=int, unsaid=float, forms=int)
 MAX_NOISE = 8        # colors keep this far from 0 and 255, so that noise is never clipped
 
 
@@ -913,8 +893,8 @@ def lay_out(rng, n, category):
 class ShapesWorld:
     """`count` scenes of colored shapes on textured backgrounds; scene i follows from (seed, split, i) alone.
 
-    objects      fewest and most objects in a scene.  If one is allowed, a share `single` of the scenes has one, and the
-                 other numbers are equally likely.  With (1, 1), scene i is of class i % 64: exactly balanced
+    objects      fewest and most objects in a scene.  If one is allowed, LONE_SHARE of the scenes have one, and the other
+                 numbers are equally likely.  With (1, 1), scene i is of class i % 64: exactly balanced
     unsaid       probability that the caption leaves out an object after the first, or an object's color or shape
     dense        read() gives label_map and objects too
     forms        a class is a shape of any color, and there are 8; else color and shape, and there are 64
@@ -928,7 +908,6 @@ class ShapesWorld:
     size: int = 64
     seed: int = 0
     objects: tuple[int, int] = (1, 4)
-    single: float = 0.7
     unsaid: float = 0.0
     dense: bool = False
     forms: bool = False
@@ -941,8 +920,7 @@ class ShapesWorld:
         assert self.split in ("train", "val"), self.split
         fewest, most = self.objects
         for what, values, least, largest in (("objects", (fewest, most), 1, 6), ("count", [self.count], 1, 10 ** 9),
-                                             ("size", [self.size], 16, 10 ** 5), ("single", [self.single], 0, 1),
-                                             ("unsaid", [self.unsaid], 0, 1)):
+                                             ("size", [self.size], 16, 10 ** 5), ("unsaid", [self.unsaid], 0, 1)):
             if not least <= values[0] <= values[-1] <= largest:
                 raise UserError(f"Shapes world: {what} is {values}, wanted numbers that rise from {least} to {largest}")
         if self.forms:
@@ -958,7 +936,7 @@ class ShapesWorld:
         """The description of picture i, caption included."""
         rng = random.Random(f"shapes {self.seed} {self.split} {i}")
         fewest, most = self.objects
-        lone = fewest == 1 and (most == 1 or rng.random() < self.single)
+        lone = fewest == 1 and (most == 1 or rng.random() < LONE_SHARE)
         n = 1 if lone else rng.randint(max(fewest, 2), most)
         held_out = None
         while held_out != (self.split == "val"):
@@ -1011,7 +989,7 @@ def shapes(text, split, task, size, **_):
                 options[key] = SHAPES_OPTIONS[key](value)
         except (KeyError, ValueError):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
-                            f"seed=0, objects=1-4, single=0.7, unsaid=0.2 (both from 0 to 1), forms=1 (or 0)") from None
+                            f"seed=0, objects=1-4, unsaid=0.2 (from 0 to 1), forms=1 (or 0)") from None
     counts = dict(train=options.pop("train"), val=options.pop("val"))
     split = "train" if split == "train" else "val"
     return ShapesWorld(split, counts[split], dense=task in ("segmentation", "detection"), **options)
@@ -1065,33 +1043,21 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, n)).permutation(n)
 
 
-@dataclass(eq=False)
-class TrainBatches:
+def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, world: int) -> Iterator[list[tuple]]:
     """For each step the keys of this process's share of the global batch.
 
     An epoch is a permutation cut into n // batch_size global batches; process r takes the r-th slice of each, so every
     process has the same number of steps and no record comes twice in an epoch.  What the cut leaves over are the spares
     that stand in for bad records; a stand-in may come twice, as processes do not ask each other who took which.
     """
-    n: int
-    batch_size: int
-    seed: int
-    steps: range
-    rank: int = 0
-    world: int = 1
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self):
-        per_epoch, share = self.n // self.batch_size, self.batch_size // self.world
-        for epoch, steps in itertools.groupby(self.steps, lambda step: step // per_epoch):
-            order = epoch_order(self.n, self.seed, epoch)
-            spares = order[per_epoch * self.batch_size:] if self.n % self.batch_size else order
-            for step in steps:
-                start = step % per_epoch * self.batch_size + self.rank * share
-                yield [(epoch, int(order[k]), *spares.take(range(k + 1, k + 11), mode="wrap").tolist())
-                       for k in range(start, start + share)]
+    per_epoch, share = n // batch_size, batch_size // world
+    for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // per_epoch):
+        order = epoch_order(n, seed, epoch)
+        spares = order[per_epoch * batch_size:] if n % batch_size else order
+        for step in steps_of_epoch:
+            start = step % per_epoch * batch_size + rank * share
+            yield [(epoch, int(order[k]), *spares.take(range(k + 1, k + 11), mode="wrap").tolist())
+                   for k in range(start, start + share)]
 
 
 class DataLoader(torch.utils.data.DataLoader):
@@ -1125,16 +1091,15 @@ def leave_signals_to_parent(worker):
 def train_loader(data, transform, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1,
                  workers: int = 0, collate=collate):
     """An iterator over the batches of `steps`; batch_size is global, each batch holds this process's share of it."""
-    batches = TrainBatches(len(data), batch_size, seed, steps, rank, world)
+    batches = train_batches(len(data), batch_size, seed, steps, rank, world)
     return DataLoader(Records(data, transform, seed), batches, workers, collate)
 
 
-def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0, collate=collate,
-                seed: int = 0):
+def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0, collate=collate):
     """Every record once and in order: process r reads records r, r + world, ...  Bad ones are left out and named."""
     indices = range(rank, len(data), world)
     batches = [[(0, i) for i in indices[k:k + batch_size]] for k in range(0, len(indices), batch_size)]
-    return DataLoader(Records(data, transform, seed), batches, workers, collate)
+    return DataLoader(Records(data, transform), batches, workers, collate)
 
 
 # =====================================================================================================================
@@ -1248,7 +1213,7 @@ def index_tar(path):
     """Where the pairs of a tar are:
 
     keys     their names
-    pairs    (n, 5) int64: whether the caption is in a .json; offset and size of the image; those of the caption
+    pairs    n times five numbers: whether the caption is in a .json; offset and size of the image; those of the caption
     counts   what was left out;  cut: why the walk ended too early, or ""
     """
     files, counts, cut = defaultdict(dict), Counter(), ""    # files: key -> {"image", "txt", "json": (offset, size)}
@@ -1276,7 +1241,7 @@ def index_tar(path):
             pairs.append(["txt" not in members, *members["image"], *caption])
         counts["images without a caption"] += not caption
         counts["captions without an image"] += "image" not in members
-    return dict(keys=keys, pairs=np.array(pairs, dtype=np.int64).reshape(-1, 5), counts=counts, cut=cut)
+    return dict(keys=keys, pairs=pairs, counts=counts, cut=cut)
 
 
 def load_index(path, cache):
@@ -1285,20 +1250,18 @@ def load_index(path, cache):
         return index_tar(path)
     path = os.path.abspath(path)
     status = os.stat(path)
-    stamp = [2, path, status.st_size, status.st_mtime_ns]                                   # 2: version of the index
-    file = Path(cache) / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.npz"
+    stamp = [3, path, status.st_size, status.st_mtime_ns]                                   # 3: version of the index
+    file = Path(cache) / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
     with contextlib.suppress(Exception):                 # no such file, or one of the many ways of being damaged
-        with np.load(file) as saved:
-            index = json.loads(saved["index"].item())
-            if index["stamp"] == stamp:
-                return dict(index, pairs=saved["pairs"])
+        index = json.loads(file.read_text())
+        if index["stamp"] == stamp:
+            return index
     index = dict(index_tar(path), stamp=stamp)
-    temporary = f"{file}.{os.getpid()}-{threading.get_ident()}"
+    temporary = Path(f"{file}.{os.getpid()}-{threading.get_ident()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as out:
-            np.savez(out, pairs=index["pairs"], index=json.dumps(dict(index, pairs=None)).encode())
-        os.replace(temporary, file)
+        temporary.write_text(json.dumps(index))
+        temporary.replace(file)
     except OSError as error:
         index["counts"][f"indices were not stored in {cache} ({error.strerror})"] += 1
     return index
@@ -1349,7 +1312,8 @@ class Shards:
         open_tar.cache_clear()                           # a tar may be another one since it was opened
         with ThreadPoolExecutor(8) as pool:              # threads, because on a network disk the time goes in waiting
             walks = pool.map(partial(load_index, cache=cache), self.paths)
-            indices = list(progress(walks, len(self.paths), "shards indexed"))
+            indices = [dict(index, pairs=np.array(index["pairs"], dtype=np.int64).reshape(-1, 5))
+                       for index in progress(walks, len(self.paths), "shards indexed")]
         self.keys = Packed(os.fsencode(key) for index in indices for key in index["keys"])
         self.pairs = np.concatenate([index["pairs"] for index in indices])                      # see index_tar
         self.shard = np.repeat(np.arange(len(indices)), [len(index["keys"]) for index in indices])
@@ -1386,12 +1350,14 @@ class ImageFiles:
     root       folder that the files are named from
     listed     (file, fields of its Sample: captions, label or objects) of each
     classes    what the labels mean
+    counts     for notes: {"images left out": how many}
     """
     names_classes, text_label = False, -1                # see name_classes
 
-    def __init__(self, source, root, listed, classes=None):
-        self.root, self.classes, self.notes = root, classes, []
+    def __init__(self, source, root, listed, classes=None, counts={}):
+        self.root, self.classes = root, classes
         self.records = Packed(json.dumps(record).encode() for record in listed)
+        self.notes = note_counts(counts)
         if not len(self):
             raise UserError(f"{source} holds no images")
         probe = [self.path(i) for i in range(min(len(self), 100))]
@@ -1410,7 +1376,7 @@ class ImageFiles:
     def read(self, i: int) -> Sample:
         _, known = json.loads(self.records[i])
         if "captions" in known:
-            known["captions"] = good_captions(known["captions"])
+            known["captions"] = tuple(map(clean_caption, known["captions"]))
         sample = Sample(open_image(read_file(self.path(i))), **known)
         if self.names_classes:
             names = self.classes[sample.label].split("\t")
@@ -1419,20 +1385,10 @@ class ImageFiles:
         return sample
 
 
-def good_captions(captions):
-    """Those of the captions that can be used; a BadRecord only if none can."""
-    good = []
-    for caption in captions:
-        with contextlib.suppress(BadRecord):
-            good.append(clean_caption(caption))
-    return tuple(good) or (clean_caption(captions[0]),)
-
-
 def captioned(source, root, listed):
     """ImageFiles of (file, captions); images without captions are left out and counted."""
-    files = ImageFiles(source, root, ((file, dict(captions=captions)) for file, captions in listed if captions))
-    files.notes = note_counts({f"images of {source} have no caption": len(listed) - len(files)})
-    return files
+    kept = [(file, dict(captions=captions)) for file, captions in listed if captions]
+    return ImageFiles(source, root, kept, counts={f"images of {source} have no caption": len(listed) - len(kept)})
 
 
 def csv_file(spec, **_):
@@ -1444,9 +1400,7 @@ def csv_file(spec, **_):
     path, *columns = re.split(r",(?=image=|caption=)", spec)
     named = dict(image="filepath", caption="title") | dict(column.split("=", 1) for column in columns)
     counts = Counter()
-    files = ImageFiles(path, os.path.dirname(path), csv_rows(path, *named.values(), counts))
-    files.notes = note_counts(counts)
-    return files
+    return ImageFiles(path, os.path.dirname(path), csv_rows(path, *named.values(), counts), counts=counts)
 
 
 def csv_rows(path, image, caption, counts):
@@ -1454,11 +1408,12 @@ def csv_rows(path, image, caption, counts):
     csv.field_size_limit(LONGEST_FIELD)
     with reading(path), open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         line = file.readline(LONGEST_FIELD)
-        headers = {separator: next(csv.reader([line], delimiter=separator), []) for separator in ",\t;"}
-        separator, header = max(headers.items(), key=lambda item: len({image, caption} & {*item[1]}))
-        if not {image, caption} <= {*header}:
-            found = ", ".join(map(repr, header))[:200]
-            raise UserError(f"{path}: wanted columns {image!r} and {caption!r}, got {found}: "
+        for separator in ",\t;":
+            header = next(csv.reader([line], delimiter=separator), [])
+            if image in header and caption in header:
+                break
+        else:
+            raise UserError(f"{path}: wanted columns {image!r} and {caption!r} in the first line, got {line[:200]!r}: "
                             f"name yours with csv:FILE,image=COLUMN,caption=COLUMN")
         try:
             for row in csv.DictReader(file, header, delimiter=separator, restval=""):
@@ -1584,7 +1539,7 @@ COCO_STUFF_LABEL = np.full(256, 255, dtype=np.uint8)
 COCO_STUFF_LABEL[np.setdiff1d(np.arange(182), COCO_STUFF_GAPS)] = np.arange(171)
 
 
-class LabelMaps:
+class LabelMaps(ImageFiles):
     """Images (.jpg) with a class for each pixel (.png of the same name), in the folders of the archives they come in.
 
         ade20k:DIR           DIR/images/{training,validation}/*.jpg       DIR/annotations/{training,validation}/*.png
@@ -1606,46 +1561,37 @@ class LabelMaps:
     reduce_zero_label   label 0 belongs to no class: they start with label 1
     label_of            (256,) the label of each value in the files, where they differ
     """
-    notes = ()
-
     def __init__(self, root, split, above, parts, images, maps, listing="", classes=None, reduce_zero_label=False,
                  label_of=np.arange(256, dtype=np.uint8), **_):
         if split not in ("train", "val"):
             raise UserError(f"{root} has no split {split!r}; use train or val")
         root = f"{root}/{above}" if isdir(f"{root}/{above}") else root
-        self.part, self.label_of, self.reduce_zero_label = parts[split == "val"], label_of, reduce_zero_label
-        self.images, self.maps, source = (f"{root}/{where.format(self.part)}"
-                                          for where in (images, maps, listing or images))
-        for path in (self.images, self.maps, source):
-            if not os.path.exists(path):
-                raise UserError(f"{path} is not there: unpack the archive as it comes, and name the folder {above} or "
-                                f"the one above it")
+        images, maps, source = (where.format(parts[split == "val"]) for where in (images, maps, listing or images))
+        for path in (images, maps, source):
+            if not os.path.exists(f"{root}/{path}"):
+                raise UserError(f"{root}/{path} is not there: unpack the archive as it comes, and name the folder {above} "
+                                f"or the one above it")
+        source = f"{root}/{source}"
         names = read_lines(source, "names of images") if listing else sorted(os.listdir(source))
-        self.stems = [name.removesuffix(".jpg") for name in names if listing or name.endswith(".jpg")]
-        if not self.stems:
-            raise UserError(f"{source} holds no images")
+        stems = [name.removesuffix(".jpg") for name in names if listing or name.endswith(".jpg")]
         classes = classes or read_lines(f"{root}/class_names.txt", "names of classes")
-        self.classes = [name.strip("_") for name in classes]
-
-    def __len__(self):
-        return len(self.stems)
-
-    def name(self, i):
-        return f"{self.part}/{self.stems[i]}"
+        super().__init__(source, root, ((f"{images}/{stem}.jpg", {}) for stem in stems),
+                         [name.strip("_") for name in classes])
+        self.maps = [f"{root}/{maps}/{stem}.png" for stem in stems]
+        self.label_of, self.reduce_zero_label = label_of, reduce_zero_label
 
     def read(self, i: int) -> Sample:
-        image = open_image(read_file(f"{self.images}/{self.stems[i]}.jpg"))
-        label = open_image(read_file(f"{self.maps}/{self.stems[i]}.png"))
+        sample, label = super().read(i), open_image(read_file(self.maps[i]))
         if label.mode not in ("L", "P"):
             raise BadRecord(f"not a label map: mode {label.mode}, wanted one byte a pixel")
-        if label.size != upright_size(image):
-            raise BadRecord(f"label map of another size: {label.size}, the image has {upright_size(image)}")
+        if label.size != upright_size(sample.image):
+            raise BadRecord(f"label map of another size: {label.size}, the image has {upright_size(sample.image)}")
         with refusing("corrupt label map"):
-            label_map = self.label_of[np.array(label)]                          # (H, W); of a palette image the indices
-        largest = int(label_map[label_map < 255].max(initial=0))
+            sample.label_map = self.label_of[np.array(label)]                   # (H, W); of a palette image the indices
+        largest = int(sample.label_map[sample.label_map < 255].max(initial=0))
         if largest >= len(self.classes) + self.reduce_zero_label:
             raise BadRecord(f"label out of range: {largest}, with {len(self.classes)} classes")
-        return Sample(image, label_map=label_map)
+        return sample
 
 
 # ---- a box, a category and a mask for each object -------------------------------------------------------------------
@@ -1774,7 +1720,7 @@ class IcinwTask:
     data        images with classes, as folder:DIR
     templates   its own prompts
     metric      accuracy, mean per class, 11-point mAP or ROC AUC
-    is_class    for 11-point mAP: (n, classes) bool, True where an image is of a class
+    is_class    (n, classes) bool, True where an image is of a class: of several, in the set that has 11-point mAP
     squash      the whole image squeezed to a square instead of its centre
     notes       what differs from the published test set
     """
@@ -1782,7 +1728,7 @@ class IcinwTask:
     data: ImageFiles
     templates: tuple[str, ...]
     metric: str
-    is_class: np.ndarray | None
+    is_class: np.ndarray
     squash: bool
     notes: list[str]
 
@@ -1807,7 +1753,7 @@ def icinw(root: str, **_) -> tuple[list[IcinwTask], list[str]]:
 def icinw_task(name, home, names, templates):
     """names, templates: the toolkit's, where there are any"""
     _, listing, classes, images, metric = ICINW[name]
-    data, is_class = toolkit_list(home, f"{home}/{listing}", metric == "11-point mAP")
+    data, is_class = toolkit_list(home, f"{home}/{listing}")
     notes = data.notes
     if names and len(names) != len(data.classes):
         raise UserError(f"prompts.py names {len(names)} classes of {name}, {home} has {len(data.classes)}")
@@ -1846,18 +1792,16 @@ def toolkit_prompts(path):
                         f"{one_line(error)}") from None
 
 
-def toolkit_list(home, path, is_multi_label):
-    """ImageFiles of a list, and where images can be of several classes is_class (n, classes) bool."""
+def toolkit_list(home, path):
+    """ImageFiles of a list, labeled with the first class of each; and is_class (n, classes) bool."""
     classes, listed = (json_list if path.endswith(".json") else text_list)(home, path)
     for file, labels in listed:
         if max(labels, default=0) >= len(classes):
             raise UserError(f"{path}: {file} is of class {max(labels)}, with {len(classes)} classes")
-    kept = [(file, labels) for file, labels in listed if is_multi_label or len(labels) == 1]
-    data = ImageFiles(path, home, ((unpacked(home, file), {} if is_multi_label else dict(label=labels[0]))
-                                   for file, labels in kept), classes)
-    data.notes = note_counts({"images without one class": len(listed) - len(kept)})
-    is_class = np.array([np.isin(np.arange(len(classes)), labels) for _, labels in kept])
-    return data, is_class if is_multi_label else None
+    kept = [(unpacked(home, file), labels) for file, labels in listed if labels]
+    data = ImageFiles(path, home, ((file, dict(label=labels[0])) for file, labels in kept), classes,
+                      counts={"images without a class": len(listed) - len(kept)})
+    return data, np.array([np.isin(np.arange(len(classes)), labels) for _, labels in kept])
 
 
 def text_list(home, path):
@@ -2046,11 +1990,12 @@ def open_data(spec: str, split: str | None = None, task: str = "captions", size:
     size    side in pixels of images that are drawn, if spec does not say
     cache   folder for the indices of shards
     """
-    kind, _, rest = spec.partition(":")
-    if kind not in FORMATS or task not in FORMATS[kind].tasks:
+    format = FORMATS[kind_of(spec)]
+    if task not in format.tasks:
         raise UserError(f"cannot open {spec!r} for {task}: wanted {specs(task)}")
     split = split or ("test" if task == "retrieval" else "train")
-    return FORMATS[kind].open(os.path.expanduser(rest), split=split, task=task, size=size, cache=cache)
+    rest = os.path.expanduser(spec.partition(":")[2])
+    return format.open(rest, split=split, task=task, size=size, cache=cache)
 
 
 def open_for_reading(spec, split):
@@ -2124,8 +2069,8 @@ CELL = 224       # side of a picture in the contact sheet, pixels
 
 def sheet(rows: list[list[tuple[str, Image.Image]]], height: int) -> Image.Image:
     """Rows of (text, picture): each picture, made `height` pixels high, with the lines of its text above it."""
-    rows = [[(text, picture.resize((max(1, round(height * picture.width / picture.height)), height),
-                                   Image.Resampling.NEAREST)) for text, picture in row] for row in rows]
+    rows = [[(text, ImageOps.contain(picture, (10 ** 6, height), Image.Resampling.NEAREST)) for text, picture in row]
+            for row in rows]                             # of any width
     gap, line = 6, 18
     head = line * max(text.count("\n") + 1 for row in rows for text, _ in row)
     width = gap + max(picture.width for row in rows for _, picture in row)
@@ -2216,10 +2161,8 @@ def main(argv: list[str] | None = None):
     cli.add_argument("--context-length", type=at_least(2), default=77,
                      help="check: tokens; longer captions count as truncated (default: 77)")
     cli.add_argument("--workers", type=at_least(0), default=0, help="check: loader processes (default: 0)")
-    cli.add_argument("--json", help="check: file for the report as one JSON object")
     o = cli.parse_intermixed_args(argv)
     check_folder_of("--out", o.out)
-    check_folder_of("--json", o.json)
     if Path(o.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
     data = Mixed([part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)])
@@ -2227,9 +2170,7 @@ def main(argv: list[str] | None = None):
         return preview(data, o.out)
     tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else learn_tokenizer(data, o.vocab_size)
     if o.command == "check":
-        report = check(data, tokenizer, o.context_length, o.workers)
-        if o.json:
-            Path(o.json).write_text(json.dumps(report))
+        check(data, tokenizer, o.context_length, o.workers)
         return
     print(f"{tokenizer.vocab_size} entries, {len(tokenizer.merges)} of them merges")
     for text in o.text or first_captions(data, 5):
