@@ -1213,7 +1213,7 @@ def index_tar(path):
     """Where the pairs of a tar are:
 
     keys     their names
-    pairs    n times five numbers: whether the caption is in a .json; offset and size of the image; those of the caption
+    pairs    (n, 5) int64: whether the caption is in a .json; offset and size of the image; those of the caption
     counts   what was left out;  cut: why the walk ended too early, or ""
     """
     files, counts, cut = defaultdict(dict), Counter(), ""    # files: key -> {"image", "txt", "json": (offset, size)}
@@ -1241,7 +1241,7 @@ def index_tar(path):
             pairs.append(["txt" not in members, *members["image"], *caption])
         counts["images without a caption"] += not caption
         counts["captions without an image"] += "image" not in members
-    return dict(keys=keys, pairs=pairs, counts=counts, cut=cut)
+    return dict(keys=keys, pairs=np.array(pairs, dtype=np.int64).reshape(-1, 5), counts=counts, cut=cut)
 
 
 def load_index(path, cache):
@@ -1250,18 +1250,20 @@ def load_index(path, cache):
         return index_tar(path)
     path = os.path.abspath(path)
     status = os.stat(path)
-    stamp = [3, path, status.st_size, status.st_mtime_ns]                                   # 3: version of the index
-    file = Path(cache) / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    stamp = [2, path, status.st_size, status.st_mtime_ns]                                   # 2: version of the index
+    file = Path(cache) / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.npz"
     with contextlib.suppress(Exception):                 # no such file, or one of the many ways of being damaged
-        index = json.loads(file.read_text())
-        if index["stamp"] == stamp:
-            return index
+        with np.load(file) as saved:
+            index = json.loads(saved["index"].item())
+            if index["stamp"] == stamp:
+                return dict(index, pairs=saved["pairs"])
     index = dict(index_tar(path), stamp=stamp)
-    temporary = Path(f"{file}.{os.getpid()}-{threading.get_ident()}")
+    temporary = f"{file}.{os.getpid()}-{threading.get_ident()}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(index))
-        temporary.replace(file)
+        with open(temporary, "wb") as out:
+            np.savez(out, pairs=index["pairs"], index=json.dumps(dict(index, pairs=None)).encode())
+        os.replace(temporary, file)
     except OSError as error:
         index["counts"][f"indices were not stored in {cache} ({error.strerror})"] += 1
     return index
@@ -1312,8 +1314,7 @@ class Shards:
         open_tar.cache_clear()                           # a tar may be another one since it was opened
         with ThreadPoolExecutor(8) as pool:              # threads, because on a network disk the time goes in waiting
             walks = pool.map(partial(load_index, cache=cache), self.paths)
-            indices = [dict(index, pairs=np.array(index["pairs"], dtype=np.int64).reshape(-1, 5))
-                       for index in progress(walks, len(self.paths), "shards indexed")]
+            indices = list(progress(walks, len(self.paths), "shards indexed"))
         self.keys = Packed(os.fsencode(key) for index in indices for key in index["keys"])
         self.pairs = np.concatenate([index["pairs"] for index in indices])                      # see index_tar
         self.shard = np.repeat(np.arange(len(indices)), [len(index["keys"]) for index in indices])
