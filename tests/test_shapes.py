@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import data
-from data import COLORS, SHAPES, ShapesWorld, Thing, UserError, coverage, draw_scene, shapes_options, visible_masks
+from data import (COLORS, LONE_SHARE, LONE_SIZE, SHAPES, ShapesWorld, Thing, UserError, coverage, draw_scene, hash_names,
+                  open_data, visible_masks)
 
 
 def digest(world: ShapesWorld, indices: range) -> str:
@@ -35,20 +36,18 @@ DIGEST = "d756ab4627d5b1ff"
 def test_same_bits_on_every_machine():
     assert digest(ShapesWorld(), range(40)) == DIGEST
     assert ShapesWorld(count=50).array(39)[1] == ShapesWorld().array(39)[1], "a scene depends on count or earlier reads"
+    worlds = [ShapesWorld(), ShapesWorld(seed=1), ShapesWorld(split="val"), ShapesWorld(objects=(2, 3))]
+    assert len({digest(world, range(5)) for world in worlds}) == len(worlds)
+    assert len({world.name(i) for world in worlds[:3] for i in range(5)}) == 15
 
 
+@pytest.mark.slow
 def test_same_bits_in_another_process():
     code = "import test_shapes as t; print(t.digest(t.ShapesWorld(), range(40)))"
     path = os.pathsep.join(str(pathlib.Path(file).parent) for file in (data.__file__, __file__))
     env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": path}
     result = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
     assert result.stdout.strip() == DIGEST, result.stderr
-
-
-def test_arguments_that_change_the_scene():
-    worlds = [ShapesWorld(), ShapesWorld(seed=1), ShapesWorld(split="val"), ShapesWorld(objects=(2, 3))]
-    assert len({digest(world, range(5)) for world in worlds}) == len(worlds)
-    assert len({world.name(i) for world in worlds[:3] for i in range(5)}) == 15
 
 
 def test_image_size_changes_the_sampling_alone():
@@ -95,15 +94,13 @@ INSIDE = {
 
 @pytest.mark.parametrize("size, thing_size, angle", [
     (64, 0.5, 0.0),      # upright
-    (64, 0.4, -17.0),    # turned
-    (48, 0.3, 20.0),     # 14 pixels wide
-    (224, 0.6, 9.0),     # large
+    (48, 0.3, -17.0),    # turned, 14 pixels wide
+    (120, 0.6, 9.0),     # large
 ])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_masks_equal_a_supersampled_drawing(shape, size, thing_size, angle):
     thing = Thing(shape, "red", 0.53, 0.46, thing_size, angle, (200.0, 20.0, 20.0))
     ours = coverage(thing, size)
-
     fine = 8                                                     # samples per pixel and axis
     t = (np.arange(size * fine) + 0.5) / (size * fine)
     x, y = np.meshgrid((t - thing.cx) / (thing_size / 2), (t - thing.cy) / (thing_size / 2))
@@ -176,11 +173,6 @@ def test_later_objects_cover_earlier_ones_and_hidden_ones_are_dropped(monkeypatc
     assert [o["category"] for o in ShapesWorld(dense=True).read(0).objects] == [above.category]
 
 
-def test_plain_samples_have_no_dense_parts():
-    sample = ShapesWorld(size=48).read(3)
-    assert sample.label_map is None and sample.objects is None and sample.image.size == (48, 48)
-
-
 # ---- splits and balance ----------------------------------------------------------------------------------------------
 
 def layouts(world: ShapesWorld, n: int) -> list:
@@ -188,6 +180,7 @@ def layouts(world: ShapesWorld, n: int) -> list:
                          for t in world.scene(i).objects)) for i in range(n)]
 
 
+@pytest.mark.slow
 def test_splits_share_no_layout():
     train = layouts(ShapesWorld(objects=(1, 1)), 5000) + layouts(ShapesWorld(seed=1), 1000)
     val = layouts(ShapesWorld(split="val", objects=(1, 1)), 2500) + layouts(ShapesWorld(split="val", seed=1), 500)
@@ -203,26 +196,21 @@ def test_single_object_worlds_are_balanced(split):
     assert len(world.classes) == len(set(world.classes)) == 64
 
 
-@pytest.mark.parametrize("objects, single, want", [
-    ((1, 4), 0.5, {1: 1 / 2, 2: 1 / 6, 3: 1 / 6, 4: 1 / 6}),
-    ((1, 2), 0.25, {1: 1 / 4, 2: 3 / 4}),
-    ((2, 3), 0.5, {2: 1 / 2, 3: 1 / 2}),     # `single` has no say where one object is not allowed
-    ((1, 1), 0.0, {1: 1}),                   # nor where nothing else is
+@pytest.mark.parametrize("objects, want", [
+    ((1, 4), {1: LONE_SHARE, 2: 0.1, 3: 0.1, 4: 0.1}),
+    ((1, 2), {1: LONE_SHARE, 2: 0.3}),
+    ((2, 3), {2: 1 / 2, 3: 1 / 2}),          # LONE_SHARE has no say where one object is not allowed
+    ((1, 1), {1: 1}),                        # nor where nothing else is
 ])
-def test_number_of_objects(objects, single, want):
-    world = ShapesWorld(objects=objects, single=single)
-    seen = Counter(len(world.scene(i).objects) for i in range(1200))
+def test_number_and_sizes_of_objects(objects, want):
+    scenes = [ShapesWorld(objects=objects).scene(i).objects for i in range(800)]
+    seen = Counter(map(len, scenes))
     assert seen.keys() == want.keys()
     for n, p in want.items():
-        assert abs(seen[n] / 1200 - p) <= 4 * math.sqrt(p * (1 - p) / 1200)
-
-
-def test_object_sizes_and_places():
-    world = ShapesWorld(objects=(1, 6), object_size=(0.4, 0.5), single=0.3)
-    for i in range(300):
-        things = world.scene(i).objects
+        assert abs(seen[n] / 800 - p) <= 4 * math.sqrt(p * (1 - p) / 800)
+    for things in scenes:
         for t in things:
-            assert t.size <= 0.5 * len(things) ** -0.4 and (len(things) > 1 or t.size >= 0.4)
+            assert t.size <= LONE_SIZE[1] * len(things) ** -0.4 and (len(things) > 1 or t.size >= LONE_SIZE[0])
             assert all(t.size / 2 <= c <= 1 - t.size / 2 for c in (t.cx, t.cy)) and abs(t.angle) <= 20
 
 
@@ -250,8 +238,9 @@ def phrases(text):
     return [(number[article], size, color, shape, place) for article, size, color, shape, _, place in found]
 
 
-def test_captions_are_true_and_complete():
-    world, used = ShapesWorld(single=0.25), Counter()
+def test_captions_are_true_and_complete(monkeypatch):
+    monkeypatch.setattr(data, "LONE_SHARE", 0.25)
+    world, used = ShapesWorld(), Counter()
     for i in range(2500):
         scene = world.scene(i)
         text = scene.caption
@@ -322,44 +311,34 @@ def test_unsaid(unsaid, fewest, most):
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, want", [
-    ("", {}),                                                                    # `shapes`
-    ("train=20000,size=64", dict(train=20000, size=64)),                         # `shapes:train=20000,size=64`
-    ("val=9,seed=3,objects=1-1,single=1,unsaid=.25", dict(val=9, seed=3, objects=(1, 1), single=1.0, unsaid=0.25)),
-    ("forms=1,size=48", dict(forms=1, size=48)),
-])
-def test_options(text, want):
-    assert shapes_options(text) == want
+def test_options():
+    """What follows "shapes:" in a SPEC, and what a task asks for where it says nothing."""
+    world = open_data("shapes:val=9,seed=3,objects=1-1,unsaid=.25,forms=1,size=48", "val", "retrieval", size=32)
+    assert vars(world) == vars(ShapesWorld("val", 9, 48, 3, (1, 1), 0.25, forms=True)) and world.classes == list(SHAPES)
+    plain, held_out = open_data("shapes:train=30", size=32), open_data("shapes", "val")
+    assert (len(plain), len(held_out)) == (30, 1024) and held_out.split == "val"
+    sample = plain.read(0)
+    assert sample.label_map is None and sample.objects is None and sample.image.size == (32, 32)
+    assert hash_names(open_data("shapes:val=9", "test")) == hash_names(open_data("shapes:val=9", "val"))
+    for task, objects, dense, classes in (("captions", (1, 4), False, 64), ("classes", (1, 1), False, 64),
+                                          ("segmentation", (1, 4), True, 64), ("detection", (1, 4), True, 8)):
+        world = open_data("shapes", "train", task)
+        assert (world.objects, world.dense, len(world.classes)) == (objects, dense, classes)
 
 
-@pytest.mark.parametrize("text, names", [
+@pytest.mark.parametrize("text, told", [
     ("sise=64", ["sise", "size", "train", "unsaid"]),     # an unknown key: what there is
     ("size", ["size"]),                                   # no value
     ("size=big", ["size=big", "size=64"]),                # not a number: what it looks like
+    ("size=8", ["size", "8", "from 16"]),
     ("train=-1", ["count", "-1"]),
     ("objects=4", ["objects=4", "objects=1-4"]),
-    ("single=1.5", ["single", "1.5", "0 to 1"]),
+    ("objects=3-2", ["objects", "(3, 2)"]),
+    ("objects=0-2", ["objects", "(0, 2)"]),
+    ("unsaid=1.5", ["unsaid", "1.5", "from 0 to 1"]),
     ("unsaid=nan", ["unsaid", "nan"]),
 ])
-def test_bad_options(text, names):
+def test_bad_options(text, told):
     with pytest.raises(UserError) as error:
-        data.open_data(f"shapes:{text}")
-    assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("arguments, name", [
-    (dict(split="test"), "test"),
-    (dict(objects=(0, 2)), "objects"),
-    (dict(objects=(3, 2)), "objects"),
-    (dict(object_size=(0.5, 1.5)), "object_size"),
-    (dict(size=8), "size"),
-])
-def test_bad_arguments(arguments, name):
-    with pytest.raises(UserError, match=name):
-        ShapesWorld(**arguments)
-
-
-def test_sizes_that_leave_a_split_empty():
-    with pytest.raises(UserError, match="widen"):
-        world = ShapesWorld(split="val", objects=(1, 1), object_size=(0.8, 0.8))
-        [world.scene(i) for i in range(64)]
+        open_data(f"shapes:{text}")
+    assert all(name in str(error.value) for name in told) and "\n" not in str(error.value)
