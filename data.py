@@ -893,8 +893,8 @@ def lay_out(rng, n, category):
 class ShapesWorld:
     """`count` scenes of colored shapes on textured backgrounds; scene i follows from (seed, split, i) alone.
 
-    objects      fewest and most objects in a scene.  If one is allowed, LONE_SHARE of the scenes have one, and the other
-                 numbers are equally likely.  With (1, 1), scene i is of class i % 64: exactly balanced
+    objects      fewest and most objects in a scene.  If one is allowed, LONE_SHARE of the scenes have one, and the
+                 other numbers are equally likely.  With (1, 1), scene i is of class i % 64: exactly balanced
     unsaid       probability that the caption leaves out an object after the first, or an object's color or shape
     dense        read() gives label_map and objects too
     forms        a class is a shape of any color, and there are 8; else color and shape, and there are 64
@@ -1470,7 +1470,7 @@ def want_names(data, spec: str):
     """UserError if the classes have WordNet's numbers for names, which no text tower has read."""
     if re.fullmatch(r"n\d{8}", data.classes[0]):
         raise UserError(f"the classes of {spec} are numbers of WordNet, such as {data.classes[0]}: put their names "
-                        f"into {data.root}/classnames.txt, lines CLASS<TAB>name (docs/DATA.md says where they come from)")
+                        f"into {data.root}/classnames.txt, lines CLASS<TAB>name (docs/DATA.md says where to find them)")
 
 
 def coco_file(root, what, split):
@@ -1570,8 +1570,8 @@ class LabelMaps(ImageFiles):
         images, maps, source = (where.format(parts[split == "val"]) for where in (images, maps, listing or images))
         for path in (images, maps, source):
             if not os.path.exists(f"{root}/{path}"):
-                raise UserError(f"{root}/{path} is not there: unpack the archive as it comes, and name the folder {above} "
-                                f"or the one above it")
+                raise UserError(f"{root}/{path} is not there: unpack the archive as it comes, and name the folder "
+                                f"{above} or the one above it")
         source = f"{root}/{source}"
         names = read_lines(source, "names of images") if listing else sorted(os.listdir(source))
         stems = [name.removesuffix(".jpg") for name in names if listing or name.endswith(".jpg")]
@@ -2086,7 +2086,7 @@ def sheet(rows: list[list[tuple[str, Image.Image]]], height: int) -> Image.Image
 
 
 def preview(data, out: str):
-    """Writes a contact sheet of 24 records drawn at random: each picture below its caption or class, or why it is bad."""
+    """Writes a contact sheet of 24 records drawn at random: pictures below their caption or class, or why it is bad."""
     rng, cards = np.random.default_rng(0), []
     for i in rng.choice(len(data), min(24, len(data)), replace=False).tolist():
         try:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import data
-from data import (COLORS, LONE_SHARE, LONE_SIZE, SHAPES, ShapesWorld, Thing, UserError, coverage, draw_scene, hash_names,
-                  open_data, visible_masks)
+from data import (COLORS, LONE_SHARE, LONE_SIZE, SHAPES, ShapesWorld, Thing, UserError, coverage, draw_scene,
+                  hash_names, open_data, visible_masks)
 
 
 def digest(world: ShapesWorld, indices: range) -> str:
