@@ -180,7 +180,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
         set_learning_rate(optimizer, lr)
         optimizer.zero_grad()
         terms = backward(model, losses_of, guard.readable(batch, step), step, o.seed, runtime, accumulate)
-        norm = clip_gradient(net.parameters(), o.clip_grad)
+        norm = clip_gradient(optimizer, o.clip_grad, runtime)
         if guard.accepts(step, terms, norm):
             optimizer.step()
         if log.is_due(step, o.log_every):
@@ -202,7 +202,7 @@ def backward(model: nn.Module, losses_of: Callable, batch: dict, step: int, seed
         torch.manual_seed((seed << 32) + step * accumulate + i)     # which says what blocks stochastic depth skips
         with runtime.autocast():
             losses = losses_of(model, part, step)
-        (sum(losses.values()) / accumulate).backward()
+        runtime.scaler.scale(sum(losses.values()) / accumulate).backward()
         terms = {name: terms.get(name, 0.0) + loss.detach() / accumulate for name, loss in losses.items()}
     return terms
 

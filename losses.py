@@ -212,6 +212,17 @@ def masked_language_loss(logits: Tensor, words: Tensor, normalizer: Tensor | Non
     return F.cross_entropy(fp32(logits), words, reduction="sum") / n
 
 
+def masked_language_in_chunks(x: Tensor, words: Tensor, table: Tensor, bias: Tensor, normalizer: Tensor) -> Tensor:
+    """L_MLM as training computes it: masked_language_loss(x @ table.T + bias, words), of LOGIT_ROWS words at a time.
+
+    x (n, D) features at the chosen places, table (V, D), bias (V,)
+    """
+    def sum_of(x, words, table, bias):
+        with torch.autocast(x.device.type, enabled=False):          # its gradient is taken before any loss is scaled
+            return masked_language_loss(F.linear(fp32(x), table, bias), words, normalizer)
+    return sum_in_chunks(sum_of, LOGIT_ROWS, x, words, table, bias)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The compared systems
 # ---------------------------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def backward(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, batch: d
         features, terms = model(batch, answer)                      # L_Dist, L_MLM
     terms |= core.contrast(features, batch.get("labels"))           # L_I, L_T
     loss = core.total_loss(**terms)                                 # Eq. 8
-    loss.backward()
+    runtime.scaler.scale(loss).backward()                           # fp16 alone needs a scale, see Runtime
     return {name: term.detach() for name, term in terms.items()}, [answer]
 
 
@@ -202,7 +202,7 @@ def backward_in_parts(model: nn.Module, core: MaskCLIP, teacher: Teacher | None,
             else:
                 rows = slice(i * len(part["images"]), (i + 1) * len(part["images"]))
                 loss = loss + sum((x * asked[name][rows]).sum() for name, x in features.items())
-            loss.backward()
+            runtime.scaler.scale(loss).backward()
         for name, term in own.items():
             terms[name] = terms.get(name, 0.0) + term.detach() / len(parts)
         answers.append(answer)
@@ -263,7 +263,7 @@ def train(o: TrainOptions):
             terms, answers = backward(model, core, teacher, parts[0], runtime, seed)
         else:
             terms, answers = backward_in_parts(model, core, teacher, parts, runtime, seed)
-        norm = clip_gradient(core.parameters(), o.clip_grad)
+        norm = clip_gradient(optimizer, o.clip_grad, runtime)
         if guard.accepts(step, terms, norm):
             optimizer.step()
             core.after_update()                                     # clamp the logit scale; DeCLIP's queue
@@ -437,20 +437,24 @@ class PairCollate:
 
 
 def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
-    """The batch cut into `count` equal parts on the device, pixels normalized."""
-    parts = []
-    for i in range(count):
-        part = {name: value.chunk(count)[i] for name, value in batch.items() if torch.is_tensor(value)}
-        if "is_chosen" in part:
-            part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)     # here it costs no GPU sync
-        part = {name: value.to(device, non_blocking=True) for name, value in part.items()}
-        parts.append({name: data_module.normalize(value) if value.dtype == torch.uint8 else value
-                      for name, value in part.items()})
+    """The batch cut into `count` equal parts on the device."""
+    tensors = {name: value.chunk(count) for name, value in batch.items() if torch.is_tensor(value)}
+    parts = [to_device({name: values[i] for name, values in tensors.items()}, device) for i in range(count)]
     if "chosen" in parts[0]:
         # L_MLM is the mean over all masked words: each part's sum is divided by the mean count of parts and processes
         words = torch.tensor(sum(len(part["chosen"]) for part in parts) / count, device=device)
-        parts = [dict(part, word_count=mean_over_processes(words)) for part in parts]
+        words = mean_over_processes(words)
+        parts = [dict(part, word_count=words) for part in parts]
     return parts
+
+
+def to_device(part: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """On the device, with pixels normalized, and the places of chosen words in place of a mask."""
+    if "is_chosen" in part:
+        part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)     # here it costs no GPU sync
+    part = {name: value.to(device, non_blocking=True) for name, value in part.items()}
+    return {name: data_module.normalize(value) if value.dtype == torch.uint8 else value
+            for name, value in part.items()}
 
 
 # =====================================================================================================================
@@ -552,6 +556,10 @@ class Runtime:
     device: torch.device
     precision: str
     workers: int
+
+    def __post_init__(self):
+        """fp16 has few small numbers: the loss is scaled up, and the scale halved when a gradient overflows."""
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0 ** 14, enabled=self.precision == "fp16")
 
     @property
     def is_main(self) -> bool:
@@ -727,12 +735,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float):
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def clip_gradient(parameters, limit: float) -> Tensor:
-    """The norm of all gradients, which are scaled down to have `limit` at most, if that is not 0."""
-    parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def clip_gradient(optimizer: torch.optim.Optimizer, limit: float, runtime: "Runtime") -> Tensor:
+    """The norm of all gradients, which lose the loss's scale and have `limit` at most, if that is not 0."""
+    runtime.scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    runtime.scaler.update()
     return norm
 
 
@@ -996,7 +1006,7 @@ def draw_step(core: MaskCLIP, teacher: Teacher | None, tokenizer: BytePairTokeni
     """
     items = [records[0, i, i + count] for i in range(count)]
     batch = hide(PairCollate(tokenizer, o.context_length, 1)(items), core, tokenizer.sot, 0, o.seed)
-    part = micro_batches(batch, 1, core.logit_scale.device)[0]
+    part = to_device({name: x for name, x in batch.items() if torch.is_tensor(x)}, core.logit_scale.device)
     patches, hidden = patchify(batch["images"].float(), o.patch_size), batch["hidden"]          # (B, N, 3*p*p), (B, M)
 
     def fill(background: Tensor, values: Tensor) -> Tensor:
