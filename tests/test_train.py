@@ -296,7 +296,7 @@ def test_a_run_leaves_what_it_promises(two_processes):
     assert main["said"].splitlines()[-1].startswith(f"next:  python eval_zeroshot.py {out}/last.pt")
     assert other["said"] == "", "one process speaks"
     names = {path.name for path in out.iterdir()}
-    assert names >= {"last.pt", "config.json", "metrics.jsonl", "curves.png", "step.png"}, "pictures need no process else"
+    assert names >= {"last.pt", "config.json", "metrics.jsonl", "curves.png", "step.png"}, "pictures are drawn alone"
     config = json.loads((out / "config.json").read_text())
     assert config["method"] == "maskclip" and config["width"] == 32
     for line in metrics(out):
