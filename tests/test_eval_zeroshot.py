@@ -314,7 +314,7 @@ def make_suite(root):
     files = write_images(signs, 4)
     (signs / "test.txt").write_text("".join(f"final_test.zip@{file} {k // 2}\n" for k, file in enumerate(files)))
     (signs / "labelmap.txt").write_text("stop\nyield\n")
-    files = [dict(file_name=f"img.zip@img/{file}") for file in write_images(memes / "img", 5)]
+    files = [dict(file_name=f"img.zip@img/{file}") for file in write_images(memes / "img" / "img", 5)]
     files[0] = dict(zip_file="img.zip", file_name="img/0.png")
     (memes / "test_meta.json").write_text(json.dumps(dict(
         categories=[dict(id=2, name="hateful"), dict(id=1, name="not")],
