@@ -34,9 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (BadRecord, MEAN, UserError, collate, decode, eval_loader, find_templates, fingerprint, has_area,
+from data import (BadRecord, MEAN, UserError, decode, eval_loader, find_templates, fingerprint, has_area,
                   normalize, open_data, open_image, progress, read_file, to_tensor)
-from losses import mean_over_processes
+from losses import gather, mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from finetune import fine_tune
 from train import (RunOptions, Start, find_resumable, first_look, gather_objects, load_checkpoint, parse, report_bad,
@@ -186,17 +186,18 @@ class ResizeTransform:
         return dict(images=to_tensor(image), labels=labels_of(self.data, sample))
 
 
-def each_test_image(data, transform, options: EvalOptions, runtime, bad: list, collate=collate):
+def each_test_image(data, transform, options: EvalOptions, runtime, bad: list):
     """This process's share of the test images, up to --limit, in batches of one; bad records are told and join bad."""
-    loader, done = eval_loader(data, transform, 1, runtime.rank, runtime.world, runtime.workers, collate), 0
+    loader = eval_loader(data, transform, 1, runtime.rank, runtime.world, runtime.workers)
+    left = len(range(runtime.rank, options.limit or len(data), runtime.world))
     for batch in progress(loader, len(loader), "images tested", runtime.is_main):
+        if not left:
+            break
         report_bad(batch["bad"])
         bad += batch["bad"]
         if "images" in batch:
             yield batch
-            done += 1
-        if options.limit and done * runtime.world >= options.limit:
-            break
+            left -= 1
 
 
 def write_json(options, results: dict, task: str):
@@ -1068,6 +1069,7 @@ ANCHOR_RATIOS = (0.5, 1.0, 2.0)         # height over width
 LARGEST_GROWTH = 1000 / 16              # how many times a box can become as large, or small, as its anchor
 BOX_SCALE = (0.1, 0.1, 0.2, 0.2)        # of the numbers that the box head puts out
 FINEST_SIDE = 14                        # boxes up to twice as large, in strides of the finest map, are read from there
+RPN_SAMPLES = 256                       # anchors an image that the RPN learns from
 BOX_BINS, MASK_BINS = 7, 14             # of roi_align, for the two heads
 DRAWN_SIZE = 320                        # longer side of a picture of detections
 NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are to find no object
@@ -1075,7 +1077,7 @@ NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are t
 
 # ---- anchors, box coding, targets -----------------------------------------------------------------------------------
 
-def make_anchors(rows: int, columns: int, stride: int, device=None) -> Tensor:
+def make_anchors(rows: int, columns: int, stride: float, device=None) -> Tensor:
     """(rows * columns * 3, 4) boxes around the upper left corners of a map's cells: row by row, three ratios each."""
     ratio = torch.tensor(ANCHOR_RATIOS, device=device)
     half = ANCHOR_SIDE * stride / 2 * torch.stack([ratio ** -0.5, ratio ** 0.5], dim=1)              # (3, 2)
@@ -1129,11 +1131,11 @@ def assign(iou: Tensor, positive: float, negative: float, low_quality: float = m
     return torch.where(last > 0, last - 1, assigned)
 
 
-def draw_boxes(assigned: Tensor, count: int, share: float) -> tuple[Tensor, Tensor]:
+def draw_boxes(assigned: Tensor, count: int, share: float, generator=None) -> tuple[Tensor, Tensor]:
     """Indices drawn at random: of boxes with an object at most a `share` of `count`, of NEGATIVE ones the rest."""
     def draw(candidates: Tensor, most: int) -> Tensor:
         indices = candidates.nonzero()[:, 0]
-        return indices[torch.randperm(len(indices), device=indices.device)[:most]]
+        return indices[torch.randperm(len(indices), generator=generator, device=indices.device)[:most]]
     positives = draw(assigned >= 0, int(count * share))
     return positives, draw(assigned == NEGATIVE, count - len(positives))
 
@@ -1230,7 +1232,7 @@ class MaskRCNN(nn.Module):
     def __init__(self, visual: VisionTransformer, n_classes: int, options):
         super().__init__()
         p, self.options = visual.patch_size, options
-        self.strides = [p // 4, p // 2, p, 2 * p, 4 * p]
+        self.strides = [p / 4, p / 2, p, 2 * p, 4 * p]
         self.pyramid = Pyramid(visual, options.drop_path)
         self.fpn = FeaturePyramid(visual.cls_token.shape[-1], options.channels)
         self.rpn = ProposalHead(options.channels)
@@ -1275,17 +1277,18 @@ class MaskRCNN(nn.Module):
         """The five losses of a batch.
 
         images   (B, 3, height, width), padded to multiples of 2p;  sizes  [(h, w)] of what is in them
-        targets  of each image: boxes (G, 4), labels (G,) and masks (G, h, w) bool of its objects
+        targets  of each image: boxes (G, 4), labels (G,) and masks (G, h, w) bool of its objects, and a generator for
+                 what is drawn in it
 
             rpn_score, rpn_box   something or nothing, and L1 of where: mean over the sampled anchors
             label, box           cross-entropy of the class, and L1 of the better box: mean over the sampled boxes
             mask                 cross-entropy of the true class's mask: mean over the pixels of boxes with an object
         """
         o, (maps, scores, deltas, anchors) = self.options, self.see(images)
-        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets,
-                                 o.rpn_samples)
-        proposals = self.propose(scores, deltas, anchors, sizes, o.rpn_before_train, o.rpn_keep_train)
-        boxes, owners = zip(*(draw_rois(some, target["boxes"], o.roi_samples)
+        areas = [rounded_up(size, self.strides[3]) for size in sizes]
+        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, areas)
+        proposals = self.propose(scores, deltas, anchors, sizes, 2 * o.proposals, o.proposals)
+        boxes, owners = zip(*(draw_rois(some, target["boxes"], o.roi_samples, target.get("generator"))
                               for some, target in zip(proposals, targets)))
 
         scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
@@ -1312,7 +1315,7 @@ class MaskRCNN(nn.Module):
         """Images as in forward -> of each at most 100 objects, the best first: boxes (R, 4), labels (R,), scores (R,),
         and masks (R, 28, 28), probabilities over the box."""
         maps, *rpn = self.see(images)
-        proposals = self.propose(*rpn, sizes, self.options.rpn_before_test, self.options.rpn_keep_test)
+        proposals = self.propose(*rpn, sizes, self.options.proposals, self.options.proposals)
         scores, deltas = self.box_head(self.pool(maps, proposals, BOX_BINS))
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
         objects, counts = [], [len(boxes) for boxes in proposals]
@@ -1338,28 +1341,35 @@ def per_sample(total: Tensor, count: int) -> Tensor:
     return total / mean_over_processes(total.new_tensor(float(count))).clamp(min=1)
 
 
-def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], count: int) -> dict:
-    """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), `count` of which are drawn an image."""
+def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], areas: list) -> dict:
+    """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), some of which are drawn an image.
+
+    # paper: silent on padding; here: anchors centered beyond an image's own area (height, width) take no part, as in
+    # mmdetection, because what is learned from an image must not depend on the larger ones beside it
+    """
     score_loss, box_loss, drawn = 0, 0, 0
-    for score, delta, target in zip(scores, deltas, targets):
-        assigned = assign(box_iou(target["boxes"], anchors), 0.7, 0.3, low_quality=0.3)
-        positives, negatives = draw_boxes(assigned, count, 0.5)
+    for score, delta, target, (height, width) in zip(scores, deltas, targets, areas):
+        x, y = center_and_size(anchors)[0].round().T                                       # (A,) each
+        inside = (x < width) & (y < height)
+        score, delta, own = score[inside], delta[inside], anchors[inside]
+        assigned = assign(box_iou(target["boxes"], own), 0.7, 0.3, low_quality=0.3)
+        positives, negatives = draw_boxes(assigned, RPN_SAMPLES, 0.5, target.get("generator"))
         chosen = score[torch.cat([positives, negatives])]
         truth = (torch.arange(len(chosen), device=score.device) < len(positives)).to(score.dtype)
-        wanted = encode_boxes(target["boxes"][assigned[positives]], anchors[positives])
+        wanted = encode_boxes(target["boxes"][assigned[positives]], own[positives])
         score_loss = score_loss + F.binary_cross_entropy_with_logits(chosen, truth, reduction="sum")
         box_loss = box_loss + (delta[positives] - wanted).abs().sum()
         drawn += len(chosen)
     return dict(rpn_score=per_sample(score_loss, drawn), rpn_box=per_sample(box_loss, drawn))
 
 
-def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int, generator=None) -> tuple[Tensor, Tensor]:
     """What the heads of an image learn from: boxes (R, 4), first those with an object, a quarter of `count` at most,
     and the objects of these.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
     boxes = torch.cat([true_boxes, proposals])
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
     assigned = assign(box_iou(true_boxes, boxes), 0.5, 0.5)
-    positives, negatives = draw_boxes(assigned, count, 0.25)
+    positives, negatives = draw_boxes(assigned, count, 0.25, generator)
     return boxes[torch.cat([positives, negatives])], assigned[positives]
 
 
@@ -1384,18 +1394,14 @@ class MaskRCNNOptions(FineTuneOptions, EvalOptions):
     channels: int = opt(256, "channels of the FPN's maps and in the mask head (mmdetection)", "detector")
     head_width: int = opt(1024, "width of the box head (mmdetection)", "detector")
     mask_depth: int = opt(4, "convolutions of the mask head (mmdetection)", "detector")
-    rpn_samples: int = opt(256, "anchors an image that the RPN learns from (mmdetection)", "detector")
-    rpn_before_train: int = opt(2000, "boxes a level before suppression, in training (mmdetection)", "detector")
-    rpn_before_test: int = opt(1000, "the same in tests (mmdetection)", "detector")
-    rpn_keep_train: int = opt(1000, "proposals an image, in training (mmdetection 2.x; 1.x and iBOT 2000)", "detector")
-    rpn_keep_test: int = opt(1000, "the same in tests (mmdetection)", "detector")
+    proposals: int = opt(1000, "boxes an image that the RPN proposes, of as many a level before suppression, in "
+                         "training of twice as many (mmdetection 2.x)", "detector")
     roi_samples: int = opt(512, "boxes an image that the heads learn from (mmdetection)", "detector")
 
 
 POCKET_DETECTOR = dict(
     epochs=0.16, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, head_width=256,
-    mask_depth=2, rpn_samples=64, rpn_before_train=100, rpn_before_test=100, rpn_keep_train=100, rpn_keep_test=50,
-    roi_samples=32)
+    mask_depth=2, proposals=50, roi_samples=32)
 
 
 def parse_maskrcnn(argv=None) -> MaskRCNNOptions:
@@ -1429,7 +1435,8 @@ def decode_mask(mask, height: int, width: int) -> np.ndarray:
 @dataclass
 class TrainObjects:
     """A record, resized, mirrored half of the time -> images uint8 (3, h, w), and of the objects that are trained on
-    boxes (G, 4), labels (G,) and masks (G, h, w) bool: those of a known class, a pixel or more each way, no crowds."""
+    boxes (G, 4), labels (G,) and masks (G, h, w) bool: those of a known class, a pixel or more each way, no crowds.
+    All are arrays, which data.collate leaves as lists."""
     short: int
     long: int
     label_of: list[int]
@@ -1450,17 +1457,13 @@ class TrainObjects:
         if mirrored:
             image, masks = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1].copy()
             boxes[:, [0, 2]] = sides[0] - boxes[:, [2, 0]]
-        return dict(images=to_tensor(image), boxes=boxes.astype(np.float32),
+        return dict(images=to_tensor(image).numpy(), boxes=boxes.astype(np.float32),
                     labels=np.array(labels, dtype=np.int64), masks=masks)
 
 
-@dataclass
-class EvalObjects:
+class EvalObjects(TrainObjects):
     """A record, resized -> images uint8 (3, h, w), full_size (height, width) before that, and truth, COCO's annotations
     of all objects of a known class, with category_id the class and without image_id."""
-    short: int
-    long: int
-    label_of: list[int]
 
     def __call__(self, sample, rng) -> dict:
         image, truth = decode(sample.image), []
@@ -1471,31 +1474,36 @@ class EvalObjects:
                                   area=thing["area"] if "area" in thing else float(mask.sum()),
                                   segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
         resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
-        return dict(images=to_tensor(resized), full_size=image.size[::-1], truth=truth)
+        return dict(images=to_tensor(resized).numpy(), full_size=image.size[::-1], truth=truth)
 
 
-def collate_padded(items: list[dict], multiple: int) -> dict:
-    """As data.collate, with images of any size, each in the upper left of a canvas of the mean color, whose sides are
-    the largest ones rounded up to a multiple; and their sizes [(h, w)].
+def rounded_up(size, multiple: int) -> list[int]:
+    """The sides of an image, each rounded up to a multiple."""
+    return [-(-side // multiple) * multiple for side in size]
 
-    mmdetection fills a batch with images that are all wide or all high, which pads less; here they come as drawn.
+
+def on_canvas(images: list[np.ndarray], size: list[int], device) -> Tensor:
+    """Images uint8 (3, h, w) of any size -> (B, 3, *size) normalized, each in the upper left of the mean color."""
+    canvas = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].repeat(len(images), 1, *size)
+    for place, image in zip(canvas, images):
+        place[:, :image.shape[1], :image.shape[2]] = torch.from_numpy(image)
+    return normalize(canvas.to(device))
+
+
+def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNOptions, multiple: int) -> dict:
+    """The losses of a batch of TrainObjects' items.
+
+    # paper: silent on the canvas; here: the largest sides of all processes' images, where mmdetection takes those of a
+    # process's, because then any number of processes sees the same: attention reaches the padding too
     """
-    whole = [item for item in items if "images" in item]
-    sizes = [tuple(item["images"].shape[1:]) for item in whole]
-    mean = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
-    for item, (h, w) in zip(whole, sizes):
-        canvas = mean.repeat(1, *(-(-max(sides) // multiple) * multiple for sides in zip(*sizes)))
-        canvas[:, :h, :w] = item["images"]
-        item["images"] = canvas
-    return dict(collate(items), sizes=sizes)
-
-
-def losses_of(net: nn.Module, batch: dict, step: int, device) -> dict[str, Tensor]:
-    """The losses of a batch of TrainObjects' items."""
-    names = "boxes", "labels", "masks"
-    targets = [{name: torch.from_numpy(array).to(device) for name, array in zip(names, arrays)}
-               for arrays in zip(*(batch[name] for name in names))]
-    return net(normalize(batch["images"].to(device)), batch["sizes"], targets)
+    targets = [{name: torch.from_numpy(batch[name][i]).to(device) for name in ("boxes", "labels", "masks")}
+               for i in range(len(batch["images"]))]
+    for target, i in zip(targets, batch["index"].tolist()):
+        seed = np.random.default_rng((options.seed, step, i)).integers(2 ** 63)
+        target["generator"] = torch.Generator(device).manual_seed(int(seed))
+    sizes = [image.shape[1:] for image in batch["images"]]
+    largest = gather(torch.tensor(sizes, device=device)).amax(dim=0).tolist()
+    return net(on_canvas(batch["images"], rounded_up(largest, multiple), device), sizes, targets)
 
 
 # ---- test -----------------------------------------------------------------------------------------------------------
@@ -1508,17 +1516,19 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
     """
     data, names, label_of = open_objects(options, "val", names)
     images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
-    for batch in each_test_image(data, EvalObjects(options.short_side, options.long_side, label_of), options, runtime,
-                                 bad, partial(collate_padded, multiple=net.strides[3])):
+    transform = EvalObjects(options.short_side, options.long_side, label_of)
+    for batch in each_test_image(data, transform, options, runtime, bad):
+        pixels, (height, width), i, truth = (batch[key][0] for key in ("images", "full_size", "index", "truth"))
+        h, w = pixels.shape[1:]
+        canvas = on_canvas([pixels], rounded_up((h, w), net.strides[3]), runtime.device)
         with runtime.autocast():
-            objects = net.detect(normalize(batch["images"].to(runtime.device)), batch["sizes"])[0]
-        (h, w), (height, width), i, truth = (batch[key][0] for key in ("sizes", "full_size", "index", "truth"))
+            objects = net.detect(canvas, [(h, w)])[0]
         records = as_records(objects, height / h, width / w, (height, width))
         images.append(dict(id=int(i), height=height, width=width))
         annotations += [dict(record, image_id=int(i)) for record in truth]
         found += [dict(record, image_id=int(i)) for record in records]
         if len(drawn) < options.draw:
-            image = PIL.Image.fromarray(batch["images"][0, :, :h, :w].permute(1, 2, 0).numpy()).resize((width, height))
+            image = PIL.Image.fromarray(pixels.transpose(1, 2, 0)).resize((width, height))
             drawn.append([("truth", draw_records(image, truth, names)), ("found", draw_records(image, records, names))])
     images, annotations, found, bad = (sum(parts, []) for parts in
                                        zip(*gather_objects((images, annotations, found, bad), runtime)))
@@ -1583,10 +1593,9 @@ def maskrcnn(argv=None):
     start, config, visual = begin(options, out, "maskrcnn")
     net = MaskRCNN(image_tower(config) if options.from_scratch else visual, len(names), options).to(runtime.device)
     announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, len(names), runtime)
-    collate = partial(collate_padded, multiple=net.strides[3])
-    fine_tune(net, partial(losses_of, device=runtime.device), step_schedule, data,
-              TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, start,
-              dict(kind="maskrcnn", backbone=asdict(config), classes=names), collate)
+    fine_tune(net, partial(losses_of, device=runtime.device, options=options, multiple=net.strides[3]), step_schedule,
+              data, TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, start,
+              dict(kind="maskrcnn", backbone=asdict(config), classes=names))
     evaluate_detector(net, names, options, runtime, out)
 
 

@@ -137,7 +137,7 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, transform, options, runtime: Runtime,
-              out: Path, start: Start, more: dict, collate: Callable = data_module.collate, accumulate: int = 1):
+              out: Path, start: Start, more: dict, accumulate: int = 1):
     """Trains all of net with AdamW and layer-wise decay, as train.py trains: writes OUT/metrics.jsonl and OUT/last.pt.
 
     losses_of   (model, batch, step) -> {name: loss} of this process's batch or micro-batch, as the loader gave it; the
@@ -167,7 +167,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
             optimizer=optimizer.state_dict()))
 
     loader = data_module.train_loader(data, transform, o.batch_size, o.seed, range(start.step, o.steps), runtime.rank,
-                                      runtime.world, runtime.workers, collate)
+                                      runtime.world, runtime.workers)
     log = Log(out, runtime.is_main, o.steps, o.batch_size, start.step)
     guard = Guard(o, runtime, stop, o.steps, start, save)
     if runtime.is_main:
