@@ -477,8 +477,10 @@ class Pyramid(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), SyncBatchNorm(outputs),
-                         nn.ReLU())
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    # paper: silent on the start; here: mmcv's, because the supplement follows BEiT, which runs on it
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, SyncBatchNorm(outputs), nn.ReLU())
 
 
 class UperNet(nn.Module):

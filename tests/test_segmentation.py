@@ -558,6 +558,17 @@ def test_pyramid(depth, taps):
     torch.testing.assert_close(maps[3], cells.permute(0, 3, 1, 2))
 
 
+def test_convolutions_start_as_mmcvs():
+    """Kaiming's normal numbers by fan-out: after ReLU the gradient keeps its size.  Scores start near 0."""
+    torch.manual_seed(0)
+    net = dense.UperNet(VisionTransformer(32, 8, 64, 3, 2), 5, channels=48, aux_channels=32)
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Conv2d) and "patch_embed" not in name:
+            outputs, _, k, _ = layer.weight.shape
+            want = 0.01 if outputs == 5 else math.sqrt(2 / (outputs * k * k))
+            assert layer.weight.std().item() == pytest.approx(want, rel=0.15), name
+
+
 def independent_count(D: int, C: int, n_classes: int, aux: int = 256) -> dict[str, int]:
     """Parameters by part, from the description of BEiT's UperNet: a transposed convolution has a bias, one that is
     normalized has none, but a scale and a shift for each output."""
