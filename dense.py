@@ -38,7 +38,7 @@ from data import (BadRecord, MEAN, UserError, decode, eval_loader, find_template
                   normalize, open_data, open_image, progress, read_file, to_tensor)
 from losses import gather, mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
-from finetune import fine_tune
+from finetune import LoopOptions, fine_tune, recipe_for
 from train import (RunOptions, Start, find_resumable, first_look, gather_objects, load_checkpoint, parse, report_bad,
                    run, setup)
 
@@ -528,8 +528,8 @@ class UperNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class FineTuneOptions:
-    """What `fine_tune` takes; the defaults are UperNet's."""
+class FineTuneOptions(LoopOptions):
+    """The recipe; the defaults are UperNet's."""
     steps: int = opt(160_000, "length in steps (paper)", "recipe")
     batch_size: int = opt(16, "images a step, over all processes (paper)", "recipe")
     lr: float = opt(2e-4, "peak learning rate (paper)", "recipe")
@@ -537,11 +537,9 @@ class FineTuneOptions:
     weight_decay: float = opt(0.05, "AdamW weight decay of matrices (paper)", "recipe")
     layer_decay: float = opt(0.6, "learning rate of a block relative to the one above it (paper)", "recipe")
     drop_path: float = opt(0.1, "stochastic depth: how often the last block is skipped (paper)", "recipe")
-    clip_grad: float = opt(3.0, "largest gradient norm, 0: no clipping (BootMAE; paper silent)", "recipe")
-    resume: str = opt("auto", "auto: go on from OUT/last.pt if there; none: start over; or a checkpoint's path")
-    checkpoint_every: float = opt(300.0, "seconds between checkpoints")
-    log_every: int = opt(20, "steps between lines of metrics.jsonl")
-    max_bad: float = opt(0.05, "stop when more than this share of the records read is bad")
+    # paper: silent, and follows BEiT; here: none, because BEiT's configs and mmdetection's have none
+    clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (BEiT, mmdetection; BootMAE's UperNet: 3)",
+                           "recipe")
 
 
 @dataclass
@@ -556,13 +554,13 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
 
 # paper: nothing so small; here: few steps at a higher rate; colors stay as they are, as they are half of the class.
 # Forms are learned suddenly, after some five hundred steps in which the loss tells colors apart only
-POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, crop=64, test_size=64, channels=48, aux_channels=32, distort=False)
+POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, clip_grad=3.0, crop=64, test_size=64, channels=48, aux_channels=32,
+              distort=False)
 
 
 def parse_recipe(paper: FineTuneOptions, pocket: dict, name: str, large: str, argv):
     """The command line over the recipe that it, or else the data, names: `large`, the paper's, or pocket."""
-    asked = first_look(type(paper), argv, "recipe", "data")
-    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else large
+    recipe = recipe_for(first_look(type(paper), argv, "recipe", "data"), large)
     defaults = replace(paper, **pocket) if recipe == "pocket" else paper
     options = parse(type(paper), __doc__, argv, positional=("checkpoint",), defaults=defaults, own=large)
     return replace(options, recipe=recipe, out=options.out or f"runs/{name}-{recipe}")
@@ -1390,7 +1388,6 @@ class MaskRCNNOptions(FineTuneOptions, EvalOptions):
                     "(paper)", "recipe")
     warmup_steps: int = opt(500, "steps of linear warm-up (mmdetection)", "recipe")
     layer_decay: float = opt(0.75, "learning rate of a block relative to the one above it (paper)", "recipe")
-    clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (mmdetection; paper silent)", "recipe")
     short_side: int = opt(800, "images are resized until their short side is this, pixels (paper), or", "recipe")
     long_side: int = opt(1333, "until their long side is this (paper), whichever is first", "recipe")
     channels: int = opt(256, "channels of the FPN's maps and in the mask head (mmdetection)", "detector")

@@ -781,6 +781,13 @@ def stopped_after(steps: int, checkpoint, out) -> dict:
     return load_state(out / "last.pt")
 
 
+@pytest.mark.parametrize("argv, recipe, clip_grad", [
+    (["--data", "ade20k:x"], "ade20k", 0), ([], "pocket", 3), (["--data", "ade20k:x", "--clip-grad", "3"], "ade20k", 3)])
+def test_clipping_is_an_option(argv, recipe, clip_grad):
+    options = dense.parse_upernet(argv)
+    assert (options.recipe, options.clip_grad) == (recipe, clip_grad)
+
+
 @pytest.mark.slow
 def test_upernet_learns_on_two_processes(checkpoint, tmp_path):
     run_script("dense.py", "upernet", checkpoint, *SMALL, "--steps", 80, "--lr", 3e-3, "--out", tmp_path,
