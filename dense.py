@@ -178,11 +178,12 @@ def labels_of(data, sample) -> np.ndarray:
 class ResizeTransform:
     """A record of data -> images, uint8 (3, h, w), resized; labels (height, width), as they are."""
     data: object
-    size: int
+    short: int
+    long: int
 
     def __call__(self, sample, rng) -> dict:
         image = decode(sample.image)
-        image = image.resize(scaled_sides(*image.size, self.size), BILINEAR)
+        image = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
         return dict(images=to_tensor(image), labels=labels_of(self.data, sample))
 
 
@@ -206,7 +207,8 @@ def write_json(options, results: dict, task: str):
 
 
 @torch.no_grad()
-def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, runtime, out: Path, protocol: dict):
+def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, runtime, out: Path, protocol: dict,
+             long_side: int = 0):
     """Tests score, (3, h, w) -> (classes, h, w), against all labels at their own size; prints, draws and writes:
 
     miou, accuracy, class_accuracy (its mean over classes), images, bad (records), iou {class: IoU, None for NaN}, and
@@ -216,7 +218,8 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
     names = list(data.classes)
     confusion = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
     n_images, bad, drawn, started = 0, [], [], time.monotonic()
-    for batch in each_test_image(data, ResizeTransform(data, options.test_size), options, runtime, bad):
+    sides = options.test_size, long_side or 4 * options.test_size        # as scaled_sides
+    for batch in each_test_image(data, ResizeTransform(data, *sides), options, runtime, bad):
         with runtime.autocast():
             scores = score(normalize(batch["images"].to(runtime.device))[0])             # (classes, h, w)
         truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                              # (height, width)
@@ -231,7 +234,7 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
         raise UserError(f"no pixel of {n_images} readable test images of {options.data} has a label")
     miou, iou, accuracy = mean_iou(confusion)
     by_class = (confusion.diag() / confusion.sum(dim=1)).nanmean().item()
-    protocol = dict(data=options.data, resized_to=f"short {options.test_size}", **protocol,
+    protocol = dict(data=options.data, resized_to="short {}, long {}".format(*sides), **protocol,
                     classes=f"{len(names)} ({fingerprint(names)})",
                     label_0="left out" if data.reduce_zero_label else names[0])
     results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=n_images, bad=n_bad,
@@ -274,7 +277,9 @@ def patch_scores(model: MaskCLIP, texts: Tensor) -> Callable[[Tensor], Tensor]:
     """texts (classes, E), unit length -> function (n, 3, h, w) -> (n, classes, h, w), cosines of patches, upsampled."""
     def predict(images: Tensor) -> Tensor:
         h, w = images.shape[2:]
-        cosine = model.encode_patches(images) @ texts.T                                        # (n, N, classes)
+        patches = model.encode_patches(images)                                                 # (n, N, E)
+        with torch.autocast(images.device.type, enabled=False):         # ranked: rounded to bf16, many would tie
+            cosine = patches.float() @ texts.float().T                                         # (n, N, classes)
         grid = h // model.config.patch_size, w // model.config.patch_size
         return resize(cosine.transpose(1, 2).unflatten(2, grid), (h, w))
     return predict
@@ -284,11 +289,13 @@ def zeroshot(argv=None):
     options = parse(ZeroShotOptions, __doc__, argv, positional=("checkpoint",))
     runtime = setup(options)
     model, tokenizer, config = load_checkpoint(options.checkpoint, runtime.device)
-    # paper: 512, Pascal Context 480, for windows of 224 with stride 112, so that positions are never resized; here, for
+    # paper: 512, for windows of 224 with stride 112, so that positions are never resized, and Pascal Context 480; here,
+    # for Pascal Context, sides of 520 at most, because DenseCLIP's config named 480x480, which it follows, tests so; for
     # shapes, windows two thirds of the image's side, because objects are large in the picture
-    window, spec = config.image_size, options.data
-    paper = 480 if spec.startswith("pascal-context") else 512
-    options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else paper * window // 224)
+    window, spec, long_side = config.image_size, options.data, 0
+    if not options.test_size and spec.startswith("pascal-context"):
+        options.test_size = long_side = 520 * window // 224
+    options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else 512 * window // 224)
     templates = templates_for(options.templates, model)
     names = open_data(spec, "val", "segmentation", size=options.test_size).classes
     texts = model.encode_classes(progress(names, len(names), "classes embedded", runtime.is_main),
@@ -296,7 +303,7 @@ def zeroshot(argv=None):
     evaluate(partial(slide, predict=patch_scores(model, texts), window=window, stride=window // 2), options, runtime,
              Path(options.out or "runs/zeroshot-segmentation"),
              dict(checkpoint=options.checkpoint, method=config.method, window=window, stride=window // 2,
-                  templates=len(templates)))
+                  templates=len(templates)), long_side)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -661,9 +668,14 @@ def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
 
 def upernet(argv=None):
     options = parse_upernet(argv)
+    if options.batch_size < 2:
+        raise UserError("--batch-size 1: batch normalization of the coarsest map's mean wants 2 images or more")
     runtime, out = setup(options), Path(options.out)
     runtime.claim(out)
     start, config, visual = begin(options, out, "upernet")
+    if options.crop % config.patch_size:
+        raise UserError(f"--crop {options.crop}: wanted a multiple of this network's patches of {config.patch_size} "
+                        f"pixels, such as {-(-options.crop // config.patch_size) * config.patch_size}")
     data = open_data(options.data, "train", "segmentation", size=options.test_size)
     net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
     net = net.to(runtime.device)
