@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (BadRecord, MEAN, UserError, decode, eval_loader, find_templates, fingerprint, has_area,
-                  normalize, open_data, open_image, progress, read_file, to_tensor)
+                  normalize, open_data, open_image, progress, read_file, say, to_tensor)
 from losses import gather, mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from finetune import LoopOptions, fine_tune, recipe_for
@@ -143,6 +143,14 @@ def sheet(rows: list[list[tuple[str, PIL.Image.Image]]], size: int, line: int = 
     return page
 
 
+def show(rows: list, size: int, path: Path):
+    """Leaves the sheet at `path`, unless there is nothing to see, and says so."""
+    if rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet(rows, size).save(path)
+        say(f"pictures of {len(rows)} images, side by side: {path}")
+
+
 def draw_labels(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> list[tuple]:
     """image (h, w, 3), two label maps (height, width) -> (text, picture) of each, darker where no truth is known."""
     shade = np.where(truth == IGNORED, 3, 1).astype(np.uint8)[:, :, None]
@@ -241,13 +249,10 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
                    iou={name: None if math.isnan(value) else value for name, value in zip(names, iou.tolist())},
                    protocol=protocol)
     if runtime.is_main:
-        print("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
-        print(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({n_images} images, "
-              f"{n_bad} bad, {time.monotonic() - started:.0f} s)", flush=True)
-        if drawn:
-            out.mkdir(parents=True, exist_ok=True)
-            sheet(drawn, 192).save(out / "maps.png")
-            print(f"image, truth and prediction side by side: {out}/maps.png", flush=True)
+        say("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
+        say(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({n_images} images, "
+              f"{n_bad} bad, {time.monotonic() - started:.0f} s)")
+        show(drawn, 192, out / "maps.png")
         write_json(options, results, "segmentation")
     return results
 
@@ -278,7 +283,7 @@ def patch_scores(model: MaskCLIP, texts: Tensor) -> Callable[[Tensor], Tensor]:
     def predict(images: Tensor) -> Tensor:
         h, w = images.shape[2:]
         patches = model.encode_patches(images)                                                 # (n, N, E)
-        with torch.autocast(images.device.type, enabled=False):         # ranked: rounded to bf16, many would tie
+        with torch.autocast(images.device.type, enabled=False):      # ranked: rounded to bf16, many would tie
             cosine = patches.float() @ texts.float().T                                         # (n, N, classes)
         grid = h // model.config.patch_size, w // model.config.patch_size
         return resize(cosine.transpose(1, 2).unflatten(2, grid), (h, w))
@@ -324,11 +329,7 @@ class WordOptions(RunOptions):
     image: str = opt("", "file of an image to take instead of records")
     caption: str = opt("", "its caption")
     words: str = opt("", "words or phrases to look for, with commas; empty: those of the caption that mean something")
-    unit: str = opt("auto", "what of the caption a map is drawn for: words, as in the paper's figures, or phrases; "
-                    "auto: words, for a model trained on shapes phrases, as it has read no form without its color",
-                    "run", ("auto", "word", "phrase"))
     templates: str = opt("auto", "sentences around a word, as for zeroshot (paper silent)")
-    test_size: int = opt(0, "short side of the image, pixels, seen in windows of the model's size; 0: that size")
 
 
 def words_of(caption: str, unit: str = "word") -> list[str]:
@@ -359,13 +360,12 @@ def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, size: int 
     return resize(maps[None], image.size[::-1])[0].cpu().numpy()
 
 
-def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...],
-                  size: int = 0) -> tuple[float, float]:
+def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...]) -> tuple[float, float]:
     """How often the highest point of a class's map lies on an object of that class (Zhang et al. 2018), over the
     classes in the first `count` scenes; and the share of the picture that such objects cover, which is chance."""
     texts, hits, shares = model.encode_classes(world.classes, templates, tokenizer), [], []
     for sample in map(world.read, progress(range(count), count, "scenes")):
-        maps = text_maps(model, sample.image, texts, size)                    # (classes, height, width)
+        maps = text_maps(model, sample.image, texts)                    # (classes, height, width)
         for label in np.unique(sample.label_map[sample.label_map > 0]):
             there = sample.label_map == label                                                        # (height, width)
             hits.append(there.flat[maps[label - 1].argmax()])
@@ -420,30 +420,28 @@ def words(argv=None):
     methods = [config.method for config in configs]
     names = paths if len(set(methods)) < len(methods) else methods
     templates = templates_for(options.templates, models[0])
-    unit = ("phrase" if reads_shapes_only(models[0]) else "word") if options.unit == "auto" else options.unit
+    # paper: words; here: of a model trained on shapes phrases, because it has read no form without its color
+    unit = "phrase" if reads_shapes_only(models[0]) else "word"
     asked = [phrase.strip() for phrase in options.words.split(",") if phrase.strip()]
     pictures, rows, arrays = captioned_images(options, configs[0].image_size), [], {}
     for k, (image, caption) in enumerate(progress(pictures, len(pictures), "pictures")):
         phrases = asked or words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
-        maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer),
-                                   options.test_size)
+        maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer))
                          for model, tokenizer in zip(models, tokenizers)])          # (models, phrases, height, width)
         rows.append(draw_words(image, caption, phrases, maps, names))
         arrays.update({f"image{k}": np.asarray(image), f"words{k}": np.array(phrases), f"maps{k}": maps})
-    out.mkdir(parents=True, exist_ok=True)
-    sheet(rows, 160).save(out / "words.png")
+    show(rows, 160, out / "words.png")
     np.savez_compressed(out / "words.npz", models=np.array(paths), **arrays)
-    print(f"{out}/words.png: {len(rows)} images;  {out}/words.npz: image, words and maps of each", flush=True)
+    say(f"their arrays: {out}/words.npz")
     pointing = {}
     if options.data.startswith("shapes") and not options.image:                     # where the truth is known
         for name, model, tokenizer, config in zip(names, models, tokenizers, configs):
             world = open_data(options.data, "val", "segmentation", size=config.image_size)
-            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates,
-                                       options.test_size)
-            print(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
-                  f"(chance {share:.1%})", flush=True)
+            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates)
+            say(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
+                  f"(chance {share:.1%})")
             pointing[name] = dict(hit=hit, chance=share)
     write_json(options, pointing, "words")
 
@@ -537,6 +535,7 @@ class UperNet(nn.Module):
 @dataclass
 class FineTuneOptions(LoopOptions):
     """The recipe; the defaults are UperNet's."""
+    from_scratch: bool = opt(False, "random weights in place of the checkpoint's, as a control", "recipe")
     steps: int = opt(160_000, "length in steps (paper)", "recipe")
     batch_size: int = opt(16, "images a step, over all processes (paper)", "recipe")
     lr: float = opt(2e-4, "peak learning rate (paper)", "recipe")
@@ -653,17 +652,17 @@ def begin(options, out: Path, kind: str) -> tuple[Start, Config, VisionTransform
     start = find_resumable(options, out, kind)
     if start.state:
         config = Config(**start.state["backbone"])
-        return start, config, image_tower(config)
-    model, _, config = load_checkpoint(options.checkpoint)
-    return start, config, model.visual
+    else:
+        model, _, config = load_checkpoint(options.checkpoint)
+    return start, config, image_tower(config) if start.state or options.from_scratch else model.visual
 
 
 def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
     if runtime.is_main:
-        start = "random weights" if getattr(options, "from_scratch", False) else options.checkpoint
+        start = "random weights" if options.from_scratch else options.checkpoint
         millions = sum(p.numel() for p in net.parameters()) / 1e6
-        print(f"{what}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M parameters, "
-              f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}", flush=True)
+        say(f"{what}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M parameters, "
+              f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
 
 
 def upernet(argv=None):
@@ -706,11 +705,11 @@ ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of boxes a (N, 4) with boxes b (M, 4) -> (N, M); 0 for boxes without area."""
-    x1, y1, x2, y2 = a.T[:, :, None]                                               # (N, 1) each
-    width = (torch.minimum(x2, b[:, 2]) - torch.maximum(x1, b[:, 0])).clamp(min=0)             # (N, M)
-    height = (torch.minimum(y2, b[:, 3]) - torch.maximum(y1, b[:, 1])).clamp(min=0)
+    low, high = torch.maximum(a[:, None, :2], b[:, :2]), torch.minimum(a[:, None, 2:], b[:, 2:])    # (N, M, 2)
+    width, height = (high - low).clamp(min=0).unbind(dim=2)                        # (N, M)
     shared = width * height
-    union = (x2 - x1) * (y2 - y1) + (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) - shared
+    area, other = ((boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (a, b))
+    union = area[:, None] + other - shared
     return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
@@ -794,16 +793,16 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     Bilinear: the box's edges are the outer edges of the mask's pixels, outside is 0, and a pixel is True where the
     value reaches the threshold.
     """
+    def weights(low: Tensor, high: Tensor, pixels: int, cells: int) -> Tensor:
+        """One axis: what each cell of a mask adds to a pixel, (R, pixels, cells)."""
+        middle = torch.arange(pixels, device=boxes.device) + 0.5
+        at = (middle - low[:, None]) / (high - low)[:, None] * cells - 0.5                     # (R, pixels)
+        return (1 - (at[..., None] - torch.arange(cells, device=boxes.device)).abs()).clamp(min=0)
+    x1, y1, x2, y2 = boxes.T
+    rows, columns = weights(y1, y2, size[0], masks.shape[1]), weights(x1, x2, size[1], masks.shape[2])
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
-    for k, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        reach = (y2 - y1) / masks.shape[1], (x2 - x1) / masks.shape[2]             # half a mask's pixel leaves the box
-        top, bottom = (min(max(round(y), 0), size[0]) for y in (y1 - reach[0], y2 + reach[0]))
-        left, right = (min(max(round(x), 0), size[1]) for x in (x1 - reach[1], x2 + reach[1]))
-        y, x = (torch.arange(*span, device=boxes.device) + 0.5 for span in ((top, bottom), (left, right)))
-        rows, columns = 2 * (y - y1) / (y2 - y1) - 1, 2 * (x - x1) / (x2 - x1) - 1             # -1 to 1 in the box
-        at = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)                 # (rows, columns, 2)
-        value = F.grid_sample(masks[None, None, k].to(at.dtype), at[None], align_corners=False)
-        pasted[k, top:bottom, left:right] = value[0, 0] >= threshold
+    for k, mask in enumerate(masks.to(boxes.dtype)):                                           # one by one, for memory
+        pasted[k] = rows[k] @ mask @ columns[k].T >= threshold
     return pasted
 
 
@@ -886,6 +885,11 @@ def polygons_to_mask(polygons: list, height: int, width: int) -> np.ndarray:
         counts = np.diff(np.sort(np.concatenate(crossings)), prepend=0, append=height * width)
         union |= decode_rle({"size": [height, width], "counts": counts})
     return union
+
+
+def read_mask(mask: list | dict, height: int, width: int) -> np.ndarray:
+    """What COCO's files hold -> mask (height, width) uint8.  ValueError if it is malformed."""
+    return polygons_to_mask(mask, height, width) if isinstance(mask, list) else decode_rle(mask)
 
 
 def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -1003,8 +1007,8 @@ def read_shape(record: dict, image: dict, iou_type: str) -> list | np.ndarray:
         if iou_type == "bbox":
             x, y, width, height = map(float, record["bbox"])
             return [x, y, width, height]
-        mask, size = record["segmentation"], (image["height"], image["width"])
-        mask = polygons_to_mask(mask, *size) if isinstance(mask, list) else decode_rle(mask)
+        size = image["height"], image["width"]
+        mask = read_mask(record["segmentation"], *size)
         if mask.shape != size:
             raise ValueError(f"the mask is of size {list(mask.shape)}, the image {list(size)}")
         return mask.ravel(order="F") == 1
@@ -1093,10 +1097,8 @@ def make_anchors(rows: int, columns: int, stride: float, device=None) -> Tensor:
     """(rows * columns * 3, 4) boxes around the upper left corners of a map's cells: row by row, three ratios each."""
     ratio = torch.tensor(ANCHOR_RATIOS, device=device)
     half = ANCHOR_SIDE * stride / 2 * torch.stack([ratio ** -0.5, ratio ** 0.5], dim=1)              # (3, 2)
-    y, x = torch.meshgrid(stride * torch.arange(rows, device=device), stride * torch.arange(columns, device=device),
-                          indexing="ij")
-    corners = torch.stack([x, y, x, y], dim=-1)[:, :, None]                                # (rows, columns, 1, 4)
-    return (corners + torch.cat([-half, half], dim=1)).reshape(-1, 4)
+    y_x = stride * torch.cartesian_prod(*(torch.arange(n, device=device) for n in (rows, columns)))      # (cells, 2)
+    return (y_x.flip(1).repeat(1, 2)[:, None] + torch.cat([-half, half], dim=1)).reshape(-1, 4)
 
 
 def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -1305,12 +1307,11 @@ class MaskRCNN(nn.Module):
 
         scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
         found = [some[:len(owner)] for some, owner in zip(boxes, owners)]                  # those with an object
-        labels, true_boxes = (torch.cat([target[key][owner] for target, owner in zip(targets, owners)])
-                              for key in ("labels", "boxes"))                              # (R+,), (R+, 4)
-        has_object = torch.cat([torch.arange(len(some), device=some.device) < len(owner)
-                                for some, owner in zip(boxes, owners)])                    # (R,)
-        truth = torch.full_like(has_object, deltas.shape[1], dtype=torch.long)             # (R,), the last for nothing
-        truth[has_object] = labels
+        truth = torch.cat([F.pad(target["labels"][owner], (0, len(some) - len(owner)), value=deltas.shape[1])
+                           for target, owner, some in zip(targets, owners, boxes)])        # (R,), the last for nothing
+        has_object = truth < deltas.shape[1]
+        labels = truth[has_object]                                                         # (R+,)
+        true_boxes = torch.cat([target["boxes"][owner] for target, owner in zip(targets, owners)])     # (R+, 4)
         wanted = encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
         losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(truth))
         losses["box"] = per_sample((deltas[has_object, labels] - wanted).abs().sum(), len(truth))
@@ -1366,12 +1367,12 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: li
         score, delta, own = score[inside], delta[inside], anchors[inside]
         assigned = assign(box_iou(target["boxes"], own), 0.7, 0.3, low_quality=0.3)
         positives, negatives = draw_boxes(assigned, RPN_SAMPLES, 0.5, target.get("generator"))
-        chosen = score[torch.cat([positives, negatives])]
-        truth = (torch.arange(len(chosen), device=score.device) < len(positives)).to(score.dtype)
+        rows = torch.cat([positives, negatives])
+        truth = (assigned[rows] >= 0).to(score.dtype)
         wanted = encode_boxes(target["boxes"][assigned[positives]], own[positives])
-        score_loss = score_loss + F.binary_cross_entropy_with_logits(chosen, truth, reduction="sum")
+        score_loss = score_loss + F.binary_cross_entropy_with_logits(score[rows], truth, reduction="sum")
         box_loss = box_loss + (delta[positives] - wanted).abs().sum()
-        drawn += len(chosen)
+        drawn += len(rows)
     return dict(rpn_score=per_sample(score_loss, drawn), rpn_box=per_sample(box_loss, drawn))
 
 
@@ -1393,7 +1394,6 @@ class MaskRCNNOptions(FineTuneOptions, EvalOptions):
     score_threshold: float = opt(0.05, "least score of a detection (mmdetection)", "test")
     recipe: str = opt("auto", "the defaults of all other options: the paper's on COCO, or one for a CPU; auto: the "
                       "latter for shapes", "recipe", ("auto", "coco", "pocket"))
-    from_scratch: bool = opt(False, "random weights in place of the checkpoint's, as a control", "recipe")
     epochs: float = opt(12.0, "passes over the data (paper)", "recipe")
     steps: int = opt(0, "length in steps instead of --epochs, 0: use --epochs", "recipe")
     lr: float = opt(1e-4, "peak learning rate; a tenth of it after 8 of 12 parts of the run, a hundredth after 11 "
@@ -1437,8 +1437,7 @@ def open_objects(options: MaskRCNNOptions, split: str, names: list[str] | None =
 def decode_mask(mask, height: int, width: int) -> np.ndarray:
     """An object's mask, drawn or as COCO has it -> (height, width) bool; BadRecord if it is malformed."""
     try:
-        return np.asarray(mask if isinstance(mask, np.ndarray) else decode_rle(mask) if isinstance(mask, dict) else
-                          polygons_to_mask(mask, height, width), dtype=bool)
+        return mask if isinstance(mask, np.ndarray) else read_mask(mask, height, width) == 1
     except ValueError as error:
         raise BadRecord(f"mask of an object: {error}") from None
 
@@ -1510,8 +1509,7 @@ def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNO
     targets = [{name: torch.from_numpy(batch[name][i]).to(device) for name in ("boxes", "labels", "masks")}
                for i in range(len(batch["images"]))]
     for target, i in zip(targets, batch["index"].tolist()):
-        seed = np.random.default_rng((options.seed, step, i)).integers(2 ** 63)
-        target["generator"] = torch.Generator(device).manual_seed(int(seed))
+        target["generator"] = torch.Generator(device).manual_seed(hash((options.seed, step, i)))
     sizes = [image.shape[1:] for image in batch["images"]]
     largest = gather(torch.tensor(sizes, device=device)).amax(dim=0).tolist()
     return net(on_canvas(batch["images"], rounded_up(largest, multiple), device), sizes, targets)
@@ -1553,13 +1551,10 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
                    protocol={key: getattr(options, key) for key in said})
     if runtime.is_main:
         for what in ("box", "mask"):
-            print(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
+            say(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
                                           for key, value in results[what].items()))
-        print(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)", flush=True)
-        if drawn:
-            out.mkdir(parents=True, exist_ok=True)
-            sheet(drawn, DRAWN_SIZE).save(out / "detections.png")
-            print(f"truth and detections side by side: {out}/detections.png", flush=True)
+        say(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)")
+        show(drawn, DRAWN_SIZE, out / "detections.png")
         write_json(options, results, "detection")
     return results
 
@@ -1602,7 +1597,7 @@ def maskrcnn(argv=None):
     options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
     runtime.claim(out)
     start, config, visual = begin(options, out, "maskrcnn")
-    net = MaskRCNN(image_tower(config) if options.from_scratch else visual, len(names), options).to(runtime.device)
+    net = MaskRCNN(visual, len(names), options).to(runtime.device)
     announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, len(names), runtime)
     fine_tune(net, partial(losses_of, device=runtime.device, options=options, multiple=net.strides[3]), step_schedule,
               data, TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, start,

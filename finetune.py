@@ -88,8 +88,9 @@ class Options(LoopOptions, RunOptions):
 # erasing, which guard against learning images by heart: here an image is seen four times
 RECIPES = {
     "imagenet": replace(Options(), recipe="imagenet"),
-    "pocket": replace(Options(), recipe="pocket", data=("shapes:objects=1-1",), epochs=4.0, warmup_epochs=0.4, batch_size=128, lr=1e-3,
-                      crop_min=1.0, flip=False, randaugment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, crop_share=1.0),
+    "pocket": replace(Options(), recipe="pocket", data=("shapes:objects=1-1",), epochs=4.0, warmup_epochs=0.4,
+                      batch_size=128, lr=1e-3, crop_min=1.0, flip=False, randaugment=0.0, erasing=0.0, mixup=0.0,
+                      cutmix=0.0, crop_share=1.0),
 }
 
 

@@ -320,7 +320,7 @@ def test_proposal_losses_by_a_loop():
 
 @pytest.mark.parametrize("patch_size", [8, 14, 16])
 def test_padding_takes_no_part_in_the_proposals(patch_size):
-    """Whatever the canvas, and whatever the network says of the rest of it: the anchors of an image's own area count."""
+    """Whatever the canvas, and whatever the network says of the rest of it: an image's own anchors count."""
     generator, multiple, losses = torch.Generator().manual_seed(0), 2 * patch_size, []
     whole, area = 4 * multiple, (2 * multiple, 3 * multiple)
     targets = targets_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)])
