@@ -455,6 +455,8 @@ class Pyramid(nn.Module):
 
     # paper: blocks 4, 6, 8, 12, counted from 1; here: in a tower of another depth, those in proportion
     No norm follows them (as in BEiT and iBOT), so the tower's final one goes: DDP wants a gradient for each parameter.
+    # paper: silent on positions; here: UperNet resizes them once and trains the result, as BEiT's line does, because
+    # its crops are all of one size; Mask R-CNN resizes those of pre-training for each canvas
     """
     def __init__(self, visual: VisionTransformer, drop_path: float = 0.0):
         super().__init__()
@@ -665,6 +667,14 @@ def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
               f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
 
 
+@torch.no_grad()
+def resize_positions(visual: VisionTransformer, side: int):
+    """The positions become those of a square of `side` pixels, which are trained as such."""
+    grid, is_trained = side // visual.patch_size, visual.pos_embed.requires_grad
+    positions = torch.cat([visual.pos_embed[:, :1], visual.positions(grid, grid)], dim=1)              # (1, 1+N, D)
+    visual.grid, visual.pos_embed = grid, nn.Parameter(positions, is_trained)
+
+
 def upernet(argv=None):
     options = parse_upernet(argv)
     if options.batch_size < 2:
@@ -676,6 +686,7 @@ def upernet(argv=None):
         raise UserError(f"--crop {options.crop}: wanted a multiple of this network's patches of {config.patch_size} "
                         f"pixels, such as {-(-options.crop // config.patch_size) * config.patch_size}")
     data = open_data(options.data, "train", "segmentation", size=options.test_size)
+    resize_positions(visual, options.crop)
     net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
     net = net.to(runtime.device)
     announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)

@@ -601,6 +601,18 @@ def test_pyramid(depth, taps):
     torch.testing.assert_close(maps[3], cells.permute(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize("pos_embed", ["learned", "sincos"])
+def test_positions_are_resized_once(pos_embed):
+    visual, images = VisionTransformer(32, 8, 16, 3, 2, pos_embed=pos_embed), torch.randn(1, 3, 48, 48)
+    want = visual(images)
+    dense.resize_positions(visual, 48)
+    assert visual.pos_embed.shape == (1, 1 + 6 * 6, 16) and visual.grid == 6
+    assert visual.pos_embed.requires_grad == (pos_embed == "learned") == ("pos_embed" in dict(
+        (name, p) for name, p in visual.named_parameters() if p.requires_grad))
+    torch.testing.assert_close(visual(images), want)
+    assert torch.equal(visual.positions(6, 6), visual.pos_embed[:, 1:]), "no resizing is left to do"
+
+
 def test_convolutions_start_as_mmcvs():
     """Kaiming's normal numbers by fan-out: after ReLU the gradient keeps its size.  Scores start near 0."""
     torch.manual_seed(0)
