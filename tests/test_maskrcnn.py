@@ -203,7 +203,7 @@ def test_mask_targets_of_squares():
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 def small_options(**more) -> dense.MaskRCNNOptions:
-    return replace(dense.parse_maskrcnn([]), channels=16, head_width=32, mask_depth=1, **more)
+    return replace(dense.parse_maskrcnn([]), channels=16, **more)
 
 
 def small_net(n_classes: int = 3, **more) -> dense.MaskRCNN:
@@ -734,8 +734,8 @@ def checkpoint(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("run") / "last.pt")
 
 
-SMALL = ["--short-side", "64", "--long-side", "64", "--batch-size", "2", "--channels", "8", "--head-width", "16",
-         "--mask-depth", "1", "--warmup-steps", "1", "--log-every", "1", "--workers", "0", "--device", "cpu"]
+SMALL = ["--short-side", "64", "--long-side", "64", "--batch-size", "2", "--channels", "8",
+         "--warmup-steps", "1", "--log-every", "1", "--workers", "0", "--device", "cpu"]
 WORLD = ["--data", "shapes:objects=1-2,train=20,val=3", *SMALL]
 
 
@@ -804,7 +804,7 @@ def test_defaults_are_the_papers_on_coco_and_small_on_shapes():
     assert (coco.epochs, coco.batch_size, coco.lr, coco.weight_decay, coco.layer_decay, coco.drop_path) == (
         12, 16, 1e-4, 0.05, 0.75, 0.1)                                          # PAPER.md: supplement B
     assert (coco.short_side, coco.long_side, coco.warmup_steps, coco.clip_grad) == (800, 1333, 500, 0)
-    assert (coco.channels, coco.head_width, coco.roi_samples, coco.proposals) == (256, 1024, 512, 1000)
+    assert (coco.channels, coco.roi_samples, coco.proposals) == (256, 512, 1000)
     assert (pocket.short_side, pocket.recipe, pocket.out) == (128, "pocket", "runs/maskrcnn-pocket")
     assert dense.parse_maskrcnn(["--data", "coco:x", "--recipe", "pocket"]).channels == pocket.channels
 

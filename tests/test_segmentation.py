@@ -794,7 +794,7 @@ def test_pixel_cross_entropy_by_a_loop():
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 SMALL = ["--data", "shapes:objects=2-3,train=40,val=4", "--crop", "32", "--test-size", "48", "--batch-size", "4",
-         "--channels", "8", "--aux-channels", "4", "--warmup-steps", "2", "--log-every", "1", "--workers", "0"]
+         "--channels", "8", "--warmup-steps", "2", "--log-every", "1", "--workers", "0"]
 
 
 def test_resumed_upernet_is_the_same_to_the_bit(checkpoint, tmp_path):
