@@ -1095,7 +1095,6 @@ ANCHOR_RATIOS = (0.5, 1.0, 2.0)         # height over width
 LARGEST_GROWTH = 1000 / 16              # how many times a box can become as large, or small, as its anchor
 BOX_SCALE = (0.1, 0.1, 0.2, 0.2)        # of the numbers that the box head puts out
 FINEST_SIDE = 14                        # boxes up to twice as large, in strides of the finest map, are read from there
-RPN_SAMPLES = 256                       # anchors an image that the RPN learns from
 BOX_BINS, MASK_BINS = 7, 14             # of roi_align, for the two heads
 DRAWN_SIZE = 320                        # longer side of a picture of detections
 NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are to find no object
@@ -1310,7 +1309,8 @@ class MaskRCNN(nn.Module):
         """
         o, (maps, scores, deltas, anchors) = self.options, self.see(images)
         areas = [rounded_up(size, self.strides[3]) for size in sizes]
-        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, areas)
+        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, areas,
+                                 o.rpn_samples)
         proposals = self.propose(scores, deltas, anchors, sizes, 2 * o.proposals, o.proposals)
         boxes, owners = zip(*(draw_rois(some, target["boxes"], o.roi_samples, target.get("generator"))
                               for some, target in zip(proposals, targets)))
@@ -1364,8 +1364,9 @@ def per_sample(total: Tensor, count: int) -> Tensor:
     return total / mean_over_processes(total.new_tensor(float(count))).clamp(min=1)
 
 
-def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], areas: list) -> dict:
-    """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), some of which are drawn an image.
+def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], areas: list,
+                    count: int) -> dict:
+    """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), `count` of which are drawn an image.
 
     # paper: silent on padding; here: anchors centered beyond an image's own area (height, width) take no part, as in
     # mmdetection, because what is learned from an image must not depend on the larger ones beside it
@@ -1376,7 +1377,7 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: li
         inside = (x < width) & (y < height)
         score, delta, own = score[inside], delta[inside], anchors[inside]
         assigned = assign(box_iou(target["boxes"], own), 0.7, 0.3, low_quality=0.3)
-        positives, negatives = draw_boxes(assigned, RPN_SAMPLES, 0.5, target.get("generator"))
+        positives, negatives = draw_boxes(assigned, count, 0.5, target.get("generator"))
         rows = torch.cat([positives, negatives])
         truth = (assigned[rows] >= 0).to(score.dtype)
         wanted = encode_boxes(target["boxes"][assigned[positives]], own[positives])
@@ -1414,14 +1415,15 @@ class MaskRCNNOptions(FineTuneOptions, EvalOptions):
     long_side: int = opt(1333, "until their long side is this (paper), whichever is first", "recipe")
     channels: int = opt(256, "channels of the FPN's maps and in the mask head, a quarter of the box head's "
                         "(mmdetection)", "detector")
+    rpn_samples: int = opt(256, "anchors an image that the RPN learns from (mmdetection)", "detector")
     proposals: int = opt(1000, "boxes an image that the RPN proposes, of as many a level before suppression, in "
                          "training of twice as many (mmdetection 2.x)", "detector")
     roi_samples: int = opt(512, "boxes an image that the heads learn from (mmdetection)", "detector")
 
 
 POCKET_DETECTOR = dict(
-    epochs=0.16, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, proposals=50,
-    roi_samples=32)
+    epochs=0.16, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, rpn_samples=64,
+    proposals=100, roi_samples=32)
 
 
 def parse_maskrcnn(argv=None) -> MaskRCNNOptions:

@@ -304,7 +304,7 @@ def test_proposal_losses_by_a_loop():
     anchors, generator = make_anchors(4, 4, 4), torch.Generator().manual_seed(0)
     targets = targets_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)], [])
     scores, deltas = torch.randn(2, 48, generator=generator), torch.randn(2, 48, 4, generator=generator)
-    losses = dense.proposal_losses(scores, deltas, anchors, targets, [(64, 64)] * 2)    # so small that all are drawn
+    losses = dense.proposal_losses(scores, deltas, anchors, targets, [(64, 64)] * 2, count=1000)  # all are drawn
     score_loss, box_loss, n = 0.0, 0.0, 0
     for b, target in enumerate(targets):
         for a, owner in enumerate(slow_assign(dense.box_iou(target["boxes"], anchors), 0.7, 0.3, 0.3)):
@@ -334,7 +334,7 @@ def test_padding_takes_no_part_in_the_proposals(patch_size):
             deltas.append(torch.stack(delta, dim=2)[:rows, :columns, None].expand(-1, -1, 3, -1).flatten(0, 2))
         targets[0]["generator"] = torch.Generator().manual_seed(0)
         found = dense.proposal_losses(torch.cat(scores)[None], torch.cat(deltas)[None], torch.cat(anchors), targets,
-                                      [area])
+                                      [area], count=256)
         losses.append(torch.stack([found["rpn_score"], found["rpn_box"]]))
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(losses[2], losses[0])
@@ -804,7 +804,7 @@ def test_defaults_are_the_papers_on_coco_and_small_on_shapes():
     assert (coco.epochs, coco.batch_size, coco.lr, coco.weight_decay, coco.layer_decay, coco.drop_path) == (
         12, 16, 1e-4, 0.05, 0.75, 0.1)                                          # PAPER.md: supplement B
     assert (coco.short_side, coco.long_side, coco.warmup_steps, coco.clip_grad) == (800, 1333, 500, 0)
-    assert (coco.channels, coco.roi_samples, coco.proposals) == (256, 512, 1000)
+    assert (coco.channels, coco.rpn_samples, coco.roi_samples, coco.proposals) == (256, 256, 512, 1000)
     assert (pocket.short_side, pocket.recipe, pocket.out) == (128, "pocket", "runs/maskrcnn-pocket")
     assert dense.parse_maskrcnn(["--data", "coco:x", "--recipe", "pocket"]).channels == pocket.channels
 
