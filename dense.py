@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (BadRecord, MEAN, UserError, collate, decode, eval_loader, find_templates, fingerprint, has_area,
-                  normalize, open_data, open_image, progress, read_file, to_tensor)
-from losses import mean_over_processes
+from data import (BadRecord, MEAN, UserError, decode, eval_loader, find_templates, fingerprint, has_area,
+                  normalize, open_data, open_image, progress, read_file, say, to_tensor)
+from losses import gather, mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
-from finetune import fine_tune
+from finetune import LoopOptions, fine_tune, recipe_for
 from train import (RunOptions, Start, find_resumable, first_look, gather_objects, load_checkpoint, parse, report_bad,
                    run, setup)
 
@@ -143,6 +143,14 @@ def sheet(rows: list[list[tuple[str, PIL.Image.Image]]], size: int, line: int = 
     return page
 
 
+def show(rows: list, size: int, path: Path):
+    """Leaves the sheet at `path`, unless there is nothing to see, and says so."""
+    if rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet(rows, size).save(path)
+        say(f"pictures of {len(rows)} images, side by side: {path}")
+
+
 def draw_labels(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> list[tuple]:
     """image (h, w, 3), two label maps (height, width) -> (text, picture) of each, darker where no truth is known."""
     shade = np.where(truth == IGNORED, 3, 1).astype(np.uint8)[:, :, None]
@@ -178,25 +186,27 @@ def labels_of(data, sample) -> np.ndarray:
 class ResizeTransform:
     """A record of data -> images, uint8 (3, h, w), resized; labels (height, width), as they are."""
     data: object
-    size: int
+    short: int
+    long: int
 
     def __call__(self, sample, rng) -> dict:
         image = decode(sample.image)
-        image = image.resize(scaled_sides(*image.size, self.size), BILINEAR)
+        image = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
         return dict(images=to_tensor(image), labels=labels_of(self.data, sample))
 
 
-def each_test_image(data, transform, options: EvalOptions, runtime, bad: list, collate=collate):
+def each_test_image(data, transform, options: EvalOptions, runtime, bad: list):
     """This process's share of the test images, up to --limit, in batches of one; bad records are told and join bad."""
-    loader, done = eval_loader(data, transform, 1, runtime.rank, runtime.world, runtime.workers, collate), 0
+    loader = eval_loader(data, transform, 1, runtime.rank, runtime.world, runtime.workers)
+    left = len(range(runtime.rank, options.limit or len(data), runtime.world))
     for batch in progress(loader, len(loader), "images tested", runtime.is_main):
+        if not left:
+            break
         report_bad(batch["bad"])
         bad += batch["bad"]
         if "images" in batch:
             yield batch
-            done += 1
-        if options.limit and done * runtime.world >= options.limit:
-            break
+            left -= 1
 
 
 def write_json(options, results: dict, task: str):
@@ -205,7 +215,8 @@ def write_json(options, results: dict, task: str):
 
 
 @torch.no_grad()
-def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, runtime, out: Path, protocol: dict):
+def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, runtime, out: Path, protocol: dict,
+             long_side: int = 0):
     """Tests score, (3, h, w) -> (classes, h, w), against all labels at their own size; prints, draws and writes:
 
     miou, accuracy, class_accuracy (its mean over classes), images, bad (records), iou {class: IoU, None for NaN}, and
@@ -215,7 +226,8 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
     names = list(data.classes)
     confusion = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
     n_images, bad, drawn, started = 0, [], [], time.monotonic()
-    for batch in each_test_image(data, ResizeTransform(data, options.test_size), options, runtime, bad):
+    sides = options.test_size, long_side or 4 * options.test_size        # as scaled_sides
+    for batch in each_test_image(data, ResizeTransform(data, *sides), options, runtime, bad):
         with runtime.autocast():
             scores = score(normalize(batch["images"].to(runtime.device))[0])             # (classes, h, w)
         truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                              # (height, width)
@@ -230,20 +242,17 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
         raise UserError(f"no pixel of {n_images} readable test images of {options.data} has a label")
     miou, iou, accuracy = mean_iou(confusion)
     by_class = (confusion.diag() / confusion.sum(dim=1)).nanmean().item()
-    protocol = dict(data=options.data, resized_to=f"short {options.test_size}", **protocol,
+    protocol = dict(data=options.data, resized_to="short {}, long {}".format(*sides), **protocol,
                     classes=f"{len(names)} ({fingerprint(names)})",
                     label_0="left out" if data.reduce_zero_label else names[0])
     results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=n_images, bad=n_bad,
                    iou={name: None if math.isnan(value) else value for name, value in zip(names, iou.tolist())},
                    protocol=protocol)
     if runtime.is_main:
-        print("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
-        print(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({n_images} images, "
-              f"{n_bad} bad, {time.monotonic() - started:.0f} s)", flush=True)
-        if drawn:
-            out.mkdir(parents=True, exist_ok=True)
-            sheet(drawn, 192).save(out / "maps.png")
-            print(f"image, truth and prediction side by side: {out}/maps.png", flush=True)
+        say("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
+        say(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({n_images} images, "
+              f"{n_bad} bad, {time.monotonic() - started:.0f} s)")
+        show(drawn, 192, out / "maps.png")
         write_json(options, results, "segmentation")
     return results
 
@@ -273,7 +282,9 @@ def patch_scores(model: MaskCLIP, texts: Tensor) -> Callable[[Tensor], Tensor]:
     """texts (classes, E), unit length -> function (n, 3, h, w) -> (n, classes, h, w), cosines of patches, upsampled."""
     def predict(images: Tensor) -> Tensor:
         h, w = images.shape[2:]
-        cosine = model.encode_patches(images) @ texts.T                                        # (n, N, classes)
+        patches = model.encode_patches(images)                                                 # (n, N, E)
+        with torch.autocast(images.device.type, enabled=False):      # ranked: rounded to bf16, many would tie
+            cosine = patches.float() @ texts.float().T                                         # (n, N, classes)
         grid = h // model.config.patch_size, w // model.config.patch_size
         return resize(cosine.transpose(1, 2).unflatten(2, grid), (h, w))
     return predict
@@ -283,11 +294,13 @@ def zeroshot(argv=None):
     options = parse(ZeroShotOptions, __doc__, argv, positional=("checkpoint",))
     runtime = setup(options)
     model, tokenizer, config = load_checkpoint(options.checkpoint, runtime.device)
-    # paper: 512, Pascal Context 480, for windows of 224 with stride 112, so that positions are never resized; here, for
+    # paper: 512, for windows of 224 with stride 112, so that positions are never resized, and Pascal Context 480; here,
+    # for Pascal Context, sides of 520 at most, because DenseCLIP's config named 480x480, which it follows, tests so; for
     # shapes, windows two thirds of the image's side, because objects are large in the picture
-    window, spec = config.image_size, options.data
-    paper = 480 if spec.startswith("pascal-context") else 512
-    options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else paper * window // 224)
+    window, spec, long_side = config.image_size, options.data, 0
+    if not options.test_size and spec.startswith("pascal-context"):
+        options.test_size = long_side = 520 * window // 224
+    options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else 512 * window // 224)
     templates = templates_for(options.templates, model)
     names = open_data(spec, "val", "segmentation", size=options.test_size).classes
     texts = model.encode_classes(progress(names, len(names), "classes embedded", runtime.is_main),
@@ -295,7 +308,7 @@ def zeroshot(argv=None):
     evaluate(partial(slide, predict=patch_scores(model, texts), window=window, stride=window // 2), options, runtime,
              Path(options.out or "runs/zeroshot-segmentation"),
              dict(checkpoint=options.checkpoint, method=config.method, window=window, stride=window // 2,
-                  templates=len(templates)))
+                  templates=len(templates)), long_side)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,11 +329,7 @@ class WordOptions(RunOptions):
     image: str = opt("", "file of an image to take instead of records")
     caption: str = opt("", "its caption")
     words: str = opt("", "words or phrases to look for, with commas; empty: those of the caption that mean something")
-    unit: str = opt("auto", "what of the caption a map is drawn for: words, as in the paper's figures, or phrases; "
-                    "auto: words, for a model trained on shapes phrases, as it has read no form without its color",
-                    "run", ("auto", "word", "phrase"))
     templates: str = opt("auto", "sentences around a word, as for zeroshot (paper silent)")
-    test_size: int = opt(0, "short side of the image, pixels, seen in windows of the model's size; 0: that size")
 
 
 def words_of(caption: str, unit: str = "word") -> list[str]:
@@ -351,13 +360,12 @@ def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, size: int 
     return resize(maps[None], image.size[::-1])[0].cpu().numpy()
 
 
-def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...],
-                  size: int = 0) -> tuple[float, float]:
+def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...]) -> tuple[float, float]:
     """How often the highest point of a class's map lies on an object of that class (Zhang et al. 2018), over the
     classes in the first `count` scenes; and the share of the picture that such objects cover, which is chance."""
     texts, hits, shares = model.encode_classes(world.classes, templates, tokenizer), [], []
     for sample in map(world.read, progress(range(count), count, "scenes")):
-        maps = text_maps(model, sample.image, texts, size)                    # (classes, height, width)
+        maps = text_maps(model, sample.image, texts)                    # (classes, height, width)
         for label in np.unique(sample.label_map[sample.label_map > 0]):
             there = sample.label_map == label                                                        # (height, width)
             hits.append(there.flat[maps[label - 1].argmax()])
@@ -412,30 +420,28 @@ def words(argv=None):
     methods = [config.method for config in configs]
     names = paths if len(set(methods)) < len(methods) else methods
     templates = templates_for(options.templates, models[0])
-    unit = ("phrase" if reads_shapes_only(models[0]) else "word") if options.unit == "auto" else options.unit
+    # paper: words; here: of a model trained on shapes phrases, because it has read no form without its color
+    unit = "phrase" if reads_shapes_only(models[0]) else "word"
     asked = [phrase.strip() for phrase in options.words.split(",") if phrase.strip()]
     pictures, rows, arrays = captioned_images(options, configs[0].image_size), [], {}
     for k, (image, caption) in enumerate(progress(pictures, len(pictures), "pictures")):
         phrases = asked or words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
-        maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer),
-                                   options.test_size)
+        maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer))
                          for model, tokenizer in zip(models, tokenizers)])          # (models, phrases, height, width)
         rows.append(draw_words(image, caption, phrases, maps, names))
         arrays.update({f"image{k}": np.asarray(image), f"words{k}": np.array(phrases), f"maps{k}": maps})
-    out.mkdir(parents=True, exist_ok=True)
-    sheet(rows, 160).save(out / "words.png")
+    show(rows, 160, out / "words.png")
     np.savez_compressed(out / "words.npz", models=np.array(paths), **arrays)
-    print(f"{out}/words.png: {len(rows)} images;  {out}/words.npz: image, words and maps of each", flush=True)
+    say(f"their arrays: {out}/words.npz")
     pointing = {}
     if options.data.startswith("shapes") and not options.image:                     # where the truth is known
         for name, model, tokenizer, config in zip(names, models, tokenizers, configs):
             world = open_data(options.data, "val", "segmentation", size=config.image_size)
-            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates,
-                                       options.test_size)
-            print(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
-                  f"(chance {share:.1%})", flush=True)
+            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates)
+            say(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
+                  f"(chance {share:.1%})")
             pointing[name] = dict(hit=hit, chance=share)
     write_json(options, pointing, "words")
 
@@ -449,6 +455,8 @@ class Pyramid(nn.Module):
 
     # paper: blocks 4, 6, 8, 12, counted from 1; here: in a tower of another depth, those in proportion
     No norm follows them (as in BEiT and iBOT), so the tower's final one goes: DDP wants a gradient for each parameter.
+    # paper: silent on positions; here: UperNet resizes them once and trains the result, as BEiT's line does, because
+    # its crops are all of one size; Mask R-CNN resizes those of pre-training for each canvas
     """
     def __init__(self, visual: VisionTransformer, drop_path: float = 0.0):
         super().__init__()
@@ -476,8 +484,10 @@ class Pyramid(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), SyncBatchNorm(outputs),
-                         nn.ReLU())
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    # paper: silent on the start; here: mmcv's, because the supplement follows BEiT, which runs on it
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, SyncBatchNorm(outputs), nn.ReLU())
 
 
 class UperNet(nn.Module):
@@ -525,8 +535,9 @@ class UperNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class FineTuneOptions:
-    """What `fine_tune` takes; the defaults are UperNet's."""
+class FineTuneOptions(LoopOptions):
+    """The recipe; the defaults are UperNet's."""
+    from_scratch: bool = opt(False, "random weights in place of the checkpoint's, as a control", "recipe")
     steps: int = opt(160_000, "length in steps (paper)", "recipe")
     batch_size: int = opt(16, "images a step, over all processes (paper)", "recipe")
     lr: float = opt(2e-4, "peak learning rate (paper)", "recipe")
@@ -534,11 +545,9 @@ class FineTuneOptions:
     weight_decay: float = opt(0.05, "AdamW weight decay of matrices (paper)", "recipe")
     layer_decay: float = opt(0.6, "learning rate of a block relative to the one above it (paper)", "recipe")
     drop_path: float = opt(0.1, "stochastic depth: how often the last block is skipped (paper)", "recipe")
-    clip_grad: float = opt(3.0, "largest gradient norm, 0: no clipping (BootMAE; paper silent)", "recipe")
-    resume: str = opt("auto", "auto: go on from OUT/last.pt if there; none: start over; or a checkpoint's path")
-    checkpoint_every: float = opt(300.0, "seconds between checkpoints")
-    log_every: int = opt(20, "steps between lines of metrics.jsonl")
-    max_bad: float = opt(0.05, "stop when more than this share of the records read is bad")
+    # paper: silent, and follows BEiT; here: none, because BEiT's configs and mmdetection's have none
+    clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (BEiT, mmdetection; BootMAE's UperNet: 3)",
+                           "recipe")
 
 
 @dataclass
@@ -546,20 +555,19 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
     recipe: str = opt("auto", "the defaults of all other options: the paper's on ADE20K, or one for a CPU; auto: the "
                       "latter for shapes", "recipe", ("auto", "ade20k", "pocket"))
     crop: int = opt(512, "side of training crops and of test windows, pixels (paper)", "recipe")
-    channels: int = opt(768, "width of the head (BEiT, iBOT, BootMAE; mmsegmentation 512; paper silent)", "recipe")
-    aux_channels: int = opt(256, "width of the auxiliary head (mmsegmentation)", "recipe")
+    channels: int = opt(768, "width of the head (BEiT, iBOT, BootMAE; mmsegmentation 512; paper silent), and of the "
+                        "auxiliary one a third of it (mmsegmentation: 256)", "recipe")
     distort: bool = opt(True, "photometric distortion of training images (paper)", "recipe")
 
 
 # paper: nothing so small; here: few steps at a higher rate; colors stay as they are, as they are half of the class.
 # Forms are learned suddenly, after some five hundred steps in which the loss tells colors apart only
-POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, crop=64, test_size=64, channels=48, aux_channels=32, distort=False)
+POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, clip_grad=3.0, crop=64, test_size=64, channels=48, distort=False)
 
 
 def parse_recipe(paper: FineTuneOptions, pocket: dict, name: str, large: str, argv):
     """The command line over the recipe that it, or else the data, names: `large`, the paper's, or pocket."""
-    asked = first_look(type(paper), argv, "recipe", "data")
-    recipe = asked.recipe if asked.recipe != "auto" else "pocket" if asked.data.startswith("shapes") else large
+    recipe = recipe_for(first_look(type(paper), argv, "recipe", "data"), large)
     defaults = replace(paper, **pocket) if recipe == "pocket" else paper
     options = parse(type(paper), __doc__, argv, positional=("checkpoint",), defaults=defaults, own=large)
     return replace(options, recipe=recipe, out=options.out or f"runs/{name}-{recipe}")
@@ -645,26 +653,40 @@ def begin(options, out: Path, kind: str) -> tuple[Start, Config, VisionTransform
     start = find_resumable(options, out, kind)
     if start.state:
         config = Config(**start.state["backbone"])
-        return start, config, image_tower(config)
-    model, _, config = load_checkpoint(options.checkpoint)
-    return start, config, model.visual
+    else:
+        model, _, config = load_checkpoint(options.checkpoint)
+    return start, config, image_tower(config) if start.state or options.from_scratch else model.visual
 
 
 def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
     if runtime.is_main:
-        start = "random weights" if getattr(options, "from_scratch", False) else options.checkpoint
+        start = "random weights" if options.from_scratch else options.checkpoint
         millions = sum(p.numel() for p in net.parameters()) / 1e6
-        print(f"{what}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M parameters, "
-              f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}", flush=True)
+        say(f"{what}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M parameters, "
+              f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
+
+
+@torch.no_grad()
+def resize_positions(visual: VisionTransformer, side: int):
+    """The positions become those of a square of `side` pixels, which are trained as such."""
+    grid, is_trained = side // visual.patch_size, visual.pos_embed.requires_grad
+    positions = torch.cat([visual.pos_embed[:, :1], visual.positions(grid, grid)], dim=1)              # (1, 1+N, D)
+    visual.grid, visual.pos_embed = grid, nn.Parameter(positions, is_trained)
 
 
 def upernet(argv=None):
     options = parse_upernet(argv)
+    if options.batch_size < 2:
+        raise UserError("--batch-size 1: batch normalization of the coarsest map's mean wants 2 images or more")
     runtime, out = setup(options), Path(options.out)
     runtime.claim(out)
     start, config, visual = begin(options, out, "upernet")
+    if options.crop % config.patch_size:
+        raise UserError(f"--crop {options.crop}: wanted a multiple of this network's patches of {config.patch_size} "
+                        f"pixels, such as {-(-options.crop // config.patch_size) * config.patch_size}")
     data = open_data(options.data, "train", "segmentation", size=options.test_size)
-    net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
+    resize_positions(visual, options.crop)
+    net = UperNet(visual, len(data.classes), options.channels, options.channels // 3, options.drop_path)
     net = net.to(runtime.device)
     announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)
 
@@ -693,11 +715,11 @@ ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of boxes a (N, 4) with boxes b (M, 4) -> (N, M); 0 for boxes without area."""
-    x1, y1, x2, y2 = a.T[:, :, None]                                               # (N, 1) each
-    width = (torch.minimum(x2, b[:, 2]) - torch.maximum(x1, b[:, 0])).clamp(min=0)             # (N, M)
-    height = (torch.minimum(y2, b[:, 3]) - torch.maximum(y1, b[:, 1])).clamp(min=0)
+    low, high = torch.maximum(a[:, None, :2], b[:, :2]), torch.minimum(a[:, None, 2:], b[:, 2:])    # (N, M, 2)
+    width, height = (high - low).clamp(min=0).unbind(dim=2)                        # (N, M)
     shared = width * height
-    union = (x2 - x1) * (y2 - y1) + (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) - shared
+    area, other = ((boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (a, b))
+    union = area[:, None] + other - shared
     return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
@@ -781,16 +803,16 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     Bilinear: the box's edges are the outer edges of the mask's pixels, outside is 0, and a pixel is True where the
     value reaches the threshold.
     """
+    def weights(low: Tensor, high: Tensor, pixels: int, cells: int) -> Tensor:
+        """One axis: what each cell of a mask adds to a pixel, (R, pixels, cells)."""
+        middle = torch.arange(pixels, device=boxes.device) + 0.5
+        at = (middle - low[:, None]) / (high - low)[:, None] * cells - 0.5                     # (R, pixels)
+        return (1 - (at[..., None] - torch.arange(cells, device=boxes.device)).abs()).clamp(min=0)
+    x1, y1, x2, y2 = boxes.T
+    rows, columns = weights(y1, y2, size[0], masks.shape[1]), weights(x1, x2, size[1], masks.shape[2])
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=boxes.device)
-    for k, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        reach = (y2 - y1) / masks.shape[1], (x2 - x1) / masks.shape[2]             # half a mask's pixel leaves the box
-        top, bottom = (min(max(round(y), 0), size[0]) for y in (y1 - reach[0], y2 + reach[0]))
-        left, right = (min(max(round(x), 0), size[1]) for x in (x1 - reach[1], x2 + reach[1]))
-        y, x = (torch.arange(*span, device=boxes.device) + 0.5 for span in ((top, bottom), (left, right)))
-        rows, columns = 2 * (y - y1) / (y2 - y1) - 1, 2 * (x - x1) / (x2 - x1) - 1             # -1 to 1 in the box
-        at = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)                 # (rows, columns, 2)
-        value = F.grid_sample(masks[None, None, k].to(at.dtype), at[None], align_corners=False)
-        pasted[k, top:bottom, left:right] = value[0, 0] >= threshold
+    for k, mask in enumerate(masks.to(boxes.dtype)):                                           # one by one, for memory
+        pasted[k] = rows[k] @ mask @ columns[k].T >= threshold
     return pasted
 
 
@@ -873,6 +895,11 @@ def polygons_to_mask(polygons: list, height: int, width: int) -> np.ndarray:
         counts = np.diff(np.sort(np.concatenate(crossings)), prepend=0, append=height * width)
         union |= decode_rle({"size": [height, width], "counts": counts})
     return union
+
+
+def read_mask(mask: list | dict, height: int, width: int) -> np.ndarray:
+    """What COCO's files hold -> mask (height, width) uint8.  ValueError if it is malformed."""
+    return polygons_to_mask(mask, height, width) if isinstance(mask, list) else decode_rle(mask)
 
 
 def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -990,8 +1017,8 @@ def read_shape(record: dict, image: dict, iou_type: str) -> list | np.ndarray:
         if iou_type == "bbox":
             x, y, width, height = map(float, record["bbox"])
             return [x, y, width, height]
-        mask, size = record["segmentation"], (image["height"], image["width"])
-        mask = polygons_to_mask(mask, *size) if isinstance(mask, list) else decode_rle(mask)
+        size = image["height"], image["width"]
+        mask = read_mask(record["segmentation"], *size)
         if mask.shape != size:
             raise ValueError(f"the mask is of size {list(mask.shape)}, the image {list(size)}")
         return mask.ravel(order="F") == 1
@@ -1075,14 +1102,12 @@ NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are t
 
 # ---- anchors, box coding, targets -----------------------------------------------------------------------------------
 
-def make_anchors(rows: int, columns: int, stride: int, device=None) -> Tensor:
+def make_anchors(rows: int, columns: int, stride: float, device=None) -> Tensor:
     """(rows * columns * 3, 4) boxes around the upper left corners of a map's cells: row by row, three ratios each."""
     ratio = torch.tensor(ANCHOR_RATIOS, device=device)
     half = ANCHOR_SIDE * stride / 2 * torch.stack([ratio ** -0.5, ratio ** 0.5], dim=1)              # (3, 2)
-    y, x = torch.meshgrid(stride * torch.arange(rows, device=device), stride * torch.arange(columns, device=device),
-                          indexing="ij")
-    corners = torch.stack([x, y, x, y], dim=-1)[:, :, None]                                # (rows, columns, 1, 4)
-    return (corners + torch.cat([-half, half], dim=1)).reshape(-1, 4)
+    y_x = stride * torch.cartesian_prod(*(torch.arange(n, device=device) for n in (rows, columns)))      # (cells, 2)
+    return (y_x.flip(1).repeat(1, 2)[:, None] + torch.cat([-half, half], dim=1)).reshape(-1, 4)
 
 
 def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -1129,11 +1154,11 @@ def assign(iou: Tensor, positive: float, negative: float, low_quality: float = m
     return torch.where(last > 0, last - 1, assigned)
 
 
-def draw_boxes(assigned: Tensor, count: int, share: float) -> tuple[Tensor, Tensor]:
+def draw_boxes(assigned: Tensor, count: int, share: float, generator=None) -> tuple[Tensor, Tensor]:
     """Indices drawn at random: of boxes with an object at most a `share` of `count`, of NEGATIVE ones the rest."""
     def draw(candidates: Tensor, most: int) -> Tensor:
         indices = candidates.nonzero()[:, 0]
-        return indices[torch.randperm(len(indices), device=indices.device)[:most]]
+        return indices[torch.randperm(len(indices), generator=generator, device=indices.device)[:most]]
     positives = draw(assigned >= 0, int(count * share))
     return positives, draw(assigned == NEGATIVE, count - len(positives))
 
@@ -1212,10 +1237,10 @@ class BoxHead(nn.Module):
 
 
 class MaskHead(nn.Sequential):
-    """Convolutions, doubled resolution, a mask for each class: (R, c, 14, 14) -> (R, classes, 28, 28)"""
+    """Four convolutions, doubled resolution, a mask for each class: (R, c, 14, 14) -> (R, classes, 28, 28)"""
 
-    def __init__(self, channels: int, n_classes: int, depth: int):
-        layers = [layer for _ in range(depth) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
+    def __init__(self, channels: int, n_classes: int):
+        layers = [layer for _ in range(4) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
         layers += [nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU(), nn.Conv2d(channels, n_classes, 1)]
         super().__init__(*layers)
         for layer in layers[::2]:
@@ -1230,12 +1255,12 @@ class MaskRCNN(nn.Module):
     def __init__(self, visual: VisionTransformer, n_classes: int, options):
         super().__init__()
         p, self.options = visual.patch_size, options
-        self.strides = [p // 4, p // 2, p, 2 * p, 4 * p]
+        self.strides = [p / 4, p / 2, p, 2 * p, 4 * p]
         self.pyramid = Pyramid(visual, options.drop_path)
         self.fpn = FeaturePyramid(visual.cls_token.shape[-1], options.channels)
         self.rpn = ProposalHead(options.channels)
-        self.box_head = BoxHead(options.channels, options.head_width, n_classes)
-        self.mask_head = MaskHead(options.channels, n_classes, options.mask_depth)
+        self.box_head = BoxHead(options.channels, 4 * options.channels, n_classes)
+        self.mask_head = MaskHead(options.channels, n_classes)
 
     def see(self, images: Tensor) -> tuple[list[Tensor], ...]:
         """(B, 3, height, width) -> of each level: map (B, c, ., .), scores (B, A), deltas (B, A, 4), anchors (A, 4)"""
@@ -1275,27 +1300,28 @@ class MaskRCNN(nn.Module):
         """The five losses of a batch.
 
         images   (B, 3, height, width), padded to multiples of 2p;  sizes  [(h, w)] of what is in them
-        targets  of each image: boxes (G, 4), labels (G,) and masks (G, h, w) bool of its objects
+        targets  of each image: boxes (G, 4), labels (G,) and masks (G, h, w) bool of its objects, and a generator for
+                 what is drawn in it
 
             rpn_score, rpn_box   something or nothing, and L1 of where: mean over the sampled anchors
             label, box           cross-entropy of the class, and L1 of the better box: mean over the sampled boxes
             mask                 cross-entropy of the true class's mask: mean over the pixels of boxes with an object
         """
         o, (maps, scores, deltas, anchors) = self.options, self.see(images)
-        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets,
+        areas = [rounded_up(size, self.strides[3]) for size in sizes]
+        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, areas,
                                  o.rpn_samples)
-        proposals = self.propose(scores, deltas, anchors, sizes, o.rpn_before_train, o.rpn_keep_train)
-        boxes, owners = zip(*(draw_rois(some, target["boxes"], o.roi_samples)
+        proposals = self.propose(scores, deltas, anchors, sizes, 2 * o.proposals, o.proposals)
+        boxes, owners = zip(*(draw_rois(some, target["boxes"], o.roi_samples, target.get("generator"))
                               for some, target in zip(proposals, targets)))
 
         scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
         found = [some[:len(owner)] for some, owner in zip(boxes, owners)]                  # those with an object
-        labels, true_boxes = (torch.cat([target[key][owner] for target, owner in zip(targets, owners)])
-                              for key in ("labels", "boxes"))                              # (R+,), (R+, 4)
-        has_object = torch.cat([torch.arange(len(some), device=some.device) < len(owner)
-                                for some, owner in zip(boxes, owners)])                    # (R,)
-        truth = torch.full_like(has_object, deltas.shape[1], dtype=torch.long)             # (R,), the last for nothing
-        truth[has_object] = labels
+        truth = torch.cat([F.pad(target["labels"][owner], (0, len(some) - len(owner)), value=deltas.shape[1])
+                           for target, owner, some in zip(targets, owners, boxes)])        # (R,), the last for nothing
+        has_object = truth < deltas.shape[1]
+        labels = truth[has_object]                                                         # (R+,)
+        true_boxes = torch.cat([target["boxes"][owner] for target, owner in zip(targets, owners)])     # (R+, 4)
         wanted = encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
         losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(truth))
         losses["box"] = per_sample((deltas[has_object, labels] - wanted).abs().sum(), len(truth))
@@ -1312,7 +1338,7 @@ class MaskRCNN(nn.Module):
         """Images as in forward -> of each at most 100 objects, the best first: boxes (R, 4), labels (R,), scores (R,),
         and masks (R, 28, 28), probabilities over the box."""
         maps, *rpn = self.see(images)
-        proposals = self.propose(*rpn, sizes, self.options.rpn_before_test, self.options.rpn_keep_test)
+        proposals = self.propose(*rpn, sizes, self.options.proposals, self.options.proposals)
         scores, deltas = self.box_head(self.pool(maps, proposals, BOX_BINS))
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
         objects, counts = [], [len(boxes) for boxes in proposals]
@@ -1338,28 +1364,36 @@ def per_sample(total: Tensor, count: int) -> Tensor:
     return total / mean_over_processes(total.new_tensor(float(count))).clamp(min=1)
 
 
-def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], count: int) -> dict:
-    """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), `count` of which are drawn an image."""
+def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], areas: list,
+                    count: int) -> dict:
+    """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), `count` of which are drawn an image.
+
+    # paper: silent on padding; here: anchors centered beyond an image's own area (height, width) take no part, as in
+    # mmdetection, because what is learned from an image must not depend on the larger ones beside it
+    """
     score_loss, box_loss, drawn = 0, 0, 0
-    for score, delta, target in zip(scores, deltas, targets):
-        assigned = assign(box_iou(target["boxes"], anchors), 0.7, 0.3, low_quality=0.3)
-        positives, negatives = draw_boxes(assigned, count, 0.5)
-        chosen = score[torch.cat([positives, negatives])]
-        truth = (torch.arange(len(chosen), device=score.device) < len(positives)).to(score.dtype)
-        wanted = encode_boxes(target["boxes"][assigned[positives]], anchors[positives])
-        score_loss = score_loss + F.binary_cross_entropy_with_logits(chosen, truth, reduction="sum")
+    for score, delta, target, (height, width) in zip(scores, deltas, targets, areas):
+        x, y = center_and_size(anchors)[0].round().T                                       # (A,) each
+        inside = (x < width) & (y < height)
+        score, delta, own = score[inside], delta[inside], anchors[inside]
+        assigned = assign(box_iou(target["boxes"], own), 0.7, 0.3, low_quality=0.3)
+        positives, negatives = draw_boxes(assigned, count, 0.5, target.get("generator"))
+        rows = torch.cat([positives, negatives])
+        truth = (assigned[rows] >= 0).to(score.dtype)
+        wanted = encode_boxes(target["boxes"][assigned[positives]], own[positives])
+        score_loss = score_loss + F.binary_cross_entropy_with_logits(score[rows], truth, reduction="sum")
         box_loss = box_loss + (delta[positives] - wanted).abs().sum()
-        drawn += len(chosen)
+        drawn += len(rows)
     return dict(rpn_score=per_sample(score_loss, drawn), rpn_box=per_sample(box_loss, drawn))
 
 
-def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int, generator=None) -> tuple[Tensor, Tensor]:
     """What the heads of an image learn from: boxes (R, 4), first those with an object, a quarter of `count` at most,
     and the objects of these.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
     boxes = torch.cat([true_boxes, proposals])
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
     assigned = assign(box_iou(true_boxes, boxes), 0.5, 0.5)
-    positives, negatives = draw_boxes(assigned, count, 0.25)
+    positives, negatives = draw_boxes(assigned, count, 0.25, generator)
     return boxes[torch.cat([positives, negatives])], assigned[positives]
 
 
@@ -1371,31 +1405,25 @@ class MaskRCNNOptions(FineTuneOptions, EvalOptions):
     score_threshold: float = opt(0.05, "least score of a detection (mmdetection)", "test")
     recipe: str = opt("auto", "the defaults of all other options: the paper's on COCO, or one for a CPU; auto: the "
                       "latter for shapes", "recipe", ("auto", "coco", "pocket"))
-    from_scratch: bool = opt(False, "random weights in place of the checkpoint's, as a control", "recipe")
     epochs: float = opt(12.0, "passes over the data (paper)", "recipe")
     steps: int = opt(0, "length in steps instead of --epochs, 0: use --epochs", "recipe")
     lr: float = opt(1e-4, "peak learning rate; a tenth of it after 8 of 12 parts of the run, a hundredth after 11 "
                     "(paper)", "recipe")
     warmup_steps: int = opt(500, "steps of linear warm-up (mmdetection)", "recipe")
     layer_decay: float = opt(0.75, "learning rate of a block relative to the one above it (paper)", "recipe")
-    clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (mmdetection; paper silent)", "recipe")
     short_side: int = opt(800, "images are resized until their short side is this, pixels (paper), or", "recipe")
     long_side: int = opt(1333, "until their long side is this (paper), whichever is first", "recipe")
-    channels: int = opt(256, "channels of the FPN's maps and in the mask head (mmdetection)", "detector")
-    head_width: int = opt(1024, "width of the box head (mmdetection)", "detector")
-    mask_depth: int = opt(4, "convolutions of the mask head (mmdetection)", "detector")
+    channels: int = opt(256, "channels of the FPN's maps and in the mask head, a quarter of the box head's "
+                        "(mmdetection)", "detector")
     rpn_samples: int = opt(256, "anchors an image that the RPN learns from (mmdetection)", "detector")
-    rpn_before_train: int = opt(2000, "boxes a level before suppression, in training (mmdetection)", "detector")
-    rpn_before_test: int = opt(1000, "the same in tests (mmdetection)", "detector")
-    rpn_keep_train: int = opt(1000, "proposals an image, in training (mmdetection 2.x; 1.x and iBOT 2000)", "detector")
-    rpn_keep_test: int = opt(1000, "the same in tests (mmdetection)", "detector")
+    proposals: int = opt(1000, "boxes an image that the RPN proposes, of as many a level before suppression, in "
+                         "training of twice as many (mmdetection 2.x)", "detector")
     roi_samples: int = opt(512, "boxes an image that the heads learn from (mmdetection)", "detector")
 
 
 POCKET_DETECTOR = dict(
-    epochs=0.16, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, head_width=256,
-    mask_depth=2, rpn_samples=64, rpn_before_train=100, rpn_before_test=100, rpn_keep_train=100, rpn_keep_test=50,
-    roi_samples=32)
+    epochs=0.16, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, rpn_samples=64,
+    proposals=100, roi_samples=32)
 
 
 def parse_maskrcnn(argv=None) -> MaskRCNNOptions:
@@ -1420,8 +1448,7 @@ def open_objects(options: MaskRCNNOptions, split: str, names: list[str] | None =
 def decode_mask(mask, height: int, width: int) -> np.ndarray:
     """An object's mask, drawn or as COCO has it -> (height, width) bool; BadRecord if it is malformed."""
     try:
-        return np.asarray(mask if isinstance(mask, np.ndarray) else decode_rle(mask) if isinstance(mask, dict) else
-                          polygons_to_mask(mask, height, width), dtype=bool)
+        return mask if isinstance(mask, np.ndarray) else read_mask(mask, height, width) == 1
     except ValueError as error:
         raise BadRecord(f"mask of an object: {error}") from None
 
@@ -1429,7 +1456,8 @@ def decode_mask(mask, height: int, width: int) -> np.ndarray:
 @dataclass
 class TrainObjects:
     """A record, resized, mirrored half of the time -> images uint8 (3, h, w), and of the objects that are trained on
-    boxes (G, 4), labels (G,) and masks (G, h, w) bool: those of a known class, a pixel or more each way, no crowds."""
+    boxes (G, 4), labels (G,) and masks (G, h, w) bool: those of a known class, a pixel or more each way, no crowds.
+    All are arrays, which data.collate leaves as lists."""
     short: int
     long: int
     label_of: list[int]
@@ -1450,17 +1478,13 @@ class TrainObjects:
         if mirrored:
             image, masks = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1].copy()
             boxes[:, [0, 2]] = sides[0] - boxes[:, [2, 0]]
-        return dict(images=to_tensor(image), boxes=boxes.astype(np.float32),
+        return dict(images=to_tensor(image).numpy(), boxes=boxes.astype(np.float32),
                     labels=np.array(labels, dtype=np.int64), masks=masks)
 
 
-@dataclass
-class EvalObjects:
+class EvalObjects(TrainObjects):
     """A record, resized -> images uint8 (3, h, w), full_size (height, width) before that, and truth, COCO's annotations
     of all objects of a known class, with category_id the class and without image_id."""
-    short: int
-    long: int
-    label_of: list[int]
 
     def __call__(self, sample, rng) -> dict:
         image, truth = decode(sample.image), []
@@ -1471,31 +1495,35 @@ class EvalObjects:
                                   area=thing["area"] if "area" in thing else float(mask.sum()),
                                   segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
         resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
-        return dict(images=to_tensor(resized), full_size=image.size[::-1], truth=truth)
+        return dict(images=to_tensor(resized).numpy(), full_size=image.size[::-1], truth=truth)
 
 
-def collate_padded(items: list[dict], multiple: int) -> dict:
-    """As data.collate, with images of any size, each in the upper left of a canvas of the mean color, whose sides are
-    the largest ones rounded up to a multiple; and their sizes [(h, w)].
+def rounded_up(size, multiple: int) -> list[int]:
+    """The sides of an image, each rounded up to a multiple."""
+    return [-(-side // multiple) * multiple for side in size]
 
-    mmdetection fills a batch with images that are all wide or all high, which pads less; here they come as drawn.
+
+def on_canvas(images: list[np.ndarray], size: list[int], device) -> Tensor:
+    """Images uint8 (3, h, w) of any size -> (B, 3, *size) normalized, each in the upper left of the mean color."""
+    canvas = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].repeat(len(images), 1, *size)
+    for place, image in zip(canvas, images):
+        place[:, :image.shape[1], :image.shape[2]] = torch.from_numpy(image)
+    return normalize(canvas.to(device))
+
+
+def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNOptions, multiple: int) -> dict:
+    """The losses of a batch of TrainObjects' items.
+
+    # paper: silent on the canvas; here: the largest sides of all processes' images, where mmdetection takes those of a
+    # process's, because then any number of processes sees the same: attention reaches the padding too
     """
-    whole = [item for item in items if "images" in item]
-    sizes = [tuple(item["images"].shape[1:]) for item in whole]
-    mean = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
-    for item, (h, w) in zip(whole, sizes):
-        canvas = mean.repeat(1, *(-(-max(sides) // multiple) * multiple for sides in zip(*sizes)))
-        canvas[:, :h, :w] = item["images"]
-        item["images"] = canvas
-    return dict(collate(items), sizes=sizes)
-
-
-def losses_of(net: nn.Module, batch: dict, step: int, device) -> dict[str, Tensor]:
-    """The losses of a batch of TrainObjects' items."""
-    names = "boxes", "labels", "masks"
-    targets = [{name: torch.from_numpy(array).to(device) for name, array in zip(names, arrays)}
-               for arrays in zip(*(batch[name] for name in names))]
-    return net(normalize(batch["images"].to(device)), batch["sizes"], targets)
+    targets = [{name: torch.from_numpy(batch[name][i]).to(device) for name in ("boxes", "labels", "masks")}
+               for i in range(len(batch["images"]))]
+    for target, i in zip(targets, batch["index"].tolist()):
+        target["generator"] = torch.Generator(device).manual_seed(hash((options.seed, step, i)))
+    sizes = [image.shape[1:] for image in batch["images"]]
+    largest = gather(torch.tensor(sizes, device=device)).amax(dim=0).tolist()
+    return net(on_canvas(batch["images"], rounded_up(largest, multiple), device), sizes, targets)
 
 
 # ---- test -----------------------------------------------------------------------------------------------------------
@@ -1508,17 +1536,19 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
     """
     data, names, label_of = open_objects(options, "val", names)
     images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
-    for batch in each_test_image(data, EvalObjects(options.short_side, options.long_side, label_of), options, runtime,
-                                 bad, partial(collate_padded, multiple=net.strides[3])):
+    transform = EvalObjects(options.short_side, options.long_side, label_of)
+    for batch in each_test_image(data, transform, options, runtime, bad):
+        pixels, (height, width), i, truth = (batch[key][0] for key in ("images", "full_size", "index", "truth"))
+        h, w = pixels.shape[1:]
+        canvas = on_canvas([pixels], rounded_up((h, w), net.strides[3]), runtime.device)
         with runtime.autocast():
-            objects = net.detect(normalize(batch["images"].to(runtime.device)), batch["sizes"])[0]
-        (h, w), (height, width), i, truth = (batch[key][0] for key in ("sizes", "full_size", "index", "truth"))
+            objects = net.detect(canvas, [(h, w)])[0]
         records = as_records(objects, height / h, width / w, (height, width))
         images.append(dict(id=int(i), height=height, width=width))
         annotations += [dict(record, image_id=int(i)) for record in truth]
         found += [dict(record, image_id=int(i)) for record in records]
         if len(drawn) < options.draw:
-            image = PIL.Image.fromarray(batch["images"][0, :, :h, :w].permute(1, 2, 0).numpy()).resize((width, height))
+            image = PIL.Image.fromarray(pixels.transpose(1, 2, 0)).resize((width, height))
             drawn.append([("truth", draw_records(image, truth, names)), ("found", draw_records(image, records, names))])
     images, annotations, found, bad = (sum(parts, []) for parts in
                                        zip(*gather_objects((images, annotations, found, bad), runtime)))
@@ -1532,13 +1562,10 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
                    protocol={key: getattr(options, key) for key in said})
     if runtime.is_main:
         for what in ("box", "mask"):
-            print(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
+            say(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
                                           for key, value in results[what].items()))
-        print(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)", flush=True)
-        if drawn:
-            out.mkdir(parents=True, exist_ok=True)
-            sheet(drawn, DRAWN_SIZE).save(out / "detections.png")
-            print(f"truth and detections side by side: {out}/detections.png", flush=True)
+        say(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)")
+        show(drawn, DRAWN_SIZE, out / "detections.png")
         write_json(options, results, "detection")
     return results
 
@@ -1581,12 +1608,11 @@ def maskrcnn(argv=None):
     options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
     runtime.claim(out)
     start, config, visual = begin(options, out, "maskrcnn")
-    net = MaskRCNN(image_tower(config) if options.from_scratch else visual, len(names), options).to(runtime.device)
+    net = MaskRCNN(visual, len(names), options).to(runtime.device)
     announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, len(names), runtime)
-    collate = partial(collate_padded, multiple=net.strides[3])
-    fine_tune(net, partial(losses_of, device=runtime.device), step_schedule, data,
-              TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, start,
-              dict(kind="maskrcnn", backbone=asdict(config), classes=names), collate)
+    fine_tune(net, partial(losses_of, device=runtime.device, options=options, multiple=net.strides[3]), step_schedule,
+              data, TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, start,
+              dict(kind="maskrcnn", backbone=asdict(config), classes=names))
     evaluate_detector(net, names, options, runtime, out)
 
 

@@ -4,8 +4,8 @@
                the class token or the mean of the patches after the final norm
     head       BatchNorm without scale and shift, then a linear layer
     training   cross-entropy; LARS with momentum 0.9 and no weight decay; 90 epochs; learning rate 6.4 at batch 16384,
-               scaled with the batch (not under 100,000 records), cosine to 0; random crops, one draw an image, and
-               mirroring
+               scaled with the batch (not under 100,000 records), from 0 in 10 epochs, then cosine to 0; random crops,
+               one draw an image, and mirroring
     test       top-1; short side resized to 256/224 of the input side, centre cut out
                                                                                     (supplement B; MAE)
     python eval_linear.py                                                  runs/pocket/last.pt, scenes of one object
@@ -50,7 +50,8 @@ class Options(RunOptions):
                           "eighth of them, 512 at most", "recipe")
     lr: float = opt(6.4, "peak learning rate at batch 16384, scaled with the batch (paper); for fewer than 100,000 "
                     "records that of any batch", "recipe")
-    warmup_epochs: float = opt(0.0, "epochs of linear warm-up (paper silent, MAE: 10)", "recipe")
+    # paper: silent, and follows MAE; here: its share of the run, because a run of few epochs would only warm up
+    warmup_epochs: float = opt(-1.0, "epochs of linear warm-up; -1: a ninth of all (MAE: 10 of 90)", "recipe")
     json: str = opt("", "file for the results as one JSON object", "run")
 
 
@@ -161,7 +162,7 @@ def labeled(data, transform: EvalTransform, encode: Callable, runtime: Runtime) 
 
 
 def probe(model: MaskCLIP, o: Options, train_data, test_data, transform: EvalTransform, runtime: Runtime) -> dict:
-    """Trains and tests a head.  Returns top1, and of the test images how many there are."""
+    """Trains and tests a head.  Returns top1, of how many test images, and the protocol."""
     def encode(images: Tensor) -> Tensor:                                                           # -> (B, D)
         return pool_tokens(model.visual(images), o.feature)
 
@@ -172,17 +173,19 @@ def probe(model: MaskCLIP, o: Options, train_data, test_data, transform: EvalTra
     batch_size, peak = recipe(o, records)
     per_epoch = records // batch_size
     steps = o.epochs * per_epoch
+    warmup = int((o.epochs / 9 if o.warmup_epochs < 0 else o.warmup_epochs) * per_epoch)
     if o.augment:
         batches = fresh_batches(train_data, transform.size, encode, batch_size, steps, o.seed, runtime)
     else:
         batches = stored_batches(features, label, batch_size, o.epochs, o.seed)
     head = make_head(model.config.width, len(train_data.classes), o.seed).to(runtime.device)
     batches = data_module.progress(batches, steps, "steps of the linear head", runtime.is_main)
-    train_head(head, batches, steps, int(o.warmup_epochs * per_epoch), peak)
+    train_head(head, batches, steps, warmup, peak)
     features, label = labeled(test_data, transform, encode, runtime)
     with torch.no_grad():
         right = head(features).argmax(dim=1) == label
-    return dict(top1=right.double().mean().item(), images=len(label), batch_size=batch_size, lr=peak, steps=steps)
+    return dict(top1=right.double().mean().item(), images=len(label), feature=o.feature, augment=o.augment, steps=steps,
+                warmup_steps=warmup, batch_size=batch_size, lr=peak)
 
 
 def main(argv: Sequence[str] | None = None):
@@ -206,13 +209,15 @@ def main(argv: Sequence[str] | None = None):
     results = {}
     if runtime.is_main:
         say(f"{o.checkpoint}: linear probing of {config.method} on {o.data[0]}, {len(train_data):,} training records "
-            f"of {len(train_data.classes)} classes, feature {o.feature}")
+            f"of {len(train_data.classes)} classes")
     for name, network in networks.items():
         start = time.monotonic()
         r = results[name] = probe(network, o, train_data, test_data, EvalTransform(size, resize), runtime)
         if runtime.is_main:
-            say(f"  {name:10}   top-1 {r['top1']:.1%} of {r['images']:,} images   ({r['steps']:,} steps of "
-                f"{r['batch_size']}, learning rate {r['lr']:g}, {time.monotonic() - start:.0f} s)")
+            crops = "random crops in each epoch" if o.augment else "one crop an image, not the paper's --augment"
+            say(f"  {name:10}   top-1 {r['top1']:.1%} of {r['images']:,} images   (feature {o.feature}, {crops}, "
+                f"{r['steps']:,} steps of {r['batch_size']}, learning rate {r['lr']:g} after {r['warmup_steps']:,} of "
+                f"them, {time.monotonic() - start:.0f} s)")
     if o.json and runtime.is_main:
         Path(o.json).write_text(json.dumps(dict(vars(o), results=results), indent=1) + "\n")
 

@@ -2,7 +2,7 @@
 
     python finetune.py                                             runs/pocket/last.pt on the Shapes world, 64 classes
     python finetune.py --from-scratch --out runs/scratch           the control: the same without pre-training
-    torchrun --nproc-per-node 8 finetune.py runs/yfcc/last.pt --recipe imagenet --data folder:imagenet --out runs/in1k
+    torchrun --nproc-per-node 8 finetune.py runs/yfcc/last.pt --data folder:imagenet --out runs/in1k
     python finetune.py --eval --out runs/in1k                      evaluates OUT/last.pt and trains nothing
 
     image ─► crop, flip, RandAugment, erasing ─► mixed with its neighbor in the batch (mixup or cutmix)
@@ -47,18 +47,24 @@ from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_grad
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class Options(RunOptions):
-    """Defaults are those of the recipe imagenet."""
-    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, from train.py", "what")
-    recipe: str = opt("pocket", "the defaults of all other options", "what", ("pocket", "imagenet"))
-    from_scratch: bool = opt(False, "random weights in place of the checkpoint's, as a control", "what")
-    eval: bool = opt(False, "only evaluate OUT/last.pt, on the test split of its own data or of --data", "what")
-    json: str = opt("", "file for the result as one JSON object", "run")
+class LoopOptions:
+    """What `fine_tune` takes, whatever the task."""
     resume: str = opt("auto", "auto: go on from OUT/last.pt if there; none: start over; or a checkpoint's path", "run")
-    accumulate: int = opt(1, "micro-batches a step, to save memory", "run")
     checkpoint_every: float = opt(300.0, "seconds between checkpoints", "run")
     log_every: int = opt(20, "steps between lines of metrics.jsonl", "run")
     max_bad: float = opt(0.05, "stop when more than this share of the records read is bad", "run")
+
+
+@dataclass
+class Options(LoopOptions, RunOptions):
+    """Defaults are those of the recipe imagenet."""
+    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, from train.py", "what")
+    recipe: str = opt("auto", "the defaults of all other options: the paper's on ImageNet, or one for a CPU; auto: the "
+                      "latter for shapes", "what", ("auto", "pocket", "imagenet"))
+    from_scratch: bool = opt(False, "random weights in place of the checkpoint's, as a control", "what")
+    eval: bool = opt(False, "only evaluate OUT/last.pt, on the test split of its own data or of --data", "what")
+    json: str = opt("", "file for the result as one JSON object", "run")
+    accumulate: int = opt(1, "micro-batches a step, to save memory", "run")
     epochs: float = opt(100.0, "passes over the data (paper: 100)", "recipe")
     warmup_epochs: float = opt(20.0, "epochs of linear warm-up from 0 (paper: 20)", "recipe")
     batch_size: int = opt(2048, "images a step, over all processes (paper silent; FT-CLIP: 2048)", "recipe")
@@ -82,19 +88,28 @@ class Options(RunOptions):
 # erasing, which guard against learning images by heart: here an image is seen four times
 RECIPES = {
     "imagenet": replace(Options(), recipe="imagenet"),
-    "pocket": replace(Options(), data=("shapes:objects=1-1",), epochs=4.0, warmup_epochs=0.4, batch_size=128, lr=1e-3,
-                      crop_min=1.0, flip=False, randaugment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, crop_share=1.0),
+    "pocket": replace(Options(), recipe="pocket", data=("shapes:objects=1-1",), epochs=4.0, warmup_epochs=0.4,
+                      batch_size=128, lr=1e-3, crop_min=1.0, flip=False, randaugment=0.0, erasing=0.0, mixup=0.0,
+                      cutmix=0.0, crop_share=1.0),
 }
 
 
+def recipe_for(asked, paper: str) -> str:
+    """What --recipe says; auto: the `paper`'s unless the data are shapes, which --data, or its default, names."""
+    shapes = "".join(asked.data).startswith("shapes")
+    return asked.recipe if asked.recipe != "auto" else "pocket" if shapes else paper
+
+
 def parse_options(argv=None) -> Options:
-    """The command line over the recipe it names; when only evaluating, over the test set of the run it evaluates."""
-    asked = first_look(Options, argv, "recipe", "eval", "out")
-    defaults = replace(RECIPES[asked.recipe], out="runs/finetune")
+    """The command line over the recipe for it; when only evaluating, over the test set of the run it evaluates."""
+    asked = first_look(Options, argv, "recipe", "data", "eval", "out")
+    recipe = recipe_for(asked, "imagenet")
+    defaults = replace(RECIPES[recipe], out="runs/finetune")
     if asked.eval:
         trained = load_finetuned(asked.out or defaults.out)["config"]
         defaults = replace(defaults, data=trained["data"], crop_share=trained["crop_share"])
-    return parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
+    options = parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
+    return replace(options, recipe=recipe)
 
 
 def load_finetuned(out: str) -> dict:
@@ -137,7 +152,7 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, transform, options, runtime: Runtime,
-              out: Path, start: Start, more: dict, collate: Callable = data_module.collate, accumulate: int = 1):
+              out: Path, start: Start, more: dict, accumulate: int = 1):
     """Trains all of net with AdamW and layer-wise decay, as train.py trains: writes OUT/metrics.jsonl and OUT/last.pt.
 
     losses_of   (model, batch, step) -> {name: loss} of this process's batch or micro-batch, as the loader gave it; the
@@ -167,7 +182,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
             optimizer=optimizer.state_dict()))
 
     loader = data_module.train_loader(data, transform, o.batch_size, o.seed, range(start.step, o.steps), runtime.rank,
-                                      runtime.world, runtime.workers, collate)
+                                      runtime.world, runtime.workers)
     log = Log(out, runtime.is_main, o.steps, o.batch_size, start.step)
     guard = Guard(o, runtime, stop, o.steps, start, save)
     if runtime.is_main:
@@ -222,10 +237,11 @@ def open_classes(o: Options, split: str, size: int, classes: list[str] | None = 
 
 def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
     """Trains, leaves OUT/last.pt, returns the model and its test data."""
-    out, multiple = Path(o.out), 2 * o.accumulate * runtime.world
+    out, mixes = Path(o.out), bool(o.mixup or o.cutmix)
+    multiple = (1 + mixes) * o.accumulate * runtime.world
     if o.batch_size % multiple:
-        raise UserError(f"--batch-size {o.batch_size}: the images of a micro-batch of a process are mixed in pairs: "
-                        f"choose a multiple of {multiple}")
+        raise UserError(f"--batch-size {o.batch_size}: it is divided among processes and micro-batches"
+                        f"{', whose images are mixed in pairs' * mixes}: choose a multiple of {multiple}")
     runtime.claim(out)
     start = find_resumable(o, out, "finetuning")
     if start.state:
@@ -249,8 +265,10 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
 
     def losses_of(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
-        own = draw_mixing(o.mixup, o.cutmix, *images.shape[2:], np.random.default_rng((o.seed, step)))
-        images, labels = mix(normalize(images), smooth(labels, len(data.classes), o.smoothing), own)
+        images, labels = normalize(images), smooth(labels, len(data.classes), o.smoothing)
+        if mixes:
+            own = draw_mixing(o.mixup, o.cutmix, *images.shape[2:], np.random.default_rng((o.seed, step)))
+            images, labels = mix(images, labels, own)
         return dict(loss=F.cross_entropy(model(images), labels))
 
     schedule = partial(cosine_schedule, peak=1.0, final=o.lr_end / o.lr)
@@ -383,14 +401,14 @@ def draw_mixing(mixup: float, cutmix: float, height: int, width: int, rng: np.ra
     """How all images of a batch are mixed: (height, width), the share of an image's own pixel; the rest is its
     partner's, and the mean of all is the share of its own label.
 
-    One of mixup and cutmix, at even odds when both have an alpha.  lam is Beta(alpha, alpha).
+    One of mixup and cutmix, at even odds when both have an alpha, as one must.  lam is Beta(alpha, alpha).
     mixup    lam everywhere
     cutmix   0 in a box, 1 around it; the box is 1 - lam of the image, in its shape, centered anywhere and cut at the
              border
     """
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     alpha = cutmix if cut else mixup
-    lam = rng.beta(alpha, alpha) if alpha > 0 else 1.0
+    lam = rng.beta(alpha, alpha)
     if not cut:
         return np.full((height, width), lam)
 

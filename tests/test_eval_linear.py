@@ -89,7 +89,7 @@ def test_recipe(records, given, batch_size, lr):
 
 
 def test_defaults_are_the_papers():
-    assert (Options.epochs, Options.feature, Options.warmup_epochs) == (90, "auto", 0.0)
+    assert (Options.epochs, Options.feature, Options.lr) == (90, "auto", 6.4)
 
 
 def test_head_normalizes_over_the_batch_and_has_no_scale_of_its_own():
@@ -155,10 +155,17 @@ def test_frozen_backbone_and_control(checkpoint, tmp_path, monkeypatch):        
     assert results["checkpoint"]["images"] == 64 and results["checkpoint"]["steps"] == 4 * 8
 
 
-@pytest.mark.parametrize("options", [["--augment"], ["--feature", "mean"], ["--augment", "--warmup-epochs", 1]])
-def test_ways_to_probe(options, checkpoint, tmp_path):                                # noqa: F811
-    results = probed(checkpoint[0], "--data", "shapes:train=64,val=32", "--epochs", 2, *options, tmp_path=tmp_path)
-    assert results["checkpoint"]["steps"] == 2 * 8 and 0 <= results["checkpoint"]["top1"] <= 1
+@pytest.mark.parametrize("options, warmup_steps, said", [
+    ([], 2, "one crop an image, not the paper's --augment, 18 steps of 32, learning rate 6.4 after 2 of them"),
+    (["--augment"], 2, "random crops in each epoch, 18 steps of 32"),           # MAE's 10 of 90 epochs, in proportion
+    (["--feature", "mean", "--warmup-epochs", 0], 0, "(feature mean, one crop"),
+    (["--augment", "--warmup-epochs", 1], 2, "learning rate 6.4 after 2 of them"),
+])
+def test_ways_to_probe(options, warmup_steps, said, checkpoint, tmp_path, capsys):    # noqa: F811
+    r = probed(checkpoint[0], "--data", "shapes:train=64,val=32", "--epochs", 9, "--batch-size", 32, *options,
+               tmp_path=tmp_path)["checkpoint"]
+    assert (r["steps"], r["warmup_steps"], r["augment"]) == (9 * 2, warmup_steps, "--augment" in options)
+    assert 0 <= r["top1"] <= 1 and said in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -203,7 +203,7 @@ def test_mask_targets_of_squares():
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 def small_options(**more) -> dense.MaskRCNNOptions:
-    return replace(dense.parse_maskrcnn([]), channels=16, head_width=32, mask_depth=1, **more)
+    return replace(dense.parse_maskrcnn([]), channels=16, **more)
 
 
 def small_net(n_classes: int = 3, **more) -> dense.MaskRCNN:
@@ -304,7 +304,7 @@ def test_proposal_losses_by_a_loop():
     anchors, generator = make_anchors(4, 4, 4), torch.Generator().manual_seed(0)
     targets = targets_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)], [])
     scores, deltas = torch.randn(2, 48, generator=generator), torch.randn(2, 48, 4, generator=generator)
-    losses = dense.proposal_losses(scores, deltas, anchors, targets, count=1000)        # so that all are drawn
+    losses = dense.proposal_losses(scores, deltas, anchors, targets, [(64, 64)] * 2, count=1000)  # all are drawn
     score_loss, box_loss, n = 0.0, 0.0, 0
     for b, target in enumerate(targets):
         for a, owner in enumerate(slow_assign(dense.box_iou(target["boxes"], anchors), 0.7, 0.3, 0.3)):
@@ -316,6 +316,37 @@ def test_proposal_losses_by_a_loop():
                 box_loss += (deltas[b, a] - encode_boxes(target["boxes"][owner], anchors[a])).abs().sum().item()
     assert losses["rpn_score"].item() == pytest.approx(score_loss / n)
     assert losses["rpn_box"].item() == pytest.approx(box_loss / n)
+
+
+@pytest.mark.parametrize("patch_size", [8, 14, 16])
+def test_padding_takes_no_part_in_the_proposals(patch_size):
+    """Whatever the canvas, and whatever the network says of the rest of it: an image's own anchors count."""
+    generator, multiple, losses = torch.Generator().manual_seed(0), 2 * patch_size, []
+    whole, area = 4 * multiple, (2 * multiple, 3 * multiple)
+    targets = targets_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)])
+    numbers = {stride: torch.randn(whole, whole, 5, generator=generator) for stride in (patch_size / 4, patch_size)}
+    for height, width in (area, (whole, area[1]), (whole, whole)):
+        anchors, scores, deltas = [], [], []
+        for stride, (*delta, score) in zip(numbers, (x.movedim(2, 0) for x in numbers.values())):
+            rows, columns = int(height / stride), int(width / stride)
+            anchors.append(make_anchors(rows, columns, stride))
+            scores.append(score[:rows, :columns, None].expand(-1, -1, 3).flatten())
+            deltas.append(torch.stack(delta, dim=2)[:rows, :columns, None].expand(-1, -1, 3, -1).flatten(0, 2))
+        targets[0]["generator"] = torch.Generator().manual_seed(0)
+        found = dense.proposal_losses(torch.cat(scores)[None], torch.cat(deltas)[None], torch.cat(anchors), targets,
+                                      [area], count=256)
+        losses.append(torch.stack([found["rpn_score"], found["rpn_box"]]))
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
+def test_levels_and_anchors_of_patches_of_14_pixels():
+    net = dense.MaskRCNN(VisionTransformer(56, 14, 16, 3, 2), 3, small_options()).eval()
+    maps, _, _, anchors = net.see(torch.zeros(1, 3, 56, 84))
+    assert net.strides == [3.5, 7, 14, 28, 56]
+    assert [tuple(x.shape[2:]) for x in maps] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    last = dense.center_and_size(anchors[0])[0][-1]
+    torch.testing.assert_close(last, torch.tensor([84 - 3.5, 56 - 3.5]))            # the lower right cell's corner
 
 
 @pytest.mark.parametrize("n_classes", [3, 80])
@@ -382,14 +413,22 @@ def test_overfits_two_images():
 
 
 def joined_batch(rank: int, world: int):
-    """The gradient of a batch of four on `world` processes, one of which has no objects."""
-    net = small_net(drop_path=0.0, rpn_samples=10 ** 6, roi_samples=10 ** 6).train()    # all are drawn, whoever draws
-    targets = targets_of([(6, 8, 30, 34, 0), (34, 20, 60, 60, 1)], [(10, 30, 50, 56, 2)], [], [])
-    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    """Losses and gradient of a batch of four on `world` processes: images of different shapes, two of them empty."""
+    net = small_net(drop_path=0.0).train()
+    things = [(6, 8, 30, 34, 0), (34, 20, 60, 60, 1)], [(10, 30, 38, 56, 2)], [], []
+    sizes, rng = [(64, 64), (60, 40), (40, 90), (50, 50)], RNG(1)
+    images = [rng.integers(0, 256, (3, *size), dtype=np.uint8) for size in sizes]
+    boxes, labels, masks = ([target[key].numpy() for target in targets_of(*things)]
+                            for key in ("boxes", "labels", "masks"))
+    masks = [np.pad(mask, ((0, 0), (0, 0), (0, 30)))[:, :h, :w] for mask, (h, w) in zip(masks, sizes)]
     rows = slice(4 // world * rank, 4 // world * (rank + 1))
+    batch = dict(images=images[rows], boxes=boxes[rows], labels=labels[rows], masks=masks[rows],
+                 index=torch.arange(4)[rows])
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    sum(model(images[rows], [(64, 64)] * (4 // world), targets[rows]).values()).backward()
-    return {name: p.grad for name, p in net.named_parameters()}
+    losses = dense.losses_of(model, batch, 7, "cpu", net.options, net.strides[3])
+    sum(losses.values()).backward()
+    means = {name: dense.mean_over_processes(loss) for name, loss in losses.items()}
+    return means | {name: p.grad for name, p in net.named_parameters()}
 
 
 @pytest.mark.slow
@@ -445,7 +484,7 @@ def test_boxes_and_masks_stay_with_their_pixels():
         assert item["images"].shape == (3, 80, 120) and item["labels"].tolist() == [0, 1]
         assert item["boxes"].dtype == np.float32 and item["masks"].dtype == bool
         for label, box, mask in zip(item["labels"], item["boxes"], item["masks"]):
-            bright = np.abs(item["images"][0].numpy() - 40.0 * (label + 1)) < 10
+            bright = np.abs(item["images"][0] - 40.0 * (label + 1)) < 10
             assert (bright & mask).sum() > 0.85 * mask.sum(), "all but the blurred edge"
             rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
             assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
@@ -467,16 +506,12 @@ def test_what_is_trained_on(boxes, crowd, label_of, want):
     assert (item["boxes"] >= 0).all() and (item["boxes"] <= [120, 80, 120, 80]).all()
 
 
-def test_collate_pads_to_a_multiple():
-    items = [dict(images=torch.full((3, h, w), k, dtype=torch.uint8), boxes=np.zeros((k, 4)), index=k, bad=[])
-             for k, (h, w) in enumerate([(20, 33), (31, 16)])]
-    batch = dense.collate_padded([*items, dict(bad=[("x", "gone")])], 16)
-    assert batch["images"].shape == (2, 3, 32, 48) and batch["sizes"] == [(20, 33), (31, 16)]
-    assert (batch["images"][1, :, :31, :16] == 1).all() and batch["bad"] == [("x", "gone")]
-    outside = data.normalize(batch["images"])[1, :, :, 16:]
-    assert outside.abs().max() < 0.02, "padding is about 0 to the model"
-    assert len(batch["boxes"][1]) == 1
-    assert "images" not in dense.collate_padded([dict(bad=[("x", "gone")])], 16)
+def test_images_share_a_canvas():
+    images = [np.full((3, h, w), k, dtype=np.uint8) for k, (h, w) in enumerate([(20, 33), (31, 16)])]
+    assert dense.rounded_up((31, 33), 16) == [32, 48] and dense.rounded_up((32, 1), 16) == [32, 16]
+    canvas = dense.on_canvas(images, [32, 48], "cpu")
+    torch.testing.assert_close(canvas[1, :, :31, :16], data.normalize(torch.from_numpy(images[1])[None])[0])
+    assert canvas.shape == (2, 3, 32, 48) and canvas[1, :, :, 16:].abs().max() < 0.02, "padding is about 0 to the model"
 
 
 def test_shapes_are_classes_whatever_the_color():
@@ -699,8 +734,8 @@ def checkpoint(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("run") / "last.pt")
 
 
-SMALL = ["--short-side", "64", "--long-side", "64", "--batch-size", "2", "--channels", "8", "--head-width", "16",
-         "--mask-depth", "1", "--warmup-steps", "1", "--log-every", "1", "--workers", "0", "--device", "cpu"]
+SMALL = ["--short-side", "64", "--long-side", "64", "--batch-size", "2", "--channels", "8",
+         "--warmup-steps", "1", "--log-every", "1", "--workers", "0", "--device", "cpu"]
 WORLD = ["--data", "shapes:objects=1-2,train=20,val=3", *SMALL]
 
 
@@ -769,7 +804,7 @@ def test_defaults_are_the_papers_on_coco_and_small_on_shapes():
     assert (coco.epochs, coco.batch_size, coco.lr, coco.weight_decay, coco.layer_decay, coco.drop_path) == (
         12, 16, 1e-4, 0.05, 0.75, 0.1)                                          # PAPER.md: supplement B
     assert (coco.short_side, coco.long_side, coco.warmup_steps, coco.clip_grad) == (800, 1333, 500, 0)
-    assert (coco.channels, coco.head_width, coco.roi_samples, coco.rpn_keep_train) == (256, 1024, 512, 1000)
+    assert (coco.channels, coco.rpn_samples, coco.roi_samples, coco.proposals) == (256, 256, 512, 1000)
     assert (pocket.short_side, pocket.recipe, pocket.out) == (128, "pocket", "runs/maskrcnn-pocket")
     assert dense.parse_maskrcnn(["--data", "coco:x", "--recipe", "pocket"]).channels == pocket.channels
 

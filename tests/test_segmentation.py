@@ -154,6 +154,27 @@ def test_reduce_zero_label():
     assert label_map[0, 0] == 0, "the argument was changed"
 
 
+@pytest.mark.parametrize("limit, world, want", [(5, 2, 5), (1, 2, 1), (0, 3, 7), (4, 4, 4), (9, 2, 7)])
+def test_exactly_as_many_images_as_asked(limit, world, want):
+    class Numbers:
+        def __len__(self):
+            return 7
+
+        def name(self, i):
+            return f"record {i}"
+
+        def read(self, i):
+            return i
+
+    seen = []
+    for rank in range(world):
+        runtime = SimpleNamespace(rank=rank, world=world, workers=0, is_main=rank == 0)
+        options = dense.EvalOptions(limit=limit)
+        seen += [batch["index"].item() for batch in
+                 dense.each_test_image(Numbers(), lambda i, rng: dict(images=torch.zeros(1)), options, runtime, [])]
+    assert sorted(seen) == list(range(want))
+
+
 def test_mean_iou_by_hand():
     truth = torch.tensor([[0, 0, 0, 0, 1, 1, 255, 255]])
     guess = torch.tensor([[0, 0, 0, 1, 1, 2, 0, 1]])
@@ -324,6 +345,20 @@ def test_patch_scores_are_cosines_at_the_patches():
     assert inner.max() <= cosine.max() and inner.min() >= cosine.min()
 
 
+@torch.no_grad()
+def test_cosines_are_float32_whatever_the_precision():
+    """Rounded to bf16, one in ten pixels ties; products are exact, and so are the maps and points that follow."""
+    model, tokenizer, _ = tiny_model()
+    texts, images = F.normalize(torch.randn(9, 16), dim=-1), torch.randn(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        patches = model.encode_patches(images)
+        scores = dense.patch_scores(model, texts)(images)
+        maps = dense.text_maps(model, PIL.Image.new("RGB", (32, 32), "red"), texts.bfloat16())
+    want = (patches.float() @ texts.T).transpose(1, 2).unflatten(2, (4, 4))
+    assert scores.dtype == torch.float32 and maps.dtype == np.float32
+    torch.testing.assert_close(scores, dense.resize(want, (32, 32)), atol=1e-6, rtol=1e-5)
+
+
 class ColorModel:
     """Stands for a perfect model: a patch's embedding is its color, a text's the color that it names."""
     config, logit_scale = SimpleNamespace(image_size=32, patch_size=8), torch.zeros(())
@@ -436,23 +471,29 @@ def test_zeroshot_command(checkpoint, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["images"] == 5 and 0 <= result["miou"] <= 1 and len(result["iou"]) == 64
     assert result["protocol"]["window"] == 32 and result["protocol"]["stride"] == 16
-    assert result["protocol"]["resized_to"] == "short 48" and (tmp_path / "maps.png").is_file()
+    assert result["protocol"]["resized_to"] == "short 48, long 192" and (tmp_path / "maps.png").is_file()
 
 
-@pytest.mark.parametrize("kind, more, size, n_classes, templates", [
-    ("ade20k", [], 512 * 32 // 224, 150, 85),
-    ("pascal-context", [], 480 * 32 // 224, 59, 85),
-    ("coco-stuff", ["--templates", "a photo of a {}."], 512 * 32 // 224, 171, 1),
-    ("voc", ["--templates", "7"], 512 * 32 // 224, 4, 7),
+@pytest.mark.parametrize("kind, more, short, long, n_classes, templates", [
+    ("ade20k", [], 512 * 32 // 224, 4 * 73, 150, 85),
+    ("pascal-context", [], 520 * 32 // 224, 74, 59, 85),               # as large as a square of 520 holds
+    ("pascal-context", ["--test-size", "68"], 68, 4 * 68, 59, 85),
+    ("coco-stuff", ["--templates", "a photo of a {}."], 512 * 32 // 224, 4 * 73, 171, 1),
+    ("voc", ["--templates", "7"], 512 * 32 // 224, 4 * 73, 4, 7),
 ])
-def test_protocol_of_each_data_set(checkpoint, trained_on, tmp_path, kind, more, size, n_classes, templates):
-    """The paper's 512, 480 and 85 for windows of 224, here in proportion to a window of 32."""
+def test_protocol_of_each_data_set(checkpoint, trained_on, tmp_path, monkeypatch, kind, more, short, long, n_classes,
+                                   templates):
+    """The paper's 512, DenseCLIP's 520 and 85 for windows of 224, here in proportion to a window of 32."""
     trained_on.append("shards:pairs.tar")
     build(kind, tmp_path)
+    sizes, real = [], dense.slide
+    monkeypatch.setattr(dense, "slide", lambda image, **how: sizes.append(image.shape[1:]) or real(image, **how))
     dense.main(["zeroshot", str(checkpoint), "--data", f"{kind}:{tmp_path}", "--limit", "2", "--draw", "0", "--json",
                 str(tmp_path / "r.json"), *more])
     result = json.loads((tmp_path / "r.json").read_text())
-    assert result["protocol"]["resized_to"] == f"short {size}" and result["protocol"]["templates"] == templates
+    assert result["protocol"]["resized_to"] == f"short {short}, long {long}"
+    assert sizes[0] == (min(short, round(long * 30 / 40)), min(long, round(short * 40 / 30)))       # of 40 x 30 pixels
+    assert result["protocol"]["templates"] == templates
     assert len(result["iou"]) == n_classes and result["images"] == 2
 
 
@@ -473,13 +514,15 @@ def test_labels_that_say_nothing_have_no_mean(checkpoint, tmp_path):
     (["words", "CHECKPOINT", "--image", "nowhere.jpg", "--caption", "a cat"], "nowhere.jpg"),
     (["words", "CHECKPOINT", "--image", "DIR/images/val2017/val_0.jpg"], "nothing to look for"),
     (["upernet", "CHECKPOINT", "--data", "coco-stuff:DIR", "--out", "OUT"], "5 records are fewer than a batch of 16"),
+    (["upernet", "CHECKPOINT", "--batch-size", "1", "--out", "OUT"], "--batch-size 1: .* wants 2 images or more"),
+    (["upernet", "CHECKPOINT", "--out", "OUT", "--crop", "60"], "--crop 60: .* of 8 pixels, such as 64"),
 ])
 def test_mistakes_are_told_in_a_line(checkpoint, tmp_path, arguments, complaint):
     build("coco-stuff", tmp_path)
     for word, value in (("CHECKPOINT", checkpoint), ("DIR", tmp_path), ("OUT", tmp_path / "out")):
         arguments = [argument.replace(word, str(value)) for argument in arguments]
     if "upernet" in arguments:
-        arguments += ["--channels", "8", "--crop", "64"]
+        arguments += ["--channels", "8", *(["--crop", "64"] if "--crop" not in arguments else [])]
     with pytest.raises(UserError, match=complaint) as told:
         dense.main(arguments)
     assert "\n" not in str(told.value)
@@ -556,6 +599,29 @@ def test_pyramid(depth, taps):
     torch.testing.assert_close(maps[2][1, :, 2, 5], outputs[taps[2] - 1][1, 1 + 2 * 6 + 5])    # row 2, column 5
     cells = outputs[-1][:, 1:].reshape(2, 2, 2, 3, 2, 16).amax(dim=(2, 4))                       # 2 x 2 patches each
     torch.testing.assert_close(maps[3], cells.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("pos_embed", ["learned", "sincos"])
+def test_positions_are_resized_once(pos_embed):
+    visual, images = VisionTransformer(32, 8, 16, 3, 2, pos_embed=pos_embed), torch.randn(1, 3, 48, 48)
+    want = visual(images)
+    dense.resize_positions(visual, 48)
+    assert visual.pos_embed.shape == (1, 1 + 6 * 6, 16) and visual.grid == 6
+    assert visual.pos_embed.requires_grad == (pos_embed == "learned") == ("pos_embed" in dict(
+        (name, p) for name, p in visual.named_parameters() if p.requires_grad))
+    torch.testing.assert_close(visual(images), want)
+    assert torch.equal(visual.positions(6, 6), visual.pos_embed[:, 1:]), "no resizing is left to do"
+
+
+def test_convolutions_start_as_mmcvs():
+    """Kaiming's normal numbers by fan-out: after ReLU the gradient keeps its size.  Scores start near 0."""
+    torch.manual_seed(0)
+    net = dense.UperNet(VisionTransformer(32, 8, 64, 3, 2), 5, channels=48, aux_channels=32)
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Conv2d) and "patch_embed" not in name:
+            outputs, _, k, _ = layer.weight.shape
+            want = 0.01 if outputs == 5 else math.sqrt(2 / (outputs * k * k))
+            assert layer.weight.std().item() == pytest.approx(want, rel=0.15), name
 
 
 def independent_count(D: int, C: int, n_classes: int, aux: int = 256) -> dict[str, int]:
@@ -728,7 +794,7 @@ def test_pixel_cross_entropy_by_a_loop():
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 SMALL = ["--data", "shapes:objects=2-3,train=40,val=4", "--crop", "32", "--test-size", "48", "--batch-size", "4",
-         "--channels", "8", "--aux-channels", "4", "--warmup-steps", "2", "--log-every", "1", "--workers", "0"]
+         "--channels", "8", "--warmup-steps", "2", "--log-every", "1", "--workers", "0"]
 
 
 def test_resumed_upernet_is_the_same_to_the_bit(checkpoint, tmp_path):
@@ -768,6 +834,13 @@ def stopped_after(steps: int, checkpoint, out) -> dict:
     finally:
         finetune.StopSignal = real
     return load_state(out / "last.pt")
+
+
+@pytest.mark.parametrize("argv, recipe, clip_grad", [
+    (["--data", "ade20k:x"], "ade20k", 0), ([], "pocket", 3), (["--data", "voc:x", "--clip-grad", "3"], "ade20k", 3)])
+def test_clipping_is_an_option(argv, recipe, clip_grad):
+    options = dense.parse_upernet(argv)
+    assert (options.recipe, options.clip_grad) == (recipe, clip_grad)
 
 
 @pytest.mark.slow
