@@ -70,7 +70,8 @@ class Setting:
 
     @property
     def half(self) -> str:
-        return "fp32" if self.dry else train.setup(train.RunOptions(device="cuda")).precision
+        """The precision that --precision auto chooses on a GPU"""
+        return "fp32" if self.dry else "bf16" if train.multiplies_bf16(self.device) else "fp16"
 
     def left(self) -> float:
         return self.until - time.monotonic()
@@ -219,7 +220,7 @@ HARD = {"slip", "filip", "declip", "defilip"}
 
 def numbers(s: Setting) -> Iterator[Row]:
     """Losses and gradients of every method's step against the CPU's in fp32"""
-    for method in METHODS:
+    for method in ("clip", "maskclip", "defilip") if s.dry else METHODS:
         config = replace(preset_for("pocket", method), depth=2, drop_path=0.0)
         reference = Training(config, CPU, "fp32")
         batch, weights = reference.batch(16), reference.core.state_dict()
@@ -289,10 +290,8 @@ def steps(s: Setting, compiled: bool = False) -> Iterator[Row]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         training, started = Training(config, s.device, s.half, compiled and not s.dry), time.perf_counter()
-        batch = {name: x.to(s.device) for name, x in training.batch(B).items()} if False else training.batch(B)
-        took = milliseconds(partial(training.step, batch), s)
-        rows = model.costs(config)
-        rate = B * rows[-1].step_flops / took * 1000
+        took = milliseconds(partial(training.step, training.batch(B)), s)
+        rate = B * model.costs(config)[-1].step_flops / took * 1000
         name = f"{method}, {B} pairs, {s.half}" + ", compiled" * compiled
         yield Row(f"{name}: step", f"{took:.1f} ms, {B / took * 1000:.0f} pairs/s")
         yield Row(f"{name}: useful FLOPs", f"{rate / 1e12:.3g} TFLOP/s, {rate / peak:.2f} of the matrix peak")
@@ -371,7 +370,7 @@ def waits_of(run, s: Setting, name: str, most: int) -> Iterator[Row]:
         if not s.dry:
             torch.cuda.set_sync_debug_mode("warn" if step in counted else "default")
         return readable(guard, batch, step)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         warnings.simplefilter("always")
         warnings.showwarning = note
         with mock.patch.object(train.Guard, "readable", marked):
@@ -480,9 +479,10 @@ def effect(s: Setting) -> Iterator[Row]:
     """clip and maskclip from one start for equal steps, with what time is left: ViT-S/8 on 96 px scenes"""
     size = ["--image-size", 96, "--patch-size", 8, "--width", 384, "--depth", 12, "--heads", 6, "--text-width", 256,
             "--text-depth", 6, "--text-heads", 4, "--batch-size", 256, "--data", "shapes:train=200000"]
+    tests, epochs = "shapes", 90
     if s.dry:
-        size = ["--batch-size", 16, "--data", "shapes:train=400"]
-    count = 4
+        size, count = ["--batch-size", 16, "--data", "shapes:train=400"], 4
+        tests, epochs = "shapes:train=64,val=32", 2
     if not s.dry:
         probe = s.folder / "probe"
         command("train.py", *size, "--method", "maskclip", "--steps", 60, "--log-every", 30, "--out", probe, s=s)
@@ -491,13 +491,13 @@ def effect(s: Setting) -> Iterator[Row]:
     for method in ("clip", "maskclip"):
         out, started = s.folder / f"effect-{method}", time.monotonic()
         command("train.py", *size, "--method", method, "--steps", count, "--log-every", 50, "--out", out, s=s)
-        took, found = time.monotonic() - started, []
-        for script, more in (("eval_zeroshot.py", ["--task", "classes"]), ("eval_linear.py", [])):
-            more = [*more, "--data", "shapes:train=64,val=32", "--epochs", 2][:None if more == [] else 3] if s.dry else more
-            command(script, out / "last.pt", "--json", out / "result.json", *more, s=s)
-            found.append(json.loads((out / "result.json").read_text())["results"])
+        took = time.monotonic() - started
+        for script, more in (("eval_zeroshot.py", ["--task", "classes"]), ("eval_linear.py", ["--epochs", epochs])):
+            command(script, out / "last.pt", "--data", tests, "--json", out / f"{script}.json", *more, s=s)
+        zeroshot, linear = (json.loads((out / f"{script}.json").read_text())["results"]
+                            for script in ("eval_zeroshot.py", "eval_linear.py"))
         yield Row(f"{method}: {count} steps, {took:.0f} s",
-                  f"zero-shot {found[0][0]['top1']:.1%}, linear {found[1]['checkpoint']['top1']:.1%}")
+                  f"zero-shot {zeroshot[0]['top1']:.1%}, linear {linear['checkpoint']['top1']:.1%}")
 
 
 # name: (function, seconds at most); the most important first
@@ -579,7 +579,8 @@ def main():
             seconds = min(PARTS[name][1], end - time.monotonic())
             found[name] = run_part(name, o.dry, Path(folder), seconds) if seconds > 5 else [
                 Row("left out", "no time", "some", False)]
-            print(table({name: found[name]}).split("\n", 2 if len(found) > 1 else 0)[-1], end="", flush=True)
+            lines = table({name: found[name]}).splitlines()
+            print("\n".join(lines[2 if len(found) > 1 else 0:]), flush=True)
             if o.out:
                 o.out.mkdir(parents=True, exist_ok=True)
                 (o.out / "gpu.md").write_text(table(found))

@@ -14,8 +14,8 @@ streams, autocast on a GPU, speed and memory cannot be seen from here.
 import contextlib
 import json
 import os
-import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -201,7 +201,7 @@ class Properties(TorchFunctionMode):
         if target == "cuda" and not on_gpu(x):
             if not is_async:
                 self.ledger.wait("copy to the GPU")
-            return put(torch.Tensor.to(x, CPU, *rest[1:], **kwargs).clone(), "gpu")
+            return put((x if name == "cuda" else func(x, *rest, **kwargs)).clone(), "gpu")
         if target == "cpu" and on_gpu(x):
             self.ledger.wait("copy from the GPU")       # even if asynchronous: who reads it must wait
             return put(func(x, *rest, **kwargs).clone(), "cpu")
@@ -310,7 +310,7 @@ def test_it_follows_the_backward_pass_and_collectives():
 def pretrain(method: str, out: Path, *more, processes: int = 1) -> Ledger:
     """Three steps, of which the last is logged"""
     words = [*SMALL[1:], "--method", method, "--batch-size", 8, "--steps", 3, "--log-every", 9, "--slip-hidden", 32,
-             "--simsiam-hidden", 32, "--token-dim", 16, "--queue-size", 64, "--device", "cuda", "--precision", "fp32",
+             "--simsiam-hidden", 32, "--token-dim", 16, "--queue-size", 64, "--vocab-size", 600, "--device", "cuda", "--precision", "fp32",
              "--out", out, *more]
     options = train.parse_train_options([str(word) for word in words])
     with pretended_gpu(processes) as ledger:
@@ -399,3 +399,32 @@ def test_script_on_a_pretended_gpu(script, words, most, checkpoint, tmp_path):
     assert not ledger.faults, ledger.faults
     if most is not None:
         check_run(ledger, most)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script for a real one
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_the_script_for_a_real_gpu_runs_in_miniature(tmp_path):
+    run_script("tests/gpu.py", "--dry", "--out", tmp_path, timeout=400)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(found) == 11 and all(len(rows) > 1 for rows in found.values())
+    wrong = [(part, row) for part, rows in found.items() for row in rows if row["is_fine"] is False]
+    assert not wrong, wrong
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_or_takes_too_long_is_a_line(monkeypatch, tmp_path):
+    import gpu
+
+    def failing(s):
+        yield gpu.Row("first", "1")
+        raise ValueError("broken")
+
+    def endless(s):
+        yield gpu.Row("first", "1")
+        time.sleep(60)
+    monkeypatch.setattr(gpu, "PARTS", dict(failing=(failing, 9), endless=(endless, 9)))
+    assert [row.value for row in gpu.run_part("failing", True, tmp_path, 9)][:2] == ["1", "ValueError: broken"]
+    assert [row.value for row in gpu.run_part("endless", True, tmp_path, 0.5)][:2] == ["1", "its 0 s were over"]
