@@ -924,7 +924,7 @@ class Log:
                 write_text_atomically(self.path, "".join(line + "\n" for line in kept))
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether `step` gets a line.  If not, a short one is said when nothing was for five seconds, later a minute."""
+        """Whether `step` gets a line.  If not, a short one is said after five seconds of silence, later after a minute."""
         if (step + 1) % every == 0 or step + 1 == self.total:
             return True
         now = time.monotonic()

@@ -474,7 +474,8 @@ def overview(seeds, cells: dict):
             if (run, seed, "train") not in cells)
         total, left = sum(map(len, all_cells.values())), sum(map(len, missing.values()))
         unknown = {e for names in missing.values() for e in names} - cost.keys()    # never run yet
-        say(f"{name:14}{total - left:4} of {total:3} numbers   {'>' * bool(unknown) + f'{seconds / 3600:.1f}':>5} hours "
+        hours = ">" * bool(unknown) + f"{seconds / 3600:.1f}"
+        say(f"{name:14}{total - left:4} of {total:3} numbers   {hours:>5} hours "
             f"of one core left   {table.title.split(' (')[0]}")
 
 

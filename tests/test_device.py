@@ -1,6 +1,6 @@
 """Where tensors live, without a GPU: every method and script runs on a pretended one, on real numbers.
 
-Under `pretended_gpu` all is computed on the CPU, but each storage knows where it would live: on the "gpu", on the "cpu",
+Under `pretended_gpu` all is computed on the CPU, but each storage knows where it would live: on "gpu", "cpu",
 or there "pinned", as a loader's batches are.  The ledger that it gives notes, with the project's line,
 
     faults   what would raise on a GPU: tensors of two places in one operation, numpy() of a tensor on the GPU, a CPU
@@ -310,7 +310,8 @@ def test_it_follows_the_backward_pass_and_collectives():
 def pretrain(method: str, out: Path, *more, processes: int = 1) -> Ledger:
     """Three steps, of which the last is logged"""
     words = [*SMALL[1:], "--method", method, "--batch-size", 8, "--steps", 3, "--log-every", 9, "--slip-hidden", 32,
-             "--simsiam-hidden", 32, "--token-dim", 16, "--queue-size", 64, "--vocab-size", 600, "--device", "cuda", "--precision", "fp32",
+             "--simsiam-hidden", 32, "--token-dim", 16, "--queue-size", 64, "--vocab-size", 600,
+             "--device", "cuda", "--precision", "fp32",
              "--out", out, *more]
     options = train.parse_train_options([str(word) for word in words])
     with pretended_gpu(processes) as ledger:
@@ -318,7 +319,8 @@ def pretrain(method: str, out: Path, *more, processes: int = 1) -> Ledger:
     return ledger
 
 
-# Waits of a step.  The aim is 1, the look at whether all is finite (Guard.accepts).  Besides: two numbers copied for it,
+# Waits of a step.  The aim is 1, the look at whether all is finite (Guard.accepts).  Besides: two numbers copied for
+# it,
 # and with masked words their count (micro_batches)
 WAITS = {"clip": 3, "clip+mae": 3, "clip+feature": 3, "clip+ema": 3, "maskclip": 4, "slip": 3, "filip": 3, "declip": 4,
          "defilip": 4}

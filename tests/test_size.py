@@ -7,10 +7,10 @@ import pytest
 
 from conftest import ROOT
 
-LIMIT = 60_000              # of all together
+LIMIT = 68_000              # of all together
 LIMITS = {                  # of each, in reading order
-    "losses.py": 2_500, "data.py": 15_000, "model.py": 11_500, "train.py": 7_500, "eval_zeroshot.py": 3_000,
-    "eval_linear.py": 2_000, "finetune.py": 4_500, "dense.py": 16_500,
+    "losses.py": 2_500, "model.py": 14_000, "train.py": 10_500, "data.py": 16_000, "eval_zeroshot.py": 3_400,
+    "eval_linear.py": 1_800, "finetune.py": 3_900, "dense.py": 17_000,
 }
 COUNTED = (tokenize.NAME, tokenize.OP, tokenize.NUMBER)
 LINES, LINES_OF_TRAIN = 60, 80      # of a function, and of the one that may be longer, train.train
