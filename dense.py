@@ -295,8 +295,8 @@ def zeroshot(argv=None):
     runtime = setup(options)
     model, tokenizer, config = load_checkpoint(options.checkpoint, runtime.device)
     # paper: 512, for windows of 224 with stride 112, so that positions are never resized, and Pascal Context 480; here,
-    # for Pascal Context, sides of 520 at most, because DenseCLIP's config named 480x480, which it follows, tests so;
-    # for shapes, windows two thirds of the image's side, because objects are large in the picture
+    # for Pascal Context, sides of 520 at most, because the config it follows, DenseCLIP's named 480x480, tests so; for
+    # shapes, windows two thirds of the image's side, because objects are large in the picture
     window, spec, long_side = config.image_size, options.data, 0
     if not options.test_size and spec.startswith("pascal-context"):
         options.test_size = long_side = 520 * window // 224
