@@ -1,7 +1,7 @@
 """Where tensors live, without a GPU: every method and script runs on a pretended one, on real numbers.
 
-Under `pretended_gpu` all is computed on the CPU, but each storage knows where it would live: on the "gpu", on the "cpu",
-or there "pinned", as a loader's batches are.  The ledger that it gives notes, with the project's line,
+Under `pretended_gpu` all is computed on the CPU, but each storage knows where it would live: on the "gpu", on the
+"cpu", or there "pinned", as a loader's batches are.  The ledger that it gives notes, with the project's line,
 
     faults   what would raise on a GPU: tensors of two places in one operation, numpy() of a tensor on the GPU, a CPU
              tensor in a collective of an NCCL group
@@ -41,6 +41,7 @@ from model import METHODS
 from test_train import SMALL, signals_kept
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+ON_GPU = ["--device", "cuda", "--precision", "fp32", "--workers", "0"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,8 +311,8 @@ def test_it_follows_the_backward_pass_and_collectives():
 def pretrain(method: str, out: Path, *more, processes: int = 1) -> Ledger:
     """Three steps, of which the last is logged"""
     words = [*SMALL[1:], "--method", method, "--batch-size", 8, "--steps", 3, "--log-every", 9, "--slip-hidden", 32,
-             "--simsiam-hidden", 32, "--token-dim", 16, "--queue-size", 64, "--vocab-size", 600, "--device", "cuda", "--precision", "fp32",
-             "--out", out, *more]
+             "--simsiam-hidden", 32, "--token-dim", 16, "--queue-size", 64, "--vocab-size", 600, *ON_GPU, "--out", out,
+             *more]
     options = train.parse_train_options([str(word) for word in words])
     with pretended_gpu(processes) as ledger:
         train.train(options)
@@ -370,7 +371,6 @@ def checkpoint(tmp_path_factory) -> Path:
     return out / "last.pt"
 
 
-ON_GPU = ["--device", "cuda", "--precision", "fp32", "--workers", "0"]
 FEW_STEPS = ["--batch-size", 2, "--steps", 3, "--log-every", 9]
 # script, its words, and the most waits of a step where it trains
 SCRIPTS = [
