@@ -1,6 +1,6 @@
 """What only a GPU can say, in eight minutes: the same numbers as on the CPU, speed, memory, waits, whole runs.
 
-    python tests/gpu.py --out DIR             on the GPU of this machine; DIR/gpu.json and DIR/gpu.md, also on the screen
+    python tests/gpu.py --out DIR             on the GPU of this machine; DIR/gpu.json, DIR/gpu.md, the screen
     python tests/gpu.py --dry                 in miniature on the CPU: whether it runs
     python tests/gpu.py --only numbers waits  some parts
 

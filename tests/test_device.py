@@ -319,7 +319,7 @@ def pretrain(method: str, out: Path, *more, processes: int = 1) -> Ledger:
     return ledger
 
 
-# Waits of a step.  The aim is 1, the look at whether all is finite (Guard.accepts).  Besides: two numbers copied for it,
+# Waits of a step.  The aim is 1, the look whether all is finite (Guard.accepts).  Besides: two numbers copied for it,
 # and with masked words their count (micro_batches)
 WAITS = {"clip": 3, "clip+mae": 3, "clip+feature": 3, "clip+ema": 3, "maskclip": 4, "slip": 3, "filip": 3, "declip": 4,
          "defilip": 4}
