@@ -2162,8 +2162,10 @@ def main(argv: list[str] | None = None):
     cli.add_argument("--context-length", type=at_least(2), default=77,
                      help="check: tokens; longer captions count as truncated (default: 77)")
     cli.add_argument("--workers", type=at_least(0), default=0, help="check: loader processes (default: 0)")
+    cli.add_argument("--json", default="", help="check: file for the report as one JSON object")
     o = cli.parse_intermixed_args(argv)
     check_folder_of("--out", o.out)
+    check_folder_of("--json", o.json)
     if Path(o.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
     data = Mixed([part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)])
@@ -2171,7 +2173,9 @@ def main(argv: list[str] | None = None):
         return preview(data, o.out)
     tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else learn_tokenizer(data, o.vocab_size)
     if o.command == "check":
-        check(data, tokenizer, o.context_length, o.workers)
+        report = check(data, tokenizer, o.context_length, o.workers)
+        if o.json:
+            Path(o.json).write_text(json.dumps(report))
         return
     print(f"{tokenizer.vocab_size} entries, {len(tokenizer.merges)} of them merges")
     for text in o.text or first_captions(data, 5):

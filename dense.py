@@ -555,14 +555,15 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
     recipe: str = opt("auto", "the defaults of all other options: the paper's on ADE20K, or one for a CPU; auto: the "
                       "latter for shapes", "recipe", ("auto", "ade20k", "pocket"))
     crop: int = opt(512, "side of training crops and of test windows, pixels (paper)", "recipe")
-    channels: int = opt(768, "width of the head (BEiT, iBOT, BootMAE; mmsegmentation 512; paper silent), and of the "
-                        "auxiliary one a third of it (mmsegmentation: 256)", "recipe")
+    channels: int = opt(768, "width of the head (BEiT, iBOT, BootMAE; mmsegmentation 512; paper silent)", "recipe")
+    aux_channels: int = opt(256, "width of the auxiliary head (mmsegmentation)", "recipe")
     distort: bool = opt(True, "photometric distortion of training images (paper)", "recipe")
 
 
 # paper: nothing so small; here: few steps at a higher rate; colors stay as they are, as they are half of the class.
 # Forms are learned suddenly, after some five hundred steps in which the loss tells colors apart only
-POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, clip_grad=3.0, crop=64, test_size=64, channels=48, distort=False)
+POCKET = dict(steps=1200, lr=3e-3, warmup_steps=50, clip_grad=3.0, crop=64, test_size=64, channels=48,
+              aux_channels=32, distort=False)
 
 
 def parse_recipe(paper: FineTuneOptions, pocket: dict, name: str, large: str, argv):
@@ -686,7 +687,7 @@ def upernet(argv=None):
                         f"pixels, such as {-(-options.crop // config.patch_size) * config.patch_size}")
     data = open_data(options.data, "train", "segmentation", size=options.test_size)
     resize_positions(visual, options.crop)
-    net = UperNet(visual, len(data.classes), options.channels, options.channels // 3, options.drop_path)
+    net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
     net = net.to(runtime.device)
     announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)
 
@@ -1237,10 +1238,10 @@ class BoxHead(nn.Module):
 
 
 class MaskHead(nn.Sequential):
-    """Four convolutions, doubled resolution, a mask for each class: (R, c, 14, 14) -> (R, classes, 28, 28)"""
+    """Convolutions, doubled resolution, a mask for each class: (R, c, 14, 14) -> (R, classes, 28, 28)"""
 
-    def __init__(self, channels: int, n_classes: int):
-        layers = [layer for _ in range(4) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
+    def __init__(self, channels: int, n_classes: int, depth: int):
+        layers = [layer for _ in range(depth) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
         layers += [nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU(), nn.Conv2d(channels, n_classes, 1)]
         super().__init__(*layers)
         for layer in layers[::2]:
@@ -1259,8 +1260,8 @@ class MaskRCNN(nn.Module):
         self.pyramid = Pyramid(visual, options.drop_path)
         self.fpn = FeaturePyramid(visual.cls_token.shape[-1], options.channels)
         self.rpn = ProposalHead(options.channels)
-        self.box_head = BoxHead(options.channels, 4 * options.channels, n_classes)
-        self.mask_head = MaskHead(options.channels, n_classes)
+        self.box_head = BoxHead(options.channels, options.head_width, n_classes)
+        self.mask_head = MaskHead(options.channels, n_classes, options.mask_depth)
 
     def see(self, images: Tensor) -> tuple[list[Tensor], ...]:
         """(B, 3, height, width) -> of each level: map (B, c, ., .), scores (B, A), deltas (B, A, 4), anchors (A, 4)"""
@@ -1413,8 +1414,9 @@ class MaskRCNNOptions(FineTuneOptions, EvalOptions):
     layer_decay: float = opt(0.75, "learning rate of a block relative to the one above it (paper)", "recipe")
     short_side: int = opt(800, "images are resized until their short side is this, pixels (paper), or", "recipe")
     long_side: int = opt(1333, "until their long side is this (paper), whichever is first", "recipe")
-    channels: int = opt(256, "channels of the FPN's maps and in the mask head, a quarter of the box head's "
-                        "(mmdetection)", "detector")
+    channels: int = opt(256, "channels of the FPN's maps and in the mask head (mmdetection)", "detector")
+    head_width: int = opt(1024, "width of the box head (mmdetection)", "detector")
+    mask_depth: int = opt(4, "convolutions of the mask head (mmdetection)", "detector")
     rpn_samples: int = opt(256, "anchors an image that the RPN learns from (mmdetection)", "detector")
     proposals: int = opt(1000, "boxes an image that the RPN proposes, of as many a level before suppression, in "
                          "training of twice as many (mmdetection 2.x)", "detector")
@@ -1422,8 +1424,8 @@ class MaskRCNNOptions(FineTuneOptions, EvalOptions):
 
 
 POCKET_DETECTOR = dict(
-    epochs=0.16, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, rpn_samples=64,
-    proposals=100, roi_samples=32)
+    epochs=0.16, batch_size=8, lr=1e-3, warmup_steps=50, short_side=128, long_side=213, channels=48, head_width=256,
+    mask_depth=2, rpn_samples=64, proposals=100, roi_samples=32)
 
 
 def parse_maskrcnn(argv=None) -> MaskRCNNOptions:

@@ -442,7 +442,7 @@ def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
     parts = [to_device({name: values[i] for name, values in tensors.items()}, device) for i in range(count)]
     if "chosen" in parts[0]:
         # L_MLM is the mean over all masked words: each part's sum is divided by the mean count of parts and processes
-        words = torch.tensor(sum(len(part["chosen"]) for part in parts) / count, device=device)
+        words = torch.full((), sum(len(part["chosen"]) for part in parts) / count, device=device)
         words = mean_over_processes(words)
         parts = [dict(part, word_count=words) for part in parts]
     return parts
@@ -483,8 +483,7 @@ LIMITS = dict(
                    "heads", "text_width", "text_depth", "text_heads", "context_length", "vocab_size", "embed_dim",
                    "n_codes", "quantizer_hidden", "quantizer_bottleneck", "slip_hidden", "simsiam_hidden", "token_dim",
                    "queue_size", "channels", "aux_channels", "head_width", "crop", "short_side", "long_side", "samples",
-                   "rpn_samples", "roi_samples", "rpn_before_train", "rpn_before_test", "rpn_keep_train",
-                   "rpn_keep_test"), (1, math.inf)),
+                   "rpn_samples", "roi_samples", "proposals"), (1, math.inf)),
     **dict.fromkeys(("word_ratio", "center_momentum", "momentum", "momentum_end", "max_bad", "erasing", "smoothing",
                      "layer_decay", "score_threshold"), (0, 1)),
     **dict.fromkeys(("mask_ratio", "drop_path"), (0, 0.99)),
@@ -509,7 +508,7 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
     """
     usage = " ".join(["%(prog)s", *(f"[{name.upper()}]" for name in positional), "[options]"])
     cli = Parser(usage=usage, description=doc, allow_abbrev=False,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+                 formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {"what": cli.add_argument_group("what")}
     for f in fields(cls):
         default = getattr(defaults, f.name) if defaults else f.default
@@ -846,8 +845,8 @@ class Guard:
 
         This is a step's one exchange between processes, and the one place where the host waits for the device.
         """
-        told = dict(terms, norm=norm, stopping=float(self.stop.is_set), bad=float(self.bad))
-        stacked = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=norm.device) for x in told.values()])
+        told = dict(terms, norm=norm, stopping=norm.new_full((), self.stop.is_set), bad=norm.new_full((), self.bad))
+        stacked = torch.stack([x.float() for x in told.values()])
         means = dict(zip(told, mean_over_processes(stacked).tolist()))
         self.norm, self.stopping, self.bad = (means.pop(name) for name in ("norm", "stopping", "bad"))
         self.terms = means
@@ -924,7 +923,7 @@ class Log:
                 write_text_atomically(self.path, "".join(line + "\n" for line in kept))
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether `step` gets a line.  If not, a short one is said after five seconds of silence, later after a minute."""
+        """Whether `step` gets a line.  If not, a short one is said after five silent seconds, later after a minute."""
         if (step + 1) % every == 0 or step + 1 == self.total:
             return True
         now = time.monotonic()
@@ -1038,7 +1037,9 @@ def guessed_words(core: MaskCLIP, part: dict, tokenizer: BytePairTokenizer) -> l
     words = [[tokenizer.decode([i]).strip() for i in row] for row in part["tokens"].tolist()]
     if METHODS[core.config.method]["mlm"]:
         x = core.word_features(core.text(part["corrupted"], core.eot), part["tokens"], part["chosen"])       # (n, D)
-        guess = F.linear(x, core.text.token_embedding.weight, core.text_decoder.bias).argmax(dim=-1).tolist()
+        known = tokenizer.vocab_size                                # the table may have more rows
+        logits = F.linear(x, core.text.token_embedding.weight, core.text_decoder.bias)[:, :known]
+        guess = logits.argmax(dim=-1).tolist()
         for place, i in zip(part["chosen"].tolist(), guess):
             row, column = divmod(place, part["tokens"].shape[1])
             words[row][column] = f"[{words[row][column]}: {tokenizer.decode([i]).strip()}]"

@@ -688,12 +688,13 @@ def test_json_of_another_shape_is_refused_in_one_line(text, tmp_path):
                tmp_path / "open_clip_pytorch_model.bin")
     coco, flickr, timm = f"coco:{tmp_path}", f"flickr30k:{tmp_path}", tmp_path / "open_clip_pytorch_model.bin"
     for read in (lambda: open_data(coco), lambda: open_data(coco, task="retrieval"), lambda: open_data(flickr, "train"),
-                 lambda: open_data(coco, "train", "detection"), lambda: model.read_public(f"open_clip:{tmp_path}")):
+                 lambda: open_data(coco, "train", "detection"),
+                 lambda: model.read_public(f"open_clip:{tmp_path}", model.PAPER)):
         with pytest.raises(UserError) as error:
             read()
         assert one_plain_line(error.value)
     with contextlib.suppress(UserError):                                # a config.json beside timm's may say nothing
-        model.read_public(f"timm:{timm}")
+        model.read_public(f"timm:{timm}", model.PAPER)
 
 
 INSTANCES = {"images": [{"id": 1, "file_name": "1.jpg", "width": 64, "height": 64}],

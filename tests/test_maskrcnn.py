@@ -203,7 +203,7 @@ def test_mask_targets_of_squares():
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 def small_options(**more) -> dense.MaskRCNNOptions:
-    return replace(dense.parse_maskrcnn([]), channels=16, **more)
+    return replace(dense.parse_maskrcnn([]), **dict(dict(channels=16, head_width=64, mask_depth=4), **more))
 
 
 def small_net(n_classes: int = 3, **more) -> dense.MaskRCNN:
