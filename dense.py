@@ -1513,6 +1513,10 @@ def on_canvas(images: list[np.ndarray], size: list[int], device) -> Tensor:
     return normalize(canvas.to(device))
 
 
+def generator_of(device, *seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(hash(seed))
+
+
 def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNOptions, multiple: int) -> dict:
     """The losses of a batch of TrainObjects' items.
 
@@ -1522,7 +1526,7 @@ def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNO
     targets = [{name: torch.from_numpy(batch[name][i]).to(device) for name in ("boxes", "labels", "masks")}
                for i in range(len(batch["images"]))]
     for target, i in zip(targets, batch["index"].tolist()):
-        target["generator"] = torch.Generator(device).manual_seed(hash((options.seed, step, i)))
+        target["generator"] = generator_of(device, options.seed, step, i)
     sizes = [image.shape[1:] for image in batch["images"]]
     largest = gather(torch.tensor(sizes, device=device)).amax(dim=0).tolist()
     return net(on_canvas(batch["images"], rounded_up(largest, multiple), device), sizes, targets)

@@ -271,7 +271,7 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
             images, labels = mix(images, labels, own)
         return dict(loss=F.cross_entropy(model(images), labels))
 
-    schedule = partial(cosine_schedule, peak=1.0, final=o.lr_end / o.lr)
+    schedule = partial(cosine_schedule, peak=1.0, final=o.lr_end / (o.lr or 1.0))
     fine_tune(model, losses_of, schedule, data, Augment(config.image_size, o), o, runtime, out, start,
               dict(kind="finetuning", backbone=asdict(config), classes=data.classes), accumulate=o.accumulate)
     return model, test

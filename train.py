@@ -490,7 +490,7 @@ LIMITS = dict(
     **dict.fromkeys(("crop_min", "view_crop_min"), (0.01, 1)),
     workers=(-1, math.inf), seed=(0, 2 ** 31 - 1), beta2=(0, 0.99999), randaugment=(0, 10), crop_share=(0.1, 1),
     utilization=(0, 1))
-ABOVE_0 = {"epochs", "lr", "temp_s", "temp_t", "utilization"}
+ABOVE_0 = {"epochs", "temp_s", "temp_t", "utilization"}
 
 
 def check_number(name: str, value: float):

@@ -118,7 +118,7 @@ class Training:
 
     def step(self, batch: dict, number: int = 0):
         terms, answers = self.gradients(batch, step=number)
-        norm = train.clip_gradient(self.core.parameters(), self.config.clip_grad)
+        norm = train.clip_gradient(self.optimizer, self.config.clip_grad, self.runtime)
         torch.stack([*terms.values(), norm]).tolist()
         self.optimizer.step()
         self.core.after_update()
@@ -232,7 +232,8 @@ def numbers(s: Setting) -> Iterator[Row]:
             other = Training(config, s.device, precision)
             other.core.load_state_dict(weights)
             got, _ = other.gradients(batch, accumulate)
-            grads = {name: p.grad for name, p in other.core.named_parameters()}
+            scale = other.runtime.scaler.get_scale()                                            # 1 but for fp16
+            grads = {name: p.grad / scale for name, p in other.core.named_parameters() if p.grad is not None}
             by_loss = max(abs(got[name].item() - x.item()) / max(abs(x.item()), 0.1) for name, x in terms.items())
             by_gradient = relative(*(torch.cat([x[name].flatten().cpu() for name in wanted]) for x in (grads, wanted)))
             limit = ALLOWED[precision] * (3 if method in HARD and precision in ("bf16", "fp16", "tf32") else 1)

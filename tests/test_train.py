@@ -344,7 +344,7 @@ def test_a_finished_run_is_not_trained_again(two_processes, tmp_path, capsys):
     ("--depth", "0", "from 1 up"), ("--patch-size", "0", "from 1 up"), ("--heads", "0", "from 1 up"),
     ("--image-size", "-8", "from 1 up"), ("--batch-size", "0", "from 1 up"), ("--seed", "-1", "from 0 to"),
     ("--lr-end", "nan", "from 0 up"), ("--lr-end", "inf", "from 0 up"), ("--lr-end", "-1e-3", "from 0 up"),
-    ("--steps", "-5", "from 0 up"), ("--lr", "0", "above 0"), ("--epochs", "0", "above 0"),
+    ("--steps", "-5", "from 0 up"), ("--epochs", "0", "above 0"),
     ("--temp-s", "0", "above 0"), ("--mask-ratio", "1", "from 0 to 0.99"), ("--beta2", "1", "from 0 to"),
     ("--utilization", "1.5", "above 0 to 1"),
     ("--workers", "-2", "from -1 up"),
