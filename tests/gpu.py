@@ -396,9 +396,12 @@ def fine_tuning(s: Setting) -> Iterator[Row]:
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int)):
             mask[y1:y2, x1:x2] = True
         items.append((boxes, rng.integers(0, 80, 7), masks))
-    batch = dict(zip(("boxes", "labels", "masks"), map(list, zip(*items))), sizes=[sides] * 2,
-                 images=torch.randint(256, (2, 3, *sides), dtype=torch.uint8))
-    took = milliseconds(step_of(detector, lambda net: dense.losses_of(net, batch, 0, s.device), s), s, rounds=5)
+    batch = dict(zip(("boxes", "labels", "masks"), map(list, zip(*items))), index=torch.arange(2),
+                 images=list(torch.randint(256, (2, 3, *sides), dtype=torch.uint8)))
+
+    def detector_losses(net) -> dict[str, Tensor]:
+        return dense.losses_of(net, batch, 0, s.device, options, detector.strides[3])
+    took = milliseconds(step_of(detector, detector_losses, s), s, rounds=5)
     yield Row(f"Mask R-CNN: step of 2 images of {sides[0]}x{sides[1]}", f"{took:.0f} ms")
 
     side = 64 if s.dry else 512
