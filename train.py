@@ -1109,14 +1109,15 @@ def step_memory(c: Config, pairs: int, rows: list[Cost], bf16: bool = False) -> 
     states       4 bytes each of weight, gradient and Adam's two averages a parameter, and of the teacher's; in bf16
                  autocast's 2 bytes a weight besides
     activations  what model.costs (rows) says is kept from forward to backward
-    logits       of codes or words, LOGIT_ROWS at once at most: logits, their softmax, its gradient
+    logits       of codes or words, LOGIT_ROWS at once: logits, their softmax, its gradient
     """
     by_name, width = {row.name: row.parameters for row in rows}, c.vocab_size * METHODS[c.method]["mlm"]
     states = by_name["all"] * (18 if bf16 else 16)
     if "teacher" in by_name:
         states += 4 * (by_name["image tower"] + by_name["masked image"])
         width = max(width, c.n_codes)
-    return dict(states=states, activations=pairs * rows[-1].kept, logits=12.0 * width * min(LOGIT_ROWS, pairs * c.grid ** 2))
+    logits = 12.0 * width * min(LOGIT_ROWS, pairs * c.grid ** 2)
+    return dict(states=states, activations=pairs * rows[-1].kept, logits=logits)
 
 
 def plan(o: TrainOptions):

@@ -397,7 +397,7 @@ def fine_tuning(s: Setting) -> Iterator[Row]:
             mask[y1:y2, x1:x2] = True
         items.append((boxes, rng.integers(0, 80, 7), masks))
     batch = dict(zip(("boxes", "labels", "masks"), map(list, zip(*items))), index=torch.arange(2),
-                 images=list(torch.randint(256, (2, 3, *sides), dtype=torch.uint8)))
+                 images=list(rng.integers(256, size=(2, 3, *sides), dtype=np.uint8)))
 
     def detector_losses(net) -> dict[str, Tensor]:
         return dense.losses_of(net, batch, 0, s.device, options, detector.strides[3])
