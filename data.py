@@ -1135,6 +1135,19 @@ def clean_caption(text):
     return text
 
 
+def usable_captions(texts: list[str]) -> tuple[str, ...]:
+    """Those that can be used: one of several is enough.  BadRecord, of the last, if none can."""
+    captions, problem = [], BadRecord("no caption")
+    for text in texts:
+        try:
+            captions.append(clean_caption(text))
+        except BadRecord as error:
+            problem = error
+    if not captions:
+        raise problem
+    return tuple(captions)
+
+
 def read_file(path: str) -> bytes:
     with refusing(f"unreadable file: {path!r}"):
         size = os.path.getsize(path)
@@ -1377,7 +1390,7 @@ class ImageFiles:
     def read(self, i: int) -> Sample:
         _, known = json.loads(self.records[i])
         if "captions" in known:
-            known["captions"] = tuple(map(clean_caption, known["captions"]))
+            known["captions"] = usable_captions(known["captions"])
         sample = Sample(open_image(read_file(self.path(i))), **known)
         if self.names_classes:
             names = self.classes[sample.label].split("\t")
