@@ -1996,6 +1996,11 @@ def kind_of(spec: str) -> str:
     return kind
 
 
+def only_shapes(specs: tuple[str, ...]) -> bool:
+    """Whether there are data sets and all are the Shapes world: a model of these reads few words, and of no photo."""
+    return bool(specs) and all(spec.partition(":")[0] == "shapes" for spec in specs)
+
+
 def open_data(spec: str, split: str | None = None, task: str = "captions", size: int | None = None,
               cache: str | Path | None = None):
     """The data set that `spec` names, of a format that has the task.
@@ -2081,20 +2086,19 @@ def hash_names(data) -> str:
 CELL = 224       # side of a picture in the contact sheet, pixels
 
 
-def sheet(rows: list[list[tuple[str, Image.Image]]], height: int) -> Image.Image:
-    """Rows of (text, picture): each picture, made `height` pixels high, with the lines of its text above it."""
-    rows = [[(text, ImageOps.contain(picture, (10 ** 6, height), Image.Resampling.NEAREST)) for text, picture in row]
-            for row in rows]                             # of any width
-    gap, line = 6, 18
+def sheet(rows: list[list[tuple[str, Image.Image]]], width: int, height: int | None = None) -> Image.Image:
+    """Rows of (text, picture): each picture, made as large as fits width x height (default: a square), below the lines
+    of its text."""
+    height, gap, line = height or width, 6, 18
     head = line * max(text.count("\n") + 1 for row in rows for text, _ in row)
-    width = gap + max(picture.width for row in rows for _, picture in row)
-    page = Image.new("RGB", (width * max(map(len, rows)), (head + height + gap) * len(rows)), "white")
+    across, down = width + gap, head + height + gap
+    page = Image.new("RGB", (across * max(map(len, rows)), down * len(rows)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     for i, row in enumerate(rows):
         for j, (text, picture) in enumerate(row):
-            x, y = j * width, i * (head + height + gap) + head
+            x, y = j * across, i * down + head
             pen.multiline_text((x, y - 3), text, "black", font, anchor="ld")
-            page.paste(picture, (x, y))
+            page.paste(ImageOps.contain(picture, (width, height), Image.Resampling.NEAREST), (x, y))
     return page
 
 

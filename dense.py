@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (BadRecord, MEAN, UserError, decode, eval_loader, find_templates, fingerprint, has_area,
-                  normalize, open_data, open_image, progress, read_file, say, to_tensor)
+                  normalize, only_shapes, open_data, open_image, progress, read_file, say, sheet, to_tensor)
 from losses import gather, mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from finetune import LoopOptions, fine_tune, recipe_for
@@ -128,19 +128,6 @@ def slide(image: Tensor, predict: Callable[[Tensor], Tensor], window: int, strid
 COLORS = np.array([colorsys.hsv_to_rgb(0.618 * i % 1, (1, 0.6, 0.8)[i % 3], (0.9, 1, 0.7)[i // 3 % 3])
                    for i in range(IGNORED)] + [(0, 0, 0)])
 COLORS = (255 * COLORS).astype(np.uint8)
-
-
-def sheet(rows: list[list[tuple[str, PIL.Image.Image]]], size: int, line: int = 18, gap: int = 6) -> PIL.Image.Image:
-    """Rows of (text, picture): each picture, made as large as fits a square of `size`, below the lines of its text."""
-    head = line * max(text.count("\n") + 1 for row in rows for text, _ in row)
-    width, height = size + gap, head + size + gap
-    page = PIL.Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
-    pen, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(13)
-    for i, row in enumerate(rows):
-        for j, (text, picture) in enumerate(row):
-            pen.text((j * width, i * height), text, "black", font)
-            page.paste(PIL.ImageOps.contain(picture, (size, size), NEAREST), (j * width, i * height + head))
-    return page
 
 
 def show(rows: list, size: int, path: Path):
@@ -251,7 +238,7 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
     if runtime.is_main:
         say("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
         say(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({n_images} images, "
-              f"{n_bad} bad, {time.monotonic() - started:.0f} s)")
+            f"{n_bad} bad, {time.monotonic() - started:.0f} s)")
         show(drawn, 192, out / "maps.png")
         write_json(options, results, "segmentation")
     return results
@@ -267,14 +254,9 @@ class ZeroShotOptions(SegmentationOptions):
                          "a model trained on shapes a {}", "test")
 
 
-def reads_shapes_only(model: MaskCLIP) -> bool:
-    """Whether the Shapes world is all that a model was pre-trained on: its language knows few words."""
-    return bool(model.trained_on) and all(spec.startswith("shapes") for spec in model.trained_on)
-
-
 def templates_for(choice: str, model: MaskCLIP) -> tuple[str, ...]:
     """What --templates says; auto takes sentences such as the model has read."""
-    auto = "a {}" if reads_shapes_only(model) else "85"
+    auto = "a {}" if only_shapes(model.trained_on) else "85"
     return find_templates(auto if choice == "auto" else choice)
 
 
@@ -421,7 +403,7 @@ def words(argv=None):
     names = paths if len(set(methods)) < len(methods) else methods
     templates = templates_for(options.templates, models[0])
     # paper: words; here: of a model trained on shapes phrases, because it has read no form without its color
-    unit = "phrase" if reads_shapes_only(models[0]) else "word"
+    unit = "phrase" if only_shapes(models[0].trained_on) else "word"
     asked = [phrase.strip() for phrase in options.words.split(",") if phrase.strip()]
     pictures, rows, arrays = captioned_images(options, configs[0].image_size), [], {}
     for k, (image, caption) in enumerate(progress(pictures, len(pictures), "pictures")):

@@ -86,9 +86,9 @@ def embed_classes(model: MaskCLIP, tokenizer: BytePairTokenizer, classes: Sequen
 
 
 def find_templates(model: MaskCLIP, asked: str) -> tuple[str, ...]:
-    """What --templates says.  A model that was trained on the Shapes world alone has never read of a photo."""
-    is_of_shapes = model.trained_on and all(spec.partition(":")[0] == "shapes" for spec in model.trained_on)
-    return data_module.find_templates(asked if asked != "auto" else "a {}" if is_of_shapes else "7")
+    """What --templates says; auto takes sentences such as the model has read."""
+    auto = "a {}" if data_module.only_shapes(model.trained_on) else "7"
+    return data_module.find_templates(auto if asked == "auto" else asked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

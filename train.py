@@ -341,7 +341,7 @@ def finish(o: TrainOptions, core: MaskCLIP, teacher, tokenizer: BytePairTokenize
     if core.predicts:
         records = data_module.Records(data, PairTransform(o, data), o.seed)
         show("step.png", o.out, draw_step, core, teacher, tokenizer, records, o)
-    if all(data_module.kind_of(spec) == "shapes" for spec in o.data):
+    if data_module.only_shapes(o.data):
         count = 1024 if o.image_size < 100 else 128         # a large tower needs a second an image on a CPU
         world = data_module.ShapesWorld(split="val", count=count, size=o.image_size, objects=(1, 1))
         alone = dataclasses.replace(runtime, rank=0, world=1)           # the other processes are gone
@@ -466,7 +466,7 @@ def to_device(part: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
 # fields in which a resumed run may differ from the interrupted one: they change neither the data nor what is computed,
 # only where, in which parts and how exactly
 FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate", "checkpoint_every", "log_every",
-                  "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "fit", "plan", "gpus", "gpu", "pairs",
+                  "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "plan", "gpus", "gpu", "pairs",
                   "utilization", "eval_every", "eval_data", "keep_best", "keep_every"}
 
 class Parser(argparse.ArgumentParser):
@@ -971,7 +971,7 @@ def draw_curves(log: Path, columns: int = 4) -> PIL.Image.Image:
         points = [(line["step"] + 1, line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
         if points and name not in ("step", "epoch", "samples_per_second"):
             panels.append((f"{name}, steps to {points[-1][0]}", draw_curve(points)))
-    return data_module.sheet([panels[i:i + columns] for i in range(0, len(panels), columns)], 190)
+    return data_module.sheet([panels[i:i + columns] for i in range(0, len(panels), columns)], 380, 190)
 
 
 def draw_curve(points: list[tuple[int, float]], width: int = 380, height: int = 190) -> PIL.Image.Image:
