@@ -8,7 +8,7 @@
 
     shapes                  the Shapes world; shapes:train=20000,size=64 with options
     shards:A-{000..999}.tar tar files of images and captions: KEY.jpg with KEY.txt, or KEY.json that has "caption"
-    csv:FILE                a table with a file and a caption in each line
+    csv:FILE                a table with a file and a caption in each line; lines of one file are one image
     folder:DIR              a folder of images for each class
     coco:DIR  flickr30k:DIR captions, Karpathy's splits, and for detection COCO's objects
     ade20k:DIR  pascal-context:DIR  coco-stuff:DIR  voc:DIR         a class for each pixel
@@ -62,6 +62,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def reading(path):
         yield
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from None
 
 
@@ -131,7 +132,8 @@ def run(main: Callable):
     else another process may be waiting in the middle of a collective, and NCCL's group would wait for it for minutes:
     this process leaves at once.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")       # names from files may hold what a terminal cannot show
+    with contextlib.suppress(AttributeError):               # a notebook's output takes anything
+        sys.stdout.reconfigure(errors="backslashreplace")   # names from files may hold what a terminal cannot show
     status, met_alike = 0, True
     try:
         main()
@@ -188,7 +190,9 @@ def pick_caption(sample: Sample, rng: np.random.Generator) -> str:
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's red, green and blue, in 0..1
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")    # no others: reading EPS would start a program
+Image.init()                 # no other formats: reading EPS would start a program.  Some builds of Pillow lack AVIF
+IMAGE_FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
+EXTENSIONS = {extension[1:] for extension, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
 MAX_PIXELS = 100_000_000     # a file of a few kilobytes can claim gigabytes of pixels
 MAX_SCANS = 100              # of a progressive JPEG, which has about ten: thousands in a small file decode for hours
 MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or counter, not a picture
@@ -201,6 +205,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")       # Pillow's remarks on o
 
 def open_image(content: bytes) -> Image.Image:
     """The image in a file's bytes, not decoded yet.  BadRecord: no image, or sides we do not accept."""
+    content = without_side_information(content)
     try:
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     except PIL.UnidentifiedImageError:
@@ -211,9 +216,22 @@ def open_image(content: bytes) -> Image.Image:
         raise BadRecord(f"image too large: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     if min(image.size) < MIN_SIDE:
         raise BadRecord(f"image too small: {image.width} x {image.height} pixels")
-    if image.format == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
+    if isinstance(image, JpegImageFile) and content.count(b"\xff\xda") > MAX_SCANS:     # whatever it calls itself
         raise BadRecord(f"corrupt image: more than {MAX_SCANS} scans, each of which would be decoded")
     return image
+
+
+def without_side_information(content: bytes) -> bytes:
+    """A PNG without its texts and color profile, over which Pillow may refuse an image that is sound; else as it is."""
+    if not content.startswith(b"\x89PNG"):
+        return content
+    kept, at = [content[:8]], 8
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at:at + 4])       # of a chunk: length, kind, data, checksum
+        if content[at + 4:at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def orientation(image):
@@ -1106,9 +1124,9 @@ def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1,
 # Data sets on disk.  In memory are only names, captions and places in files, so that a list of 15 million records fits.
 # =====================================================================================================================
 
-EXTENSIONS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"}
 MAX_FILE = 1 << 28           # bytes of one image or caption file
 LONGEST_FIELD = 1 << 22      # characters of one csv field: more means a quote that was never closed
+GZIP = b"\x1f\x8b"            # how a packed file begins
 
 
 class Packed:
@@ -1167,7 +1185,7 @@ def read_lines(path: str | Path, what: str) -> list[str]:
 
 
 def read_json(path: str) -> dict:
-    with reading(path), open(path, encoding="utf-8") as file:
+    with reading(path), open(path, encoding="utf-8-sig") as file:
         return json.load(file)
 
 
@@ -1229,23 +1247,30 @@ def index_tar(path):
     pairs    (n, 5) int64: whether the caption is in a .json; offset and size of the image; those of the caption
     counts   what was left out;  cut: why the walk ended too early, or ""
     """
-    files, counts, cut = defaultdict(dict), Counter(), ""    # files: key -> {"image", "txt", "json": (offset, size)}
+    with reading(path), open(path, "rb") as file:
+        if file.read(2) == GZIP:
+            raise UserError(f"{path} is packed, but images are read from their places in a tar: gunzip {path}")
+    members, counts, cut = {}, Counter(), ""             # members: name -> (kind, (offset, size))
     try:
         for member in tar_members(path):
             name = member.name.removeprefix("./")
-            key, _, extension = name.rpartition(".")
-            kind = "image" if is_image(name) else extension.lower()
+            kind = "image" if is_image(name) else name.rpartition(".")[2].lower()
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse() or name.startswith("/") or ".." in name.split("/"):
                 counts["links, devices, sparse files or paths that leave the folder, not read"] += 1
-            elif kind in ("image", "txt", "json") and key and not os.path.basename(key).startswith("."):
-                counts["members repeat a name, the last one is read"] += kind in files[key]
-                files[key][kind] = member.offset_data, member.size
+            elif is_hidden(name):
+                counts["hidden files (.NAME, __MACOSX), not read"] += 1
+            elif kind in ("image", "txt", "json"):
+                counts["members repeat a name, the last one is read"] += name in members
+                members[name] = kind, (member.offset_data, member.size)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:                           # tarfile raises nearly everything on hostile bytes
         cut = one_line(error)
+    files = by_key(members, lambda name: name.rpartition(".")[0])
+    if not any(len(kinds) > 1 for kinds in files.values()):      # WebDataset's rule: 17.image.jpg and 17.caption.txt
+        files = by_key(members, lambda name: re.match(r"(.*/)?[^./]*", name)[0])
     keys, pairs = [], []
     for key, members in files.items():
         caption = members.get("txt") or members.get("json")
@@ -1257,13 +1282,21 @@ def index_tar(path):
     return dict(keys=keys, pairs=np.array(pairs, dtype=np.int64).reshape(-1, 5), counts=counts, cut=cut)
 
 
+def by_key(members, key_of):
+    """Members of a tar by the key in their names: key -> {"image", "txt", "json": (offset, size)}"""
+    files = defaultdict(dict)
+    for name, (kind, place) in members.items():
+        files[key_of(name)][kind] = place
+    return files
+
+
 def load_index(path, cache):
     """index_tar(path), from the folder `cache` if it is there and the tar has its size and time of then."""
     if cache is None:
         return index_tar(path)
     path = os.path.abspath(path)
     status = os.stat(path)
-    stamp = [2, path, status.st_size, status.st_mtime_ns]                                   # 2: version of the index
+    stamp = [3, path, status.st_size, status.st_mtime_ns]                                   # 3: version of the index
     file = Path(cache) / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.npz"
     with contextlib.suppress(Exception):                 # no such file, or one of the many ways of being damaged
         with np.load(file) as saved:
@@ -1296,13 +1329,14 @@ def read_member(path, offset, size):
         return content
 
 
-def json_caption(content):
+def json_captions(content) -> list[str]:
     with refusing("corrupt json"):
         record = json.loads(content)
-    caption = record.get("caption") if isinstance(record, dict) else None
-    if not isinstance(caption, str):
-        raise BadRecord("no caption: neither a .txt nor a text \"caption\" in the .json")
-    return caption
+    captions = record.get("caption") if isinstance(record, dict) else None
+    captions = captions if isinstance(captions, list) else [captions]
+    if not all(isinstance(caption, str) for caption in captions):
+        raise BadRecord("no caption: neither a .txt nor a \"caption\" in the .json that is a text or a list of texts")
+    return captions
 
 
 class Shards:
@@ -1310,11 +1344,12 @@ class Shards:
 
         shards:PATH-{00000..00999}.tar       in PATH-00000.tar:  000000000.jpg    the image, or .jpeg .png .webp ...
                                                                  000000000.txt    its caption
-                                                                 000000000.json   or its "caption", if there is no .txt
+                                                                 000000000.json   or its "caption", a text or a list of
+                                                                                  several, if there is no .txt
                                                                  000000001.jpg    ...
 
-    Names are cut at the last dot; the files of a pair need not stand together.  Of two members of one name the last one
-    counts, as when tar extracts.  Each tar is walked once and its index kept in the folder `cache`, if one is given;
+    Names are cut at the last dot, or where that makes no pair at the first; the files of a pair need not stand together.
+    Of two members of one name the last one counts, as when tar extracts.  Each tar is walked once and its index kept in the folder `cache`, if one is given;
     images are read from their place in the tar, nothing is ever extracted.
     """
     classes = None
@@ -1351,8 +1386,8 @@ class Shards:
         path = self.paths[self.shard[i]]
         is_json, image, image_size, caption, caption_size = self.pairs[i].tolist()
         text = read_member(path, caption, caption_size)
-        text = clean_caption(json_caption(text) if is_json else text.decode(errors="surrogateescape"))
-        return Sample(open_image(read_member(path, image, image_size)), (text,))
+        texts = json_captions(text) if is_json else [text.decode(errors="surrogateescape")]
+        return Sample(open_image(read_member(path, image, image_size)), usable_captions(texts))
 
 
 # ---- files with captions or a class ---------------------------------------------------------------------------------
@@ -1385,7 +1420,7 @@ class ImageFiles:
         return os.path.join(self.root, json.loads(self.records[i])[0])
 
     def name(self, i):
-        return os.fsencode(json.loads(self.records[i])[0]).decode("utf-8", "replace")
+        return readable(json.loads(self.records[i])[0])
 
     def read(self, i: int) -> Sample:
         _, known = json.loads(self.records[i])
@@ -1399,84 +1434,172 @@ class ImageFiles:
         return sample
 
 
-def captioned(source, root, listed):
-    """ImageFiles of (file, captions); images without captions are left out and counted."""
-    kept = [(file, dict(captions=captions)) for file, captions in listed if captions]
-    return ImageFiles(source, root, kept, counts={f"images of {source} have no caption": len(listed) - len(kept)})
+def captioned(source, root, listed, counts={}):
+    """ImageFiles of (file, captions): what is listed of one file is one image with several captions; images without
+    captions are left out and counted."""
+    captions = defaultdict(list)
+    for file, more in listed:
+        captions[file] += more
+    kept = [(file, dict(captions=some)) for file, some in captions.items() if some]
+    return ImageFiles(source, root, kept, counts={
+        **counts, f"images of {source} have no caption": len(captions) - len(kept)})
 
 
 def csv_file(spec, **_):
-    """A table as open_clip reads it; its separator is the one that finds both columns in the first line.
+    """A table of files and captions; its separator is the one that finds the columns in the first line.
 
         csv:FILE                              filepath,title                  paths are relative to FILE's folder
         csv:FILE,image=COLUMN,caption=COLUMN  a/0001.jpg,"A cat, asleep"      quotes around separators and line ends
+                                              a/0001.jpg,A sleeping cat       another caption of the same image
+
+    caption=COLUMN may come several times.  FILE may be packed by gzip, in UTF-16, or hold an object of JSON a line.
     """
     path, *columns = re.split(r",(?=image=|caption=)", spec)
-    named = dict(image="filepath", caption="title") | dict(column.split("=", 1) for column in columns)
+    image = ([column[6:] for column in columns if column.startswith("image=")] or ["filepath"])[-1]
+    texts = [column[8:] for column in columns if column.startswith("caption=")] or ["title"]
     counts = Counter()
-    return ImageFiles(path, os.path.dirname(path), csv_rows(path, *named.values(), counts), counts=counts)
+    listed = list(csv_rows(path, image, texts, counts))
+    files = len({file for file, _ in listed})
+    if files < len(listed):
+        counts[f"rows are of {files:,} images: each is one record, with the captions of its rows"] = len(listed)
+    return captioned(path, os.path.dirname(path), listed, counts)
 
 
-def csv_rows(path, image, caption, counts):
-    """The rows of a table, as ImageFiles wants them; what looks wrong is counted."""
+def open_table(path):
+    """A text file, whatever packs or encodes it; UserError for one that is no text."""
+    file = open(path, "rb")
+    if file.peek(2)[:2] == GZIP:
+        file = gzip.GzipFile(fileobj=file)
+    if file.peek(4)[:4] == b"PAR1":
+        raise UserError(f"{path} is a parquet file: make it a table with pandas.read_parquet(...).to_csv('table.csv')")
+    encoding = "utf-16" if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
+
+
+def csv_rows(path, image, texts, counts):
+    """(file, captions) of each row of a table; what looks wrong is counted."""
     csv.field_size_limit(LONGEST_FIELD)
-    with reading(path), open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        line = file.readline(LONGEST_FIELD)
-        for separator in ",\t;":
-            header = next(csv.reader([line], delimiter=separator), [])
-            if image in header and caption in header:
-                break
+    with reading(path), open_table(path) as file:
+        line, separator = file.readline(LONGEST_FIELD), ""
+        if line.startswith("{"):
+            names, rows = list(json.loads(line)), map(json.loads, itertools.chain([line], file))
         else:
-            raise UserError(f"{path}: wanted columns {image!r} and {caption!r} in the first line, got {line[:200]!r}: "
-                            f"name yours with csv:FILE,image=COLUMN,caption=COLUMN")
+            for separator in ",\t;|":
+                names = [name.strip() for name in next(csv.reader([line], delimiter=separator), [])]
+                if image in names:
+                    break
+            rows = csv.DictReader(file, names, delimiter=separator, restval="", skipinitialspace=True)
+        if not {image, *texts} <= set(names):
+            raise UserError(f"{path}: wanted columns {image!r} and {', '.join(map(repr, texts))} in the first line, got "
+                            f"{line[:80]!r}: name yours with csv:FILE,image=COLUMN,caption=COLUMN")
         try:
-            for row in csv.DictReader(file, header, delimiter=separator, restval=""):
-                counts["captions go over several lines: look for stray quotes"] += "\n" in row[caption]
+            for row in rows:
+                captions = []
+                for value in map(row.get, texts):
+                    captions += value if isinstance(value, list) else [value]
+                counts["captions go over several lines: look for stray quotes"] += "\n" in "".join(captions)
                 counts[f"rows have too many fields: captions with a {separator!r} need quotes"] += None in row
-                yield row[image], dict(captions=[row[caption]])      # of a short row the caption is empty
+                yield row[image].strip(), captions
+        except (AttributeError, TypeError, KeyError):            # of JSON; a table has nothing but texts
+            raise UserError(f"{path}: wanted a text for {image!r} and texts for {texts}, got {str(row)[:80]}") from None
         except csv.Error as error:
             raise UserError(f"{path}: {error}; is there a quote that is never closed?") from None
+
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+
+def is_hidden(path):
+    """Whether a name in the path is nobody's data: .NAME, as ._0001.jpg of macOS, or __MACOSX."""
+    return any(name.startswith(".") and name.strip("./") or name == "__MACOSX" for name in path.split("/"))
+
+
+def is_image(path):
+    return path.rpartition(".")[2].lower() in EXTENSIONS and not is_hidden(os.path.basename(path))
+
+
+def folders_in(path):
+    """The names of the folders in a folder, hidden ones left out; 2 is before 10."""
+    with reading(path):
+        return numbers_in_order(entry.name for entry in os.scandir(path) if entry.is_dir() and not is_hidden(entry.name))
+
+
+def numbers_in_order(names):
+    """Sorted, where numbers in the names count as numbers."""
+    return sorted(names, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+
+
+def find_splits(root):
+    """{"train", "val", "test": the folder of the split}: one that is called so and has folders in it."""
+    found = {}
+    for name in folders_in(root):
+        for split, names in SPLITS.items():
+            if name.lower() in names and folders_in(f"{root}/{name}"):
+                found[split] = name
+    return found
 
 
 def folder(root, split, **_):
     """One folder per class; labels follow the sorted names of the folders, over all splits.
 
-        folder:DIR     DIR/train/CLASS/**/*.jpg     or DIR/CLASS/**/*.jpg, the same for every split
-                       DIR/val/CLASS/**/*.jpg
+        folder:DIR     DIR/train/CLASS/**/*.jpg     or DIR/CLASS/**/*.jpg, the same for every split.  Splits may be
+                       DIR/val/CLASS/**/*.jpg       called training, valid, validation or testing, in capitals too;
+                                                    "test" stands in for a missing "val", and the other way round
                        DIR/classnames.txt           optional, lines "CLASS<TAB>name"; without it _ becomes a space
     """
-    splits = [name for name in ("train", "val", "test") if isdir(f"{root}/{name}")]
-    if splits and split not in splits:
-        raise UserError(f"{root} has no folder {split!r}, only {', '.join(splits)}")
-    with reading(root):
-        inside = [entry for part in splits or ["."] for entry in os.scandir(f"{root}/{part}")]
-    folders = sorted({entry.name for entry in inside if entry.is_dir() and not entry.name.startswith(".")})
-    listed, home = [], f"{root}/{split}" if splits else root
+    splits = find_splits(root)
+    other = {"val": "test", "test": "val"}.get(split)
+    part = splits.get(split) or splits.get(other) or "."
+    if splits and part == ".":
+        raise UserError(f"{root} has no folder {split!r} with a folder for each class in it, only "
+                        f"{', '.join(splits.values())}")
+    folders = folders_in(root)
+    counts, home, listed = Counter(), os.path.normpath(f"{root}/{part}"), []
+    if splits:
+        counts["folders beside those of the splits, not read"] = len(folders) - len(splits)
+        folders = numbers_in_order({name for place in splits.values() for name in folders_in(f"{root}/{place}")})
     for label, name in enumerate(folders):
         for where, below, names in os.walk(f"{home}/{name}"):
-            below.sort()                                 # os.walk goes on in this order
+            below[:] = sorted(name for name in below if not is_hidden(name))        # os.walk goes on with these
             if re.fullmatch(r"\d{5}", name) and any(file.endswith(".txt") for file in names):
                 raise UserError(f"{where} holds pairs as img2dataset leaves them, no class: let it write "
                                 f"--output_format webdataset, and give that as shards:")
-            where = os.path.relpath(where, root)
-            listed += [(f"{where}/{file}", dict(label=label)) for file in sorted(filter(is_image, names))]
-    return ImageFiles(f"{home}, sorted into a folder for each class as docs/DATA.md says,", root, listed,
-                      class_names(root, folders))
-
-
-def is_image(name):
-    return name.rpartition(".")[2].lower() in EXTENSIONS
+            images = sorted(filter(is_image, names))
+            counts["files that are no images by their names, or hidden, not read"] += len(names) - len(images)
+            listed += [(f"{os.path.relpath(where, root)}/{file}", dict(label=label)) for file in images]
+    data = ImageFiles(f"{home}, sorted into a folder for each class as docs/DATA.md says,", root, listed,
+                      class_names(root, folders), counts)
+    data.folders = folders
+    if part == splits.get(other):
+        data.notes.append(f"{root} has no folder {split!r}: {part!r} stands in for it")
+    return data
 
 
 def class_names(root, folders):
+    """The names of the classes by their folders, from classnames.txt if it is there."""
     path = f"{root}/classnames.txt"
     if not isfile(path):
-        return [folder.replace("_", " ") for folder in folders]
-    names = dict(line.split("\t", 1) for line in read_lines(path, "lines CLASS<TAB>name") if "\t" in line)
+        return [readable(folder).replace("_", " ") for folder in folders]
+    names = by_folder(read_lines(path, "lines CLASS<TAB>name"))
     for folder in folders:
         if folder not in names:
             raise UserError(f"{path} has no line {folder}<TAB>name")
-    return [names[folder].strip() for folder in folders]
+    return [names[folder] for folder in folders]
+
+
+def by_folder(lines):
+    """Lines FOLDER<TAB>name -> {folder: name}"""
+    pairs = (line.partition("\t") for line in lines)
+    return {folder.strip(): name.strip() for folder, _, name in pairs if name}
+
+
+def readable(name):
+    """The name of a file or folder as text; bytes that are not UTF-8 are those of Windows or of an old zip."""
+    raw = os.fsencode(name)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def want_names(data, spec: str):
@@ -1945,7 +2068,7 @@ COCO_STUFF = (
 
 def fingerprint(words: Iterable[str]) -> str:
     """Eight digits that tell one list of class names or templates from another."""
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+    return hashlib.sha256("\n".join(words).encode(errors="surrogatepass")).hexdigest()[:8]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2145,7 +2268,7 @@ def check(data, tokenizer: BytePairTokenizer | None = None, context_length: int 
                   sample_hash=hash_names(data))
     for key, value in report.items():
         say(f"{key}: {value}")
-    for line in [f"bad record {name}: {reason}" for name, reason in bad[:20]] + [*data.notes]:
+    for line in [f"bad record {name}: {reason}" for name, reason in bad[:20]] + [f"note: {note}" for note in data.notes]:
         say(printable(line))
     return dict(report, bad_records=bad[:20], notes=[*data.notes])
 

@@ -869,7 +869,7 @@ class Guard:
     def end(self, step: int):
         """Counts bad records, and stops the run if they are too many or if it was asked to."""
         self.bad_count += round(self.bad * self.runtime.world)
-        read = (step + 1) * self.o.batch_size
+        read = (step + 1) * self.o.batch_size + self.bad_count          # each bad one has a stand-in
         if self.bad_count > self.o.max_bad * max(read, 100):
             raise UserError(f"{self.bad_count} of {read} records read so far are bad, more than --max-bad "
                             f"{self.o.max_bad}: look at them with: python data.py check --data SPEC")

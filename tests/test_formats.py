@@ -125,7 +125,7 @@ def test_pairs_in_every_order_and_from_either_caption_file(tmp_path):
     assert dict(zip(names(shards), zip(grays(shards), captions(shards)))) == {
         "s/b/1": (1, ("apart",)), "s/2": (2, ("Ä cat",)), "s/3": (3, ("from json",)), "s/4": (4, ("text wins",)),
         "s/my.photo": (5, ("dots",)), "s/6": (6, ("dot slash",)), "s/7": (7, (("word " * 200_000).strip(),))}
-    assert shards.notes == []
+    assert shards.notes == ["1 hidden files (.NAME, __MACOSX), not read"]
 
 
 def test_what_is_left_out_is_counted(tmp_path):
@@ -197,7 +197,7 @@ def test_records_before_the_damage_are_used(tmp_path, damage, note):
         assert len(shards.notes) == 1 and shards.notes[0].startswith(f"{tmp_path}/s.tar: ") and note in shards.notes[0]
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 10240, b"garbage" * 1000, gzip.compress(b"x" * 5000), b"<html>"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 10240, b"garbage" * 1000, b"<html>"])
 def test_a_shard_without_pairs(tmp_path, content):
     (tmp_path / "0.tar").write_bytes(content)
     refused("no image with a caption", Shards, str(tmp_path / "0.tar"))
@@ -230,7 +230,9 @@ def test_any_damage_to_a_shard_ends_in_pairs_or_one_line(tmp_path):
     ("1.json", b'{"caption": "half a pair \\ud83d"}', "caption is not UTF-8"),
     ("1.json", b'{"caption": ""}', "empty caption"),
     ("1.json", b'{"caption": null}', "no caption"),
-    ("1.json", b'{"caption": ["a"]}', "no caption"),
+    ("1.json", b'{"caption": ["a", 5]}', "no caption"),
+    ("1.json", b'{"caption": []}', "no caption"),
+    ("1.json", b'{"caption": ["", " "]}', "empty caption"),
     ("1.json", b'["caption"]', "no caption"),
     ("1.json", b'{"caption": "x"', "corrupt json"),
     ("1.json", b"[" * 100_000, "corrupt json"),
@@ -369,14 +371,60 @@ def test_bad_rows_of_a_csv(tmp_path, row, message):
 
 @pytest.mark.parametrize("text, message", [
     ("path,title\n0.jpg,x\n", "wanted columns 'filepath' and 'title' in the first line, got 'path,title"),
-    ("filepath|title\n0.jpg|x\n", "got 'filepath|title"),
+    ("filepath title\n0.jpg x\n", "got 'filepath title"),
+    (b"PAR1" + bytes(range(128, 256)) * 1000, "is a parquet file"),
+    ('{"file_name": "0.jpg", "text": "x"}\n', "got '{"),
+    ('{"filepath": "0.jpg", "title": "x"}\n{"filepath": "0.jpg", "title": 5}\n', "wanted a text for 'filepath'"),
+    ('{"filepath": "0.jpg", "title": "x"}\n{"filepath"\n', "cannot read"),
+    (gzip.compress(b"filepath,title\n0.jpg,x\n")[:20], "cannot read"),
     ("", "wanted columns 'filepath'"),
     ("filepath,title\n", "holds no images"),
     ("filepath,title\nx/0.jpg,a\nx/1.jpg,b\n", "none of the first 2 images"),
     ('filepath,title\n0.jpg,x\n1.jpg,"never closed\n' + "2.jpg,filler filler filler\n" * 170_000, "a quote that is"),
 ])
 def test_csv_that_cannot_be_used(tmp_path, text, message):
-    assert str(tmp_path) in refused(message, open_data, make_csv(tmp_path, text))
+    line = refused(message, open_data, make_csv(tmp_path, text))
+    assert str(tmp_path) in line and len(data.printable(line)) < 400
+
+
+ROWS = "filepath,title,more\n0.jpg,one,two\n1.jpg,three,\n0.jpg,four,five\n0.jpg,,\n"
+
+
+@pytest.mark.parametrize("write", [
+    str.encode, lambda text: gzip.compress(text.encode()), lambda text: text.encode("utf-16"),
+    lambda text: gzip.compress(text.encode("utf-16")), lambda text: text.replace(",", "\t").encode("utf-8-sig"),
+    lambda text: text.replace(",", " | ").encode(),                     # as Flickr30k's results.csv
+    lambda text: ('{"filepath": "0.jpg", "title": ["one", "four"], "more": ["two", "five"]}\n'
+                  '{"filepath": "1.jpg", "title": "three", "more": []}\n').encode()],
+    ids=["plain", "gzip", "utf-16", "gzip of utf-16", "tabs", "bars", "json"])
+def test_what_is_said_of_one_file_belongs_to_one_image(tmp_path, write):
+    """In rows and in columns, however the table is packed."""
+    spec = make_csv(tmp_path, write(ROWS))
+    for columns, first, second in ((",caption=title", {"one", "four"}, {"three"}),
+                                   (",caption=title,caption=more", {"one", "two", "four", "five"}, {"three"})):
+        table = open_data(spec + columns)
+        assert [set(texts) for texts in captions(table)] == [first, second] and grays(table) == [0, 1]
+    batches = data.train_batches(len(table), 2, 0, range(20), 0, 1)
+    assert all({index for _, index, *_ in batch} == {0, 1} for batch in batches), "no image twice in a batch"
+
+
+def test_a_table_from_a_pipe(tmp_path):
+    make_csv(tmp_path, "")
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(["sh", "-c", f"printf 'filepath,title\\n0.jpg,one\\n' > {tmp_path}/pipe"])
+    assert captions(open_data(f"csv:{tmp_path}/pipe")) == [("one",)] and writer.wait() == 0
+
+
+def test_shards_with_several_captions_and_other_names(tmp_path):
+    several = json.dumps({"caption": ["one", "", "two"]}).encode()
+    shards = Shards(str(make_tar(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("1.json", b"\xef\xbb\xbf" + several)])))
+    assert captions(shards) == [("one", "two")]
+    members = [("d/1.image.jpg", jpeg(1)), ("d/1.caption.txt", b"one"), ("2.image.png", jpeg(2)), ("2.text.txt", b"two"),
+               ("__MACOSX/d/._1.image.jpg", b"x"), ("d/._1.image.jpg", b"x")]
+    shards = Shards(str(make_tar(tmp_path / "b.tar", members)))         # WebDataset cuts names at the first dot
+    assert sorted(captions(shards)) == [("one",), ("two",)] and shards.notes == ["2 hidden files (.NAME, __MACOSX), not read"]
+    (tmp_path / "c.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    refused("gunzip", Shards, str(tmp_path / "c.tar.gz"))
 
 
 def test_rows_that_look_wrong_are_noted(tmp_path):
@@ -403,7 +451,15 @@ def make_folder(root, files: list[str]):
     (["train/ice_cream/1.jpg", "train/dog/1.jpg", "val/dog/1.jpg"], "train", ["dog", "ice cream"], [0, 1]),
     (["train/cat/1.jpg", "train/dog/1.jpg", "val/dog/1.jpg"], "val", ["cat", "dog"], [1]),      # labels as in train
     (["a/x/y/1.jpg", "a/0.jpg", "a/notes.txt", "b/2.jpg", ".git/1.jpg", "1.jpg"], "train", ["a", "b"], [0, 0, 1]),
-    (["10/1.png", "9/1.png"], "train", ["10", "9"], [0, 1]),                            # sorted as text, as elsewhere
+    (["10/1.png", "9/1.png"], "train", ["9", "10"], [0, 1]),                            # numbers count as numbers
+    (["a_2/1.png", "a_10/1.png", "a/1.png", "11/1.png"], "train", ["11", "a", "a 2", "a 10"], [0, 1, 2, 3]),
+    (["Train/b/1.jpg", "Train/a/1.jpg", "Test/b/1.jpg"], "train", ["a", "b"], [0, 1]),
+    (["Train/b/1.jpg", "Train/a/1.jpg", "Test/b/1.jpg"], "val", ["a", "b"], [1]),       # "test" stands in
+    (["training/a/1.jpg", "VALID/b/1.jpg"], "val", ["a", "b"], [1]),
+    (["train/a/1.jpg", "validation/b/1.jpg", "testing/a/1.jpg", "docs/x/1.jpg"], "test", ["a", "b"], [0]),
+    (["train/1.jpg", "car/1.jpg", "test/1.jpg"], "train", ["car", "test", "train"], [0, 1, 2]),     # one can ride a train
+    (["a/1.jpg", "b/._1.jpg", "b/1.jfif", "b/2.AVIF", "b/.ipynb_checkpoints/1.jpg", "__MACOSX/a/._1.jpg",
+      ".ipynb_checkpoints/1.jpg"], "train", ["a", "b"], [0, 1, 1]),
 ])
 def test_folder(tmp_path, files, split, classes, labels):
     found = open_data(make_folder(tmp_path, files), split, "classes")
@@ -438,10 +494,10 @@ def test_imagenet_as_it_comes(tmp_path):
     (["a/notes.txt", "b/notes.txt"], None, "holds no images"),
     (["1.jpg", "2.jpg"], None, "sorted into a folder for each class as docs/DATA.md says, holds no images"),
     (["train/n01440764/1.JPEG", "train/n01443537/1.JPEG", "val/ILSVRC2012_val_00000001.JPEG"], None,
-     "val, sorted into a folder for each class as docs/DATA.md says, holds no images"),
+     "no folder 'val' with a folder for each class in it, only train"),
     (["00000/000000000.jpg", "00000/000000000.txt", "00001/000010000.jpg", "00001/000010000.txt"], None,
      "00000 holds pairs as img2dataset leaves them"),
-    (["val/a/1.jpg"], None, "has no folder 'train', only val"),
+    (["val/a/1.jpg"], None, "has no folder 'train' with a folder for each class in it, only val"),
     (["a/1.jpg", "b/1.jpg"], "a great white shark\n", "has no line a<TAB>name"),
     (["a/1.jpg", "b/1.jpg"], "a\tcat\n", "has no line b<TAB>name"),
 ])
@@ -449,7 +505,22 @@ def test_folder_that_cannot_be_used(tmp_path, files, class_names, message):
     spec = make_folder(tmp_path / "root", files)
     if class_names:
         (tmp_path / "root" / "classnames.txt").write_text(class_names)
-    refused(message, open_data, spec, "val" if message.startswith("val") else "train", "classes")
+    refused(message, open_data, spec, "val" if "'val'" in message else "train", "classes")
+
+
+def test_what_is_not_read_of_a_folder_is_counted(tmp_path):
+    spec = make_folder(tmp_path, ["Train/a/1.jpg", "Train/a/._1.jpg", "Train/a/notes.txt", "Test/a/1.jpg", "docs/x.jpg"])
+    assert open_data(spec, "val", "classes").notes == [
+        "1 folders beside those of the splits, not read", f"{tmp_path} has no folder 'val': 'Test' stands in for it"]
+    assert "2 files that are no images by their names, or hidden, not read" in open_data(spec, "train", "classes").notes
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """As an old zip leaves them: they can be said, hashed and read."""
+    cafe = os.fsdecode(b"caf\xe9")
+    found = open_data(make_folder(tmp_path, [f"{cafe}/1.jpg", "star/1.jpg"]), "train", "classes")
+    assert found.classes == ["caf\u00e9", "star"] and names(found)[0] == "caf\u00e9/1.jpg" and grays(found) == [0, 1]
+    assert len(hash_names(found)) == 64 and len(data.fingerprint([cafe])) == 8
 
 
 # ---- coco and flickr30k ---------------------------------------------------------------------------------------------
@@ -491,7 +562,7 @@ def without(entry: dict, key: str) -> dict:
     (lambda c: dict(c, annotations=[{"image_id": 99, "caption": "x"}]), "annotations[0]: there is no image 99"),
     (lambda c: dict(c, annotations=[{"image_id": 4, "caption": 5}]), "annotations[0]: wanted an object with 'caption'"),
     (lambda c: dict(c, annotations=[]), "holds no images"),
-    (lambda c: dict(c, images=[dict(i, file_name="gone.jpg") for i in c["images"]]), "none of the first 2 images"),
+    (lambda c: dict(c, images=[dict(i, file_name=f"gone{i['id']}") for i in c["images"]]), "none of the first 2 images"),
 ])
 def test_malformed_coco(tmp_path, change, message):
     refused(message, lambda: open_data(make_coco(tmp_path, "2017", change)))
