@@ -191,7 +191,7 @@ def pick_caption(sample: Sample, rng: np.random.Generator) -> str:
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet's red, green and blue, in 0..1
 Image.init()                 # no other formats: reading EPS would start a program.  Some builds of Pillow lack AVIF
-IMAGE_FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
+IMAGE_FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN]
 EXTENSIONS = {extension[1:] for extension, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
 MAX_PIXELS = 100_000_000     # a file of a few kilobytes can claim gigabytes of pixels
 MAX_SCANS = 100              # of a progressive JPEG, which has about ten: thousands in a small file decode for hours
@@ -199,6 +199,8 @@ MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or cou
 BICUBIC = Image.Resampling.BICUBIC
 TORCH_RESIZE = torch.backends.cpu.get_cpu_capability().startswith("AVX")   # faster than Pillow there, else slower
 
+if not hasattr(Image.Image, "has_transparency_data"):    # else every image would be called corrupt
+    raise ImportError(f"Pillow {PIL.__version__} is too old, 10.1 is wanted: pip install -r requirements.txt")
 Image.MAX_IMAGE_PIXELS = None                            # open_image has a limit of its own
 warnings.filterwarnings("ignore", module=r"PIL\.")       # Pillow's remarks on odd files; bad ones we report ourselves
 
@@ -1079,19 +1081,32 @@ def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, w
 
 
 class DataLoader(torch.utils.data.DataLoader):
-    """torch's, for Records and the keys of their batches; it tells of a worker's death in one line."""
+    """torch's, for Records and the keys of their batches; it tells of a worker's death or want in one line."""
     def __init__(self, records, batches, workers, collate):
-        super().__init__(records, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+        super().__init__(records, batch_sampler=batches, num_workers=workers,
+                         collate_fn=partial(share_tensors, collate) if workers else collate,
                          pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_parent)
 
     def __iter__(self):
         try:
             yield from super().__iter__()
         except RuntimeError as error:
+            if "shared memory" in str(error):
+                raise UserError("no room in /dev/shm, through which loader processes hand over batches: enlarge it "
+                                "(docker run --shm-size=8g), or give fewer --workers, or 0") from None
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(f"a loader process died ({one_line(error)}): with too little memory, lower --workers; the "
                             f"same command goes on from the last checkpoint") from None
+
+
+def share_tensors(collate, items):
+    """A batch in shared memory; without this torch puts it there in a thread, where it says of want of room nothing."""
+    batch = collate(items)
+    for value in batch.values() if isinstance(batch, dict) else ():
+        if torch.is_tensor(value):
+            value.share_memory_()
+    return batch
 
 
 def leave_signals_to_parent(worker):
@@ -1348,9 +1363,10 @@ class Shards:
                                                                                   several, if there is no .txt
                                                                  000000001.jpg    ...
 
-    Names are cut at the last dot, or where that makes no pair at the first; the files of a pair need not stand together.
-    Of two members of one name the last one counts, as when tar extracts.  Each tar is walked once and its index kept in the folder `cache`, if one is given;
-    images are read from their place in the tar, nothing is ever extracted.
+    Names are cut at the last dot, or where that makes no pair at the first; the files of a pair need not stand
+    together.  Of two members of one name the last one counts, as when tar extracts.  Each tar is walked once and its
+    index kept in the folder `cache`, if one is given; images are read from their place in the tar, nothing is ever
+    extracted.
     """
     classes = None
 
@@ -1490,8 +1506,9 @@ def csv_rows(path, image, texts, counts):
                     break
             rows = csv.DictReader(file, names, delimiter=separator, restval="", skipinitialspace=True)
         if not {image, *texts} <= set(names):
-            raise UserError(f"{path}: wanted columns {image!r} and {', '.join(map(repr, texts))} in the first line, got "
-                            f"{line[:80]!r}: name yours with csv:FILE,image=COLUMN,caption=COLUMN")
+            wanted = " and ".join(map(repr, [image, *texts]))
+            raise UserError(f"{path}: wanted columns {wanted} in the first line, got {line[:80]!r}: name yours with "
+                            f"csv:FILE,image=COLUMN,caption=COLUMN")
         try:
             for row in rows:
                 captions = []
@@ -1521,12 +1538,15 @@ def is_image(path):
 def folders_in(path):
     """The names of the folders in a folder, hidden ones left out; 2 is before 10."""
     with reading(path):
-        return numbers_in_order(entry.name for entry in os.scandir(path) if entry.is_dir() and not is_hidden(entry.name))
+        folders = [entry.name for entry in os.scandir(path) if entry.is_dir()]
+    return numbers_in_order(name for name in folders if not is_hidden(name))
 
 
 def numbers_in_order(names):
     """Sorted, where numbers in the names count as numbers."""
-    return sorted(names, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+    def key(name):
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return sorted(names, key=key)
 
 
 def find_splits(root):
@@ -2124,6 +2144,14 @@ def only_shapes(specs: tuple[str, ...]) -> bool:
     return bool(specs) and all(spec.partition(":")[0] == "shapes" for spec in specs)
 
 
+def same_but_moved(specs: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Whether SPECs differ in nothing but the paths of files and folders."""
+    def rest(spec: str) -> list[str]:
+        kind, _, path = spec.partition(":")
+        return [kind, path] if kind == "shapes" else [kind, *re.split(r",(?=image=|caption=)", path)[1:]]
+    return [rest(str(spec)) for spec in specs or ()] == list(map(rest, others))
+
+
 def open_data(spec: str, split: str | None = None, task: str = "captions", size: int | None = None,
               cache: str | Path | None = None):
     """The data set that `spec` names, of a format that has the task.
@@ -2268,8 +2296,10 @@ def check(data, tokenizer: BytePairTokenizer | None = None, context_length: int 
                   sample_hash=hash_names(data))
     for key, value in report.items():
         say(f"{key}: {value}")
-    for line in [f"bad record {name}: {reason}" for name, reason in bad[:20]] + [f"note: {note}" for note in data.notes]:
-        say(printable(line))
+    for name, reason in bad[:20]:
+        say(printable(f"bad record {name}: {reason}"))
+    for note in data.notes:
+        say(printable(f"note: {note}"))
     return dict(report, bad_records=bad[:20], notes=[*data.notes])
 
 

@@ -29,7 +29,7 @@ import data as data_module
 from data import EvalTransform, TrainTransform, UserError, run, say
 from losses import gather
 from model import MaskCLIP, build, load_checkpoint, opt, pool_tokens
-from train import ReadRecord, RunOptions, Runtime, cosine_schedule, extract, parse, report_bad, setup
+from train import ReadRecord, RunOptions, Runtime, cosine_schedule, extract, parse, report_bad, setup, tell_shared
 
 FEW = 100_000       # fewer training records than this are trained on in smaller steps, see `recipe`
 AT_ONCE = 256       # images that a process encodes at once
@@ -210,6 +210,7 @@ def main(argv: Sequence[str] | None = None):
     if runtime.is_main:
         say(f"{o.checkpoint}: linear probing of {config.method} on {o.data[0]}, {len(train_data):,} training records "
             f"of {len(train_data.classes)} classes")
+        tell_shared(train_data, test_data)
     for name, network in networks.items():
         start = time.monotonic()
         r = results[name] = probe(network, o, train_data, test_data, EvalTransform(size, resize), runtime)

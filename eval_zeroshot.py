@@ -263,18 +263,27 @@ class Job:
             say(line)
 
 
-def names_of_classes(file: str, data, spec: str) -> list[str]:
-    """From the file, or the data's own.  UserError if they are no names, or not as many."""
+def names_of_classes(job: Job, data, spec: str) -> list[str]:
+    """Those of --classes, or the data's own.  UserError if they are no names, or not as many.
+
+    A file that names the folders of the classes, in lines "FOLDER<TAB>name" or by nothing but their names, may have
+    them in any order.  Else lines and classes are matched by position, and the first and last pair are told.
+    """
+    file = job.options.classes
     if len(data.classes) == 1:
         raise UserError(f"{spec} has one class, {data.classes[0]}, and nothing to tell it from: wanted a folder for "
                         f"each, DIR/CLASS/*.jpg, or DIR/val/CLASS/*.jpg")
     if not file:
         data_module.want_names(data, spec)
         return data.classes
-    classes = data_module.read_lines(file, "class names")
-    if len(classes) != len(data.classes):
-        raise UserError(f"{file} has {len(classes)} lines, {spec} {len(data.classes)} classes: want as many")
-    return classes
+    lines, folders = data_module.read_lines(file, "class names"), getattr(data, "folders", data.classes)
+    for named in (data_module.by_folder(lines), dict(zip(lines, lines))):
+        if set(folders) <= set(named):
+            return [named[folder] for folder in folders]
+    if len(lines) != len(folders):
+        raise UserError(f"{file} has {len(lines)} lines, {spec} {len(folders)} classes: want as many")
+    job.say(f"classes of {spec} by their place in {file}: {folders[0]} is {lines[0]} ... {folders[-1]} is {lines[-1]}")
+    return lines
 
 
 def classify(job: Job, spec: str) -> dict:
@@ -287,7 +296,7 @@ def classify(job: Job, spec: str) -> dict:
     confused                     [{"class", "taken_for", "images"}, ...], ten at most, the most frequent first
     """
     o, data = job.options, job.open(spec, "classes")
-    classes, templates = names_of_classes(o.classes, data, spec), find_templates(job.model, o.templates)
+    classes, templates = names_of_classes(job, data, spec), find_templates(job.model, o.templates)
     scores, found = job.class_scores(data, classes, templates, o.squash)
     known = found["label"] >= 0
     scores, label = scores[known], found["label"][known]
@@ -322,22 +331,31 @@ def classify(job: Job, spec: str) -> dict:
 
 
 def left_out(result: dict) -> str:
-    reasons = {"bad": "that cannot be read", "unlabelled": "of no class"}
+    reasons = {"bad": "that cannot be read", "unlabelled": "of no class", "copies": "copies of other images"}
     return "".join(f"; {result[key]} {reason} left out" for key, reason in reasons.items() if result.get(key))
 
 
 def retrieve(job: Job, spec: str) -> dict:
-    """Retrieval both ways: prints and returns images, texts, bad (counts) and what recall_at_k returns."""
+    """Retrieval both ways: prints and returns images, texts, bad (counts) and what recall_at_k returns.
+
+    Copies of an image are one image with the captions of all: no model could tell which of them is meant.
+    """
     o, found = job.options, job.images(job.open(spec, "retrieval"), job.options.squash)
     texts = [o.caption_prefix + caption for captions in found["captions"] for caption in captions]
     if not texts:
         raise UserError(f"{spec} has no captions: retrieval wants {data_module.specs('retrieval')}")
-    counts = torch.tensor([len(captions) for captions in found["captions"]])                        # (I,)
-    image_of_text = torch.arange(len(counts)).repeat_interleave(counts)                             # (T,)
+    first = {}                                              # of I different images the place of the first
+    for i, pixels in enumerate(found["pixels"]):
+        first.setdefault(pixels, i)
+    number = {pixels: i for i, pixels in enumerate(first)}
+    image_of_text = torch.tensor([number[pixels] for pixels, captions in zip(found["pixels"], found["captions"])
+                                  for _ in captions])                                               # (T,)
+    images = found["features"][list(first.values())]                                               # (I, E)
     embedded = encode_texts(job.model, job.tokenizer, texts, job.runtime, o.batch_size)             # (T, E)
-    recall = recall_in_chunks(found["features"], embedded, image_of_text, speaks=job.runtime.is_main)
-    result = dict(data=spec, task="retrieval", images=len(counts), texts=len(texts), bad=len(found["bad"]), **recall)
-    job.say(f"\n{spec}: retrieval among {len(counts):,} images and {len(texts):,} captions, {len(set(texts)):,} of "
+    recall = recall_in_chunks(images, embedded, image_of_text, speaks=job.runtime.is_main)
+    result = dict(data=spec, task="retrieval", images=len(images), texts=len(texts), bad=len(found["bad"]),
+                  copies=len(found["pixels"]) - len(images), **recall)
+    job.say(f"\n{spec}: retrieval among {len(images):,} images and {len(texts):,} captions, {len(set(texts)):,} of "
             f"them distinct{left_out(result)}")
     for way, by_k in recall.items():
         job.say(f"  {way.replace('_', ' ')}   " + "   ".join(f"R@{k} {hits:6.1%}" for k, hits in by_k.items()))

@@ -39,7 +39,7 @@ from data import BICUBIC, MEAN, STD, BadRecord, UserError, crop_box, normalize, 
 from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt, save_atomically
 from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, draw_curves,
                    extract, find_resumable, first_look, layer_decay_groups, open_mixed, parse, set_learning_rate, setup,
-                   show, wrap)
+                   show, tell_shared, wrap)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,8 +178,8 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
 
     def save(step: int, bad_count: int) -> bool:
         return save_atomically(out / "last.pt", dict(
-            more, config=asdict(o), data=start.data, step=step, bad_count=bad_count, model=net.state_dict(),
-            optimizer=optimizer.state_dict()))
+            more, config=asdict(o), data=start.data, step=step, total=o.steps, bad_count=bad_count,
+            model=net.state_dict(), optimizer=optimizer.state_dict()))
 
     loader = data_module.train_loader(data, transform, o.batch_size, o.seed, range(start.step, o.steps), runtime.rank,
                                       runtime.world, runtime.workers)
@@ -188,13 +188,13 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     if runtime.is_main:
         for note in getattr(data, "notes", ()):
             say(f"note: {note}")
-        start.announce()
+        start.announce(o.steps)
     net.train()
-    for step, batch in enumerate(loader, start=start.step):
+    for step, batch in guard.batches(loader):
         lr = o.lr * schedule(step, o.steps, o.warmup_steps)
         set_learning_rate(optimizer, lr)
         optimizer.zero_grad()
-        terms = backward(model, losses_of, guard.readable(batch, step), step, o.seed, runtime, accumulate)
+        terms = backward(model, losses_of, batch, step, o.seed, runtime, accumulate)
         norm = clip_gradient(optimizer, o.clip_grad, runtime)
         if guard.accepts(step, terms, norm):
             optimizer.step()
@@ -260,8 +260,7 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
         say(f"fine-tuning {'random weights' if o.from_scratch else o.checkpoint} with recipe {o.recipe}: "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data.classes)} classes, "
             f"{len(data)} images, {o.steps} steps of {o.batch_size}; {runtime}")
-        if data.name(0) == test.name(0):
-            say("note: these data have no test split: accuracy will be that on the training images")
+        tell_shared(data, test)
 
     def losses_of(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))

@@ -1395,13 +1395,24 @@ def load_public(model: MaskCLIP, state: dict[str, Tensor], spec: str):
 
 
 def initialize(model: MaskCLIP, spec: str):
-    """The start of a run from public weights: timm:FILE, its image tower; open_clip:DIR, all but masked branches."""
-    state, theirs = read_public(spec, model.config)
+    """The start of a run from other weights: timm:FILE, its image tower; open_clip:DIR, all but masked branches; or a
+    checkpoint of train.py, of any method, all that both have."""
+    is_ours = Path(spec).is_file()
+    if is_ours:
+        other, _, theirs = load_checkpoint(spec)
+    else:
+        state, theirs = read_public(spec, model.config)
     for f in fields(Config):
         said, ours = getattr(theirs, f.name), getattr(model.config, f.name)
         if f.metadata["group"].endswith("tower") and f.name not in FREE_AT_START and said != ours:
             raise UserError(f"{spec} has {f.name} {said}, this run {ours}: give --{f.name.replace('_', '-')} {said}")
-    load_public(model, state, spec)
+    if not is_ours:
+        return load_public(model, state, spec)
+    ours, state = model.state_dict(), other.state_dict()
+    both = {name: x for name, x in state.items() if name in ours and ours[name].shape == x.shape}
+    model.load_state_dict(ours | both)
+    fresh = sorted({name.split(".")[0] for name in ours.keys() - both.keys()})
+    say(f"weights of {spec}; fresh: {', '.join(fresh) or 'none'}")
 
 
 def import_public(spec: str, preset: str, bpe: str | None, out: Path):

@@ -11,6 +11,7 @@ be stopped anywhere and go on, on another number of processes too.
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from os.path import isfile
 from pathlib import Path
 
 PARENT = os.getppid()           # asked before the imports below, which take seconds: see StopSignal
@@ -97,8 +99,8 @@ def parse_train_options(argv=None) -> TrainOptions:
     defaults.pairs = {"pocket": 20_000, "vit-b16-cc3m": 3_000_000}.get(chosen.preset, defaults.pairs)
     o = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
     o.out = o.out or f"runs/{o.preset}"
-    if o.init not in ("mae", "mimetic") and not o.init.startswith(("timm:", "open_clip:")):
-        raise UserError(f"--init {o.init} is unknown; choose mae, mimetic, timm:FILE or open_clip:DIR")
+    if o.init not in ("mae", "mimetic") and not o.init.startswith(("timm:", "open_clip:")) and not isfile(o.init):
+        raise UserError(f"--init {o.init} is unknown; choose mae, mimetic, timm:FILE, open_clip:DIR or a checkpoint")
     if o.image_size % o.patch_size:
         raise UserError(f"--image-size {o.image_size} is no multiple of --patch-size {o.patch_size}")
     for width, heads in ((o.width, o.heads), (o.text_width, o.text_heads)):
@@ -216,6 +218,8 @@ def backward_in_parts(model: nn.Module, core: MaskCLIP, teacher: Teacher | None,
 def train(o: TrainOptions):
     """Everything a run needs, then step after step."""
     stop, runtime, out = StopSignal(), setup(o), Path(o.out)
+    if o.compile:
+        check_compiler(runtime.device)
     if runtime.share(o.batch_size) % o.accumulate:
         raise UserError(f"--accumulate {o.accumulate} does not divide the {runtime.share(o.batch_size)} pairs of a "
                         f"process")
@@ -227,7 +231,7 @@ def train(o: TrainOptions):
     core = build(o, tokenizer.eot)
     start = find_resumable(o, out)
     start.use(data, vocabulary=tokenizer.state())
-    if start.state is None and ":" in o.init:
+    if start.state is None and o.init not in ("mae", "mimetic"):
         initialize(core, o.init)
     start.load(core, "model")
     core.to(runtime.device)
@@ -251,11 +255,11 @@ def train(o: TrainOptions):
         announce(o, data, core, tokenizer, total, start, runtime)
     guard, tests = Guard(o, runtime, stop, total, start, save), Tests(o, steps_per_epoch)
     core.train()
-    for step, batch in enumerate(loader, start=start.step):
+    for step, batch in guard.batches(loader):
         lr = cosine_schedule(step, total, warmup, o.lr, o.lr_end, o.lr_start)
         momentum = momentum_at(step, total, o.momentum, o.momentum_end) if METHODS[o.method]["ema"] else 0.0
         set_learning_rate(optimizer, lr)
-        batch = hide(guard.readable(batch, step), core, tokenizer.sot, step, o.seed, runtime.rank, runtime.world)
+        batch = hide(batch, core, tokenizer.sot, step, o.seed, runtime.rank, runtime.world)
         parts = micro_batches(batch, o.accumulate, runtime.device)
         seed = (o.seed << 32) + step * o.accumulate
         optimizer.zero_grad()
@@ -308,11 +312,16 @@ def make_tokenizer(o: TrainOptions, data) -> BytePairTokenizer:
     """CLIP's merges from --bpe, those of the weights the run starts from, or as many as vocab_size allows learned from
     the captions of the first records."""
     kind, _, path = o.init.partition(":")
-    if o.bpe or kind == "open_clip":
-        tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else read_merges(path)
-        o.vocab_size = max(o.vocab_size, tokenizer.vocab_size)
-        return tokenizer
-    return data_module.learn_tokenizer(data, o.vocab_size)
+    if o.bpe:
+        tokenizer = BytePairTokenizer.from_file(o.bpe)
+    elif kind == "open_clip":
+        tokenizer = read_merges(path)
+    elif isfile(o.init):
+        tokenizer = load_checkpoint(o.init)[1]
+    else:
+        return data_module.learn_tokenizer(data, o.vocab_size)
+    o.vocab_size = max(o.vocab_size, tokenizer.vocab_size)
+    return tokenizer
 
 
 def announce(o: TrainOptions, data, core: MaskCLIP, tokenizer, total: int, start: "Start", runtime: "Runtime"):
@@ -329,7 +338,7 @@ def announce(o: TrainOptions, data, core: MaskCLIP, tokenizer, total: int, start
         say(f"note: {len(data) % o.batch_size} records fill no batch and are left out of an epoch, others in each")
     if not o.bpe and tokenizer.vocab_size < 49408 <= o.vocab_size:
         say("note: the vocabulary was learned from the captions: for CLIP's, give its merges file with --bpe")
-    start.announce()
+    start.announce(total)
 
 
 def finish(o: TrainOptions, core: MaskCLIP, teacher, tokenizer: BytePairTokenizer, runtime: "Runtime", bad_count: int,
@@ -463,11 +472,11 @@ def to_device(part: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
-# fields in which a resumed run may differ from the interrupted one: they change neither the data nor what is computed,
-# only where, in which parts and how exactly
-FREE_TO_CHANGE = {"out", "device", "precision", "workers", "resume", "accumulate", "checkpoint_every", "log_every",
-                  "compile", "max_bad", "bpe", "json", "eval", "draw", "limit", "plan", "gpus", "gpu", "pairs",
-                  "utilization", "eval_every", "eval_data", "keep_best", "keep_every"}
+# fields in which a resumed run may differ from the earlier one: they change neither the data nor what is computed, only
+# where, in which parts, how exactly and how long
+FREE_TO_CHANGE = {"epochs", "steps", "out", "device", "precision", "workers", "resume", "accumulate",
+                  "checkpoint_every", "log_every", "compile", "max_bad", "bpe", "json", "eval", "draw", "limit",
+                  "plan", "gpus", "gpu", "pairs", "utilization", "eval_every", "eval_data", "keep_best", "keep_every"}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -681,6 +690,14 @@ def multiplies_bf16(device: torch.device) -> bool:
         return False
 
 
+def check_compiler(device: torch.device):
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:              # of another kind for each thing that may be missing
+        raise UserError(f"--compile finds no compiler that works, C++ for CPUs, Triton and C for GPUs: leave it out "
+                        f"({data_module.one_line(error)})") from None
+
+
 def wrap(core: nn.Module, runtime: Runtime) -> nn.Module:
     """core as it is called in training: on several processes its gradients are averaged during backward."""
     if runtime.world == 1:
@@ -773,42 +790,55 @@ class Start:
                 raise UserError(f"{self.out}/last.pt does not fit its own config: "
                                 f"{data_module.one_line(error)}") from None
 
-    def announce(self):
+    def announce(self, total: int):
         if self.step:
             say(f"going on from step {self.step} of {self.out}/last.pt")
+            if self.state["total"] != total:
+                say(f"note: that run was to have {self.state['total']} steps, this one has {total}: learning rate and "
+                    f"momentum are from here on those of the new length")
 
 
 def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
     """What to go on from.  Another run in the same folder is never overwritten."""
     paths = [out / "last.pt"] if (out / "last.pt").exists() else []
     paths += [Path(options.resume)] if options.resume not in ("auto", "none") else []
-    state, parts = None, dict(step=int, bad_count=int, config=dict, model=dict, optimizer=dict, data=str)
+    state, parts = None, dict(step=int, total=int, bad_count=int, config=dict, model=dict, optimizer=dict, data=str)
     for path in paths:
         state = load_state(path)
         if state.get("kind") != kind or not all(isinstance(state.get(name), parts[name]) for name in parts):
             raise UserError(f"{path} is no {kind} checkpoint: choose another --out")
         for name, value in asdict(options).items():
-            if name not in FREE_TO_CHANGE and state["config"].get(name) != value:
-                raise UserError(f"{path} is of a run with {name} = {state['config'].get(name)}, this one has {value}: "
-                                f"choose another --out, or remove that folder")
+            theirs = state["config"].get(name)
+            is_same = data_module.same_but_moved(theirs, value) if name == "data" else theirs == value
+            if name not in FREE_TO_CHANGE and not is_same:
+                raise UserError(f"{path} is of a run with {name} = {theirs}, this one has {value}: choose another "
+                                f"--out" + f", and --init {path} to begin with its weights" * hasattr(options, "init"))
     return Start(out, None if options.resume == "none" else state)
 
 
 class StopSignal:
     """SIGTERM or SIGINT: the current step is finished and saved, then the program ends with 128 + signal.
 
+    So does a program that waits for a batch, if none comes within five seconds: see Guard.batches.
     A worker whose torchrun was killed stops in the same way: else it would train on beside the run that follows.
     """
     def __init__(self):
-        self.number = 0
+        self.number, self.waiting = 0, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
         if not self.number:
             self.number, self.since = number, time.monotonic()
+            if hasattr(signal, "SIGALRM"):              # not on Windows
+                signal.signal(signal.SIGALRM, self.leave_if_waiting)
+                signal.alarm(5)
         elif time.monotonic() - self.since > 5:         # not torchrun's echo of a signal that Slurm sent to us too
             sys.exit(128 + number)                      # asked twice: at once
+
+    def leave_if_waiting(self, number, frame):
+        if self.waiting:
+            sys.exit(128 + self.number)
 
     @property
     def is_set(self) -> bool:
@@ -830,6 +860,20 @@ class Guard:
     def write(self, step: int) -> bool:
         self.saved_at = time.monotonic()
         return not self.runtime.is_main or self.save(step, self.bad_count)
+
+    def batches(self, loader):
+        """(step, batch) of each step to do."""
+        batches = iter(loader)
+        for step in range(self.start.step, self.total):
+            try:
+                self.stop.waiting = True
+                batch = next(batches)
+            except SystemExit:                              # asked to stop, and no batch came
+                if self.write(step) and self.runtime.is_main:
+                    say(f"stopped after step {step}, waiting for data; the same command goes on from there")
+                raise
+            self.stop.waiting = False
+            yield step, self.readable(batch, step)
 
     def readable(self, batch: dict, step: int) -> dict:
         """The batch; records that could not be read, for which others stand in, are named."""
@@ -879,9 +923,10 @@ class Guard:
             sys.exit(128 + (self.stop.number or signal.SIGTERM))
 
     def finish(self):
-        if self.start.step < self.total and not self.write(self.total):
-            raise UserError(f"the finished model could not be saved to {self.start.out}/last.pt: free some space and "
-                            f"run the command again")
+        last = self.start.out / "last.pt"                   # not there if a run that was resumed had no steps to go
+        if (self.start.step < self.total or not last.exists()) and not self.write(self.total):
+            raise UserError(f"the finished model could not be saved to {last}: free some space and run the command "
+                            f"again")
 
 
 def report_bad(bad: list[tuple[str, str]]) -> int:
@@ -1062,7 +1107,9 @@ class ReadRecord:
         self.image = image              # transform(PIL image, rng) -> uint8 (3, H, W)
 
     def __call__(self, sample, rng) -> dict:
-        return dict(images=self.image(sample.image, rng), label=sample.label, captions=sample.captions)
+        images = self.image(sample.image, rng)
+        return dict(images=images, label=sample.label, captions=sample.captions,
+                    pixels=hashlib.sha256(images.numpy()).hexdigest())
 
 
 @torch.no_grad()
@@ -1070,10 +1117,11 @@ def extract(data, transform, encode, runtime: Runtime, batch_size: int) -> dict:
     """encode(images) of each readable record, once and in order; all processes get the same dict:
 
     features (n, D)   index (n,) of the record   label (n,), -1 unknown   captions [n tuples]   bad [(name, reason)]
+    pixels [n texts], equal for images that are copies of each other as the network sees them
     """
     loader = data_module.eval_loader(data, ReadRecord(transform), max(1, batch_size // runtime.world),
                                      runtime.rank, runtime.world, runtime.workers)
-    features, index, label, captions, bad = [], [], [], [], []
+    features, index, label, captions, pixels, bad = [], [], [], [], [], []
     for batch in data_module.progress(loader, len(loader), "batches of images", runtime.is_main):
         bad += batch["bad"]
         if "index" in batch:
@@ -1083,15 +1131,26 @@ def extract(data, transform, encode, runtime: Runtime, batch_size: int) -> dict:
             index += batch["index"].tolist()
             label += batch["label"].tolist()
             captions += batch["captions"]
-    parts = gather_objects((features, index, label, captions, bad), runtime)
-    features, index, label, captions, bad = ([item for part in parts for item in part[k]] for k in range(5))
+            pixels += batch["pixels"]
+    parts = gather_objects((features, index, label, captions, pixels, bad), runtime)
+    features, index, label, captions, pixels, bad = ([item for part in parts for item in part[k]] for k in range(6))
     if runtime.is_main:
         report_bad(bad)
     if not features:
         raise UserError(f"none of the {len(data)} records can be read; {bad[0][0]}: {bad[0][1]}")
     order = torch.tensor(index).argsort()
     return dict(features=torch.cat(features)[order].to(runtime.device), index=torch.tensor(index)[order],
-                label=torch.tensor(label)[order], captions=[captions[i] for i in order], bad=bad)
+                label=torch.tensor(label)[order], captions=[captions[i] for i in order],
+                pixels=[pixels[i] for i in order], bad=bad)
+
+
+def tell_shared(train_data, test_data):
+    """A line where images are tested on that were trained on, as of folders without splits."""
+    train_names = {train_data.name(i) for i in range(len(train_data))}
+    shared = sum(test_data.name(i) in train_names for i in range(len(test_data)))
+    if shared:
+        say(f"note: {shared:,} of the {len(test_data):,} test images are training images too: accuracy on these tells "
+            f"nothing; give data with a split for tests")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ import os
 import pickle
 import random
 import resource
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import traceback
 import zlib
@@ -38,7 +40,7 @@ from data import BadRecord, EvalTransform, TrainTransform, UserError, open_data,
 from model import METHODS, load_checkpoint, load_state, save_atomically
 from test_formats import jpeg, make_coco, make_csv, make_karpathy, make_tar, pairs, special, with_header
 from test_model import tiny
-from test_train import ALONE, BARE, SMALL, metrics, trained, weights
+from test_train import ALONE, BARE, SMALL, metrics, signals_kept, trained, weights
 from test_transforms import encoded, picture, png_that_claims
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
@@ -207,6 +209,51 @@ def test_a_signal_to_every_process_saves_the_step(number, status, tmp_path):
     step = load_state(tmp_path / "last.pt")["step"]
     assert process.returncode == status and "Traceback" not in err, err[-3000:]
     assert out.endswith(f"stopped after step {step}; the same command goes on from there\n") and step == lines(tmp_path)
+
+
+class Stuck(data.ShapesWorld):
+    """Data on a disk that no longer answers."""
+    def read(self, i):
+        time.sleep(600)
+
+
+@linux
+def test_a_signal_ends_a_run_that_waits_for_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "open_pairs", lambda o, out: Stuck(count=200, size=32))
+    monkeypatch.setattr(data, "learn_tokenizer", lambda *_: data.BytePairTokenizer([]))
+    with signals_kept():
+        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(SystemExit) as end:
+            trained(*SMALL, "--steps", 3, "--workers", 1, "--out", tmp_path)
+    assert end.value.code == 143 and "stopped after step 0, waiting for data" in capsys.readouterr().out
+    assert load_state(tmp_path / "last.pt")["step"] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a small disk")
+@pytest.mark.slow
+def test_a_small_shared_memory_is_told_in_one_line(tmp_path):
+    """Docker's is of 64 MB."""
+    line = shlex.join(map(str, command(*SMALL, "--workers", 1, "--batch-size", 200, "--steps", 3, "--out", tmp_path)))
+    small = subprocess.run(["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=256k none /dev/shm && exec {line}"],
+                           cwd=ROOT, capture_output=True, text=True, timeout=100)
+    if "Operation not permitted" in small.stderr:
+        pytest.skip("no right to mount")
+    assert small.returncode == 2 and small.stderr.splitlines()[-1].startswith("error: no room in /dev/shm"), small.stderr
+
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler_is_told_in_one_line(tmp_path):
+    run = subprocess.run(command(*SMALL, "--compile", "--steps", 1, "--out", tmp_path), cwd=ROOT, capture_output=True,
+                         text=True, env=dict(os.environ, CXX="/nowhere/c++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+    assert run.returncode == 2 and run.stderr.startswith("error: --compile finds no compiler") and (
+        run.stderr.count("\n") == 1), run.stderr
+
+
+def test_a_notebook_whose_output_cannot_be_configured(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as end:
+        data.run(lambda: print("caf\udce9"))
+    assert end.value.code == 0
 
 
 @linux

@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 import torch
 
+import data
 import train
 from conftest import SHARED, needs_shared, on_processes
 from model import METHODS, Teacher
@@ -310,9 +311,38 @@ def test_a_run_leaves_what_it_promises(two_processes):
     assert loaded.method == "maskclip" and not net.training and net.trained_on == ("shapes:train=200",)
 
 
+def test_a_finished_run_goes_on_longer_elsewhere_and_as_the_start_of_another(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    world = data.ShapesWorld(count=32, size=32)
+    for i in range(len(world)):
+        world.read(i).image.save(tmp_path / "a" / f"{i}.png")
+    (tmp_path / "a" / "t.csv").write_text(
+        "filepath,title\n" + "".join(f'{i}.png,"{world.scene(i).caption}"\n' for i in range(32)))
+
+    def run(folder, *more):
+        capsys.readouterr()
+        trained("--data", f"csv:{tmp_path}/{folder}/t.csv", "--batch-size", 8, "--method", "clip", *more)
+        return capsys.readouterr().out
+    out = tmp_path / "out"
+    run("a", "--epochs", 1, "--out", out)
+    (tmp_path / "a").rename(tmp_path / "b")                             # the data are the same, in another place
+    said = run("b", "--epochs", 2, "--out", out)
+    assert "going on from step 4" in said and "was to have 4 steps, this one has 8" in said
+    assert [line["step"] for line in metrics(out)][-1] == 7
+    said = run("b", "--epochs", 2, "--out", tmp_path / "whole", "--resume", out / "last.pt")
+    assert load_state(tmp_path / "whole" / "last.pt")["step"] == 8, "with nothing left to do it is saved all the same"
+    with pytest.raises(train.UserError, match=f"--init {out}/last.pt to begin with its weights"):
+        run("b", "--lr", 1, "--out", out)
+    said = run("b", "--epochs", 1, "--lr", 0, "--lr-end", 0, "--lr-start", 0, "--init", out / "last.pt", "--method",
+               "maskclip", "--out", tmp_path / "next")
+    assert "fresh: decoder, quantizer, text, text_decoder" in said
+    old, new = weights(out), weights(tmp_path / "next")
+    assert all(torch.equal(new[name], value) for name, value in old.items() if name != "logit_scale")
+
+
 @pytest.mark.parametrize("more, says", [
     (["--width", 64, "--steps", 3], "of a run with width = 32"),                 # another model in the same folder
-    (["--steps", 5], "of a run with steps = 3"),                                 # another schedule
+    (["--lr", 5, "--steps", 3], "of a run with lr = "),                          # another schedule
     (["--data", "shapes:train=300", "--steps", 3], "shapes:train=200"),             # other data
     (["--batch-size", 9999, "--steps", 3], "fewer than one batch"),
     (["--accumulate", 5, "--steps", 3], "does not divide"),
@@ -323,7 +353,7 @@ def test_a_run_leaves_what_it_promises(two_processes):
     (["--data", "photos:x"], "shapes"),                                             # the kinds that there are
     (["--bpe", "/nowhere/merges.gz"], "/nowhere/merges.gz"),
     (["--steps", 0, "--epochs", 0.01], "--epochs 0.01 of 8 steps are not one"),
-    (["--init", "nothing:x"], "mae, mimetic, timm:FILE"),
+    (["--init", "nothing:x"], "timm:FILE"),
     (["--compile", "--accumulate", 2], "leave one out, or --drop-path"),
 ])
 def test_a_mistake_is_a_user_error(more, says, two_processes, tmp_path):
