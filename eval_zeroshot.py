@@ -216,7 +216,7 @@ def roc_auc(scores: Tensor, positive: Tensor) -> float:
 
 
 def suite_score(metric: str, cosines: Tensor, label: Tensor, is_class: Tensor | None = None) -> float:
-    """By a metric of the ICinW suite or SLIP's.  cosines (n, C); label (n,), or for 11-point mAP is_class (n, C) bool"""
+    """By a metric of ICinW or of SLIP's suite.  cosines (n, C); label (n,), or for 11-point mAP is_class (n, C) bool"""
     scores = (100 * cosines).softmax(dim=1)             # over classes: this changes how images rank within a class
     if metric == "11-point mAP":
         each = [average_precision_11(*pair) for pair in zip(scores.T, is_class.T)]
