@@ -359,8 +359,8 @@ def test_suite(checkpoint, tmp_path, capsys):
 
     tasks = {task.name: task for task in data.icinw(str(tmp_path))[0]}
     signs, memes, pets, voc = tasks.values()
-    assert [task.data.classes for task in tasks.values()] == [
-        ["stop", "yield"], ["not", "hateful"], ["Abyssinian", "Bengal", "pug"], ["bus", "car"]], "of several names the first"
+    assert [task.data.classes for task in tasks.values()] == [                      # of several names the first
+        ["stop", "yield"], ["not", "hateful"], ["Abyssinian", "Bengal", "pug"], ["bus", "car"]]
     assert pets.templates == ("a photo of a {}, a type of pet.", "the {}.") and voc.templates == ("a {}.",)
     assert signs.templates == memes.templates == TEMPLATES_80
     labels = {"gtsrb": [0, 0, 1, 1], "hateful-memes": [0, 0, 1, 1], "oxford-iiit-pets": [0] * 4 + [1] * 3 + [2] * 2}
@@ -427,7 +427,7 @@ def test_table_of_the_suite():
     (["CHECKPOINT", "--data", "shapes:objects=2-3,val=16", "--task", "classes"], ["no image", "class"]),
     (["CHECKPOINT", "--templates", "9"], ["cannot read", "templates", "9"]),
     (["CHECKPOINT", "--templates", "a {} or {}"], ["one {}", "a {} or {}"]),
-    (["CHECKPOINT", "--metric", "ROC AUC", "--data", "shapes:val=64", "--task", "classes"], ["two classes", "has 64"]),
+    (["CHECKPOINT", "--metric", "ROC AUC", "--data", "shapes:val=64", "--task", "classes"], ["two classes", "64"]),
     (["CHECKPOINT", "--classes", "CHECKPOINT"], ["class names", "utf-8"]),
     (["CHECKPOINT", "--classes", __file__], ["64 classes"]),
 ])
