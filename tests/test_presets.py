@@ -4,6 +4,7 @@ the ICinW preset does with labeled data.
 "supp. B" is the supplement's section of experiment details, by its paragraph.  "silent" is what neither it nor, as far
 as we know, the main text says: then comes who the number is from.  A number that is not in its table fails the test.
 """
+import re
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import dense
 import eval_linear
 import finetune
 import train
+from conftest import ROOT
 from model import PRESETS, Config, preset_for, random_mask
 from train import cosine_schedule, parse, parse_train_options
 
@@ -215,3 +217,38 @@ def test_labels_stay_out_of_the_contrast_without_unicl(world):
     with pytest.raises(data.UserError, match="--no-unicl"):
         train.open_pairs(replace(options_for(world), method="filip"), world)
     assert len(train.open_pairs(replace(options_for(world), method="filip", unicl=False), world)) == 14
+
+
+# ---- YFCC15M's captions: the step that docs/DATA.md describes -------------------------------------------------------
+
+@pytest.fixture
+def step(tmp_path, monkeypatch):
+    """The page's program, in a folder with the image of one photograph"""
+    block, = re.findall(r"```python\n(# yfcc15m.py.*?)```", (ROOT / "docs" / "DATA.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images" / "abc" / "def").mkdir(parents=True)
+    (tmp_path / "images" / "abc" / "def" / "abcdef0.jpg").touch()
+    return block
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("A+red%20kite%2C+flying", "A red kite, flying"), ("IMG_0520", "IMG_0520"), ("", ""),
+    ("see+%3Ca+href%3D%22http%3A//x.org%22%3Emy+page%3C/a%3E", "see my page"),
+    ("%3Cb%3Ebold%3C/b%3E+and+%3Ci%3Eslanted%3C/i%3E", "bold and slanted"),
+    ("more+at+http%3A//x.org/a%3Fb+or+www.y.org", "more at  or "),
+])
+def test_captions_of_yfcc15m_are_cleaned_as_slip_does(step, text, wanted):
+    program = dict(__name__="yfcc15m")
+    exec(step, program)
+    assert program["clean"](text) == wanted
+
+
+def test_captions_of_yfcc15m_are_of_the_chosen_lines_with_an_image(step, tmp_path):
+    def line(number, name):
+        return "\t".join([number, "1", name, *"34567", "A+kite", "by+the+sea", *"abcde", "page", "address", *"fghijkl"])
+    lines = line("0", "abcdef0"), line("1", "abcdef0"), line("2", "absent")
+    (tmp_path / "yfcc100m_dataset.txt").write_text("".join(text + "\n" for text in lines))
+    (tmp_path / "yfcc100m_subset_data.tsv").write_text("1\t1\tabcdef0\n2\t1\tabsent\n")
+    exec(step, dict(__name__="__main__"))
+    assert (tmp_path / "yfcc15m.jsonl").read_text() == (
+        '{"filepath": "images/abc/def/abcdef0.jpg", "url": "address", "caption": ["A kite", "by the sea"]}\n')
