@@ -1938,7 +1938,8 @@ def toolkit_prompts(path):
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):      # of what is no plain list
                 name = node.targets[0].id
                 values[name] = ast.literal_eval(substitute.visit(node.value))
-        names = {name: ["\t".join([one] if isinstance(one, str) else one) for one in classes]
+        # of several names of a class the toolkit (evaluation/feature.py) takes the first
+        names = {name: [one if isinstance(one, str) else one[0] for one in classes]
                  for name, classes in values["class_map"].items()}
         templates = values["template_map"]
         return names, {name: checked_templates(templates[name]) for name in ICINW if name in templates}
@@ -2205,11 +2206,11 @@ class Mixed:
         return part.read(k)
 
 
-def name_classes(parts: list) -> list:
+def name_classes(parts: list, excluded=()) -> list:
     """Has folders of classes among the data sets read as pairs, for UniCL.
 
     The captions of an image are its class's name in each of 80 templates, and its text_label is its class over all data
-    sets; those with one list of classes share its labels.
+    sets; those with one list of classes share its labels.  excluded: names of folders whose images are left out.
     """
     text_labels, total = {}, 0                           # text_labels: that of the first class of each list
     for data in parts:
@@ -2219,7 +2220,25 @@ def name_classes(parts: list) -> list:
                 text_labels[tuple(data.classes)] = total
                 total += len(data.classes)
             data.names_classes, data.text_label = True, text_labels[tuple(data.classes)]
+            if excluded:
+                leave_out(data, set(excluded))
     return parts
+
+
+def leave_out(data, folders):
+    """Takes the images in folders of these names out of the data, and notes how many that were."""
+    found = set()
+
+    def stays(i):
+        own = folders.intersection(data.name(i).split("/"))
+        found.update(own)
+        return not own
+    kept = Packed(data.records[i] for i in filter(stays, range(len(data))))
+    if not found:
+        raise UserError(f"{data.root} has none of the {len(folders)} folders to leave out, such as {min(folders)}")
+    data.notes += [f"{len(data) - len(kept):,} images left out: {data.root} has {len(found)} of the {len(folders)} "
+                   f"folders to leave out"]
+    data.records = kept
 
 
 def hash_names(data) -> str:

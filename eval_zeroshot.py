@@ -41,10 +41,12 @@ class Options(RunOptions):
     checkpoint: str = opt("runs/pocket/last.pt", "what train.py wrote", "what")
     task: str = opt("auto", "auto: all that the data are there for", "what", ("auto", "classes", "retrieval", "icinw"))
     templates: str = opt("auto", "7, 80, 85, a file with a template a line, or one template as 'a photo of a {}.'; "
-                         "auto: 'a {}' for a model that was trained on shapes, its own for icinw, else 7 (paper)",
-                         "what")
+                         "auto: the data's own, of icinw or DIR/templates.txt, else 'a {}' for a model that was "
+                         "trained on shapes, else 7 (paper)", "what")
     classes: str = opt("", "file with a class a line in the data's order, tabs between several names of one; empty: "
                        "the data's own names", "what")
+    metric: str = opt("accuracy", "what the score of classes is; ROC AUC is of the second of two classes", "what",
+                      ("accuracy", "mean per class", "ROC AUC", "mean of top-1 and top-5"))
     split: str = opt("", "part of the data; empty: val for classes, test for retrieval", "what")
     caption_prefix: str = opt("", "put before each caption in retrieval, as 'a photo of ' (paper silent)", "what")
     squash: bool = opt(False, "squeeze images to a square; else their centre is cut out (paper silent)", "what")
@@ -85,9 +87,11 @@ def embed_classes(model: MaskCLIP, tokenizer: BytePairTokenizer, classes: Sequen
     return F.normalize(torch.stack([rows.mean(dim=0) for rows in embedded]), dim=-1)
 
 
-def find_templates(model: MaskCLIP, asked: str) -> tuple[str, ...]:
-    """What --templates says; auto takes sentences such as the model has read."""
-    auto = "a {}" if data_module.only_shapes(model.trained_on) else "7"
+def find_templates(model: MaskCLIP, asked: str, root: str = "") -> tuple[str, ...]:
+    """What --templates says; auto takes those in the data's folder root, else sentences such as the model has read."""
+    auto, own = "a {}" if data_module.only_shapes(model.trained_on) else "7", Path(root) / "templates.txt"
+    if root and own.is_file():
+        auto = str(own)
     return data_module.find_templates(auto if asked == "auto" else asked)
 
 
@@ -212,7 +216,7 @@ def roc_auc(scores: Tensor, positive: Tensor) -> float:
 
 
 def suite_score(metric: str, cosines: Tensor, label: Tensor, is_class: Tensor | None = None) -> float:
-    """By a metric of the ICinW suite.  cosines (n, C); label (n,), or for 11-point mAP is_class (n, C) bool"""
+    """By a metric of ICinW or of SLIP's suite.  cosines (n, C); label (n,), or for 11-point mAP is_class (n, C) bool"""
     scores = (100 * cosines).softmax(dim=1)             # over classes: this changes how images rank within a class
     if metric == "11-point mAP":
         each = [average_precision_11(*pair) for pair in zip(scores.T, is_class.T)]
@@ -221,6 +225,8 @@ def suite_score(metric: str, cosines: Tensor, label: Tensor, is_class: Tensor | 
         return roc_auc(scores[:, 1], label == 1)
     if metric == "mean per class":
         return class_accuracy(confusion(cosines.argmax(dim=1), label, cosines.shape[1])).nanmean().item()
+    if metric == "mean of top-1 and top-5":
+        return (top_k(cosines, label, 1) + top_k(cosines, label, 5)) / 2
     return top_k(cosines, label, 1)
 
 
@@ -291,12 +297,14 @@ def classify(job: Job, spec: str) -> dict:
 
     images, classes, templates   how many of them            bad, unlabelled   records left out
     classes_hash, templates_hash   the same for the same names and templates, see data.fingerprint
+    metric, score                what --metric asks for
     top1, top5, mean_per_class   shares of images; color, shape besides on the Shapes world
     per_class                    [{"class", "images", "accuracy" (None without images)}, ...]
     confused                     [{"class", "taken_for", "images"}, ...], ten at most, the most frequent first
     """
     o, data = job.options, job.open(spec, "classes")
-    classes, templates = names_of_classes(job, data, spec), find_templates(job.model, o.templates)
+    classes = names_of_classes(job, data, spec)
+    templates = find_templates(job.model, o.templates, getattr(data, "root", ""))
     scores, found = job.class_scores(data, classes, templates, o.squash)
     known = found["label"] >= 0
     scores, label = scores[known], found["label"][known]
@@ -305,13 +313,15 @@ def classify(job: Job, spec: str) -> dict:
     guess, names = scores.argmax(dim=1), [name.split("\t")[0] for name in classes]
     counts = confusion(guess, label, len(classes))
     accuracy = class_accuracy(counts)
+    if o.metric == "ROC AUC" and len(classes) != 2:
+        raise UserError(f"--metric 'ROC AUC' is of two classes, {spec} has {len(classes)}: choose another")
     pairs = zip(label.tolist(), guess.tolist())
     confused = Counter((names[right], names[wrong]) for right, wrong in pairs if right != wrong).most_common(10)
     result = dict(
         data=spec, task="classes", images=len(label), classes=len(classes), templates=len(templates),
         classes_hash=fingerprint(classes), templates_hash=fingerprint(templates), bad=len(found["bad"]),
-        unlabelled=(~known).sum().item(), top1=top_k(scores, label, 1), top5=top_k(scores, label, 5),
-        mean_per_class=accuracy.nanmean().item(),
+        unlabelled=(~known).sum().item(), metric=o.metric, score=suite_score(o.metric, scores, label),
+        top1=top_k(scores, label, 1), top5=top_k(scores, label, 5), mean_per_class=accuracy.nanmean().item(),
         per_class=[{"class": name, "images": n, "accuracy": hits if n else None}
                    for name, n, hits in zip(names, counts.sum(dim=1).tolist(), accuracy.tolist())],
         confused=[{"class": right, "taken_for": wrong, "images": n} for (right, wrong), n in confused])
@@ -322,9 +332,10 @@ def classify(job: Job, spec: str) -> dict:
 
     job.say(f"\n{spec}: zero-shot classification of {len(label):,} images, {len(classes)} classes "
             f"({result['classes_hash']}), {len(templates)} template{'s' * (len(templates) > 1)} "
-            f"({result['templates_hash']}){left_out(result)}")
-    job.say("  " + "   ".join(f"{key.replace('_', ' ')} {result[key]:.1%}" for key in (
-        "top1", "top5", "mean_per_class", "color", "shape") if key in result) + f"   chance {1 / len(classes):.1%}")
+            f"({result['templates_hash']}), score: {o.metric}{left_out(result)}")
+    shown = ("score", "top1", "top5", "mean_per_class", "color", "shape")
+    job.say("  " + "   ".join(f"{key.replace('_', ' ')} {result[key]:.1%}" for key in shown if key in result)
+            + f"   chance {1 / len(classes):.1%}")
     job.say("  most confused: " + "; ".join(f"{c['class']} taken for {c['taken_for']}, {c['images']} times"
                                             for c in result["confused"][:5]))
     return result

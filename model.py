@@ -103,6 +103,8 @@ class Config:
     mlm_weight: float = opt(0.05, "beta of Eq. 8 (paper)", "loss")
     contrastive_reduction: str = opt("sum", "L_I + L_T as Eq. 8 writes it, or their mean as CLIP's code", "loss",
                                      ("sum", "mean"))
+    unicl: bool = opt(True, "of data with classes: pairs of one class are no negatives (UniCL); else each is a pair of "
+                      "its own (the paper's \"unified format\" may mean no more)", "loss")
     # compared systems: weights, heads and views, at the end of model.py
     contrastive_weight: float = opt(0.4, "weight of DeCLIP's contrastive term (DeCLIP)", "compared systems")
     simclr_weight: float = opt(1.0, "weight of SLIP's NT-Xent (SLIP)", "compared systems")
@@ -151,7 +153,7 @@ PRESETS = {
     "vit-b32-yfcc15m": replace(PAPER, patch_size=32),
     # the supplement's recipe, 25 epochs, names no other for CC3M; SLIP's rows of Table 1 are runs of 40: --epochs 40
     "vit-b16-cc3m": PAPER,
-    # UniCL's contrast comes with the labels: --data shards:PAIRS --data folder:IMAGENET21K
+    # UniCL's contrast comes with the labels: --data shards:PAIRS --data folder:IMAGENET21K --exclude-classes IMAGENET1K
     "vit-b16-icinw": replace(PAPER, epochs=32, batch_size=16384),
 }
 

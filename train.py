@@ -70,6 +70,8 @@ class RunOptions:
 class TrainOptions(RunOptions, Config):
     """RunOptions, the fields of model.Config, and what a pre-training run needs besides."""
     preset: str = opt("pocket", "model and recipe that the other options change", "what", tuple(PRESETS))
+    exclude_classes: str = opt("", "file with a folder's name a line, as ImageNet-1K's: images of folder: data "
+                               "that lie in these are left out", "run")
     bpe: str = opt("", "CLIP's merges file; empty: learn vocab_size entries from the captions", "run")
     synonyms: str = opt("", "DeCLIP's second caption: file with a group of words a line, divided by commas", "run")
     steps: int = opt(0, "length in steps instead of --epochs, 0: use --epochs", "run")
@@ -96,7 +98,9 @@ def parse_train_options(argv=None) -> TrainOptions:
     if chosen.method not in METHODS:
         raise UserError(f"--method {chosen.method} is unknown; choose one of {', '.join(METHODS)}")
     defaults = TrainOptions(**asdict(preset_for(chosen.preset, chosen.method)), preset=chosen.preset)
-    defaults.pairs = {"pocket": 20_000, "vit-b16-cc3m": 3_000_000}.get(chosen.preset, defaults.pairs)
+    # icinw: YFCC15M, CC3M, CC12M and 13 M images of ImageNet-21K that are not ImageNet-1K's
+    defaults.pairs = {"pocket": 20_000, "vit-b16-cc3m": 3_000_000,
+                      "vit-b16-icinw": 43_000_000}.get(chosen.preset, defaults.pairs)
     o = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
     o.out = o.out or f"runs/{o.preset}"
     if o.init not in ("mae", "mimetic") and not o.init.startswith(("timm:", "open_clip:")) and not isfile(o.init):
@@ -289,13 +293,14 @@ def train(o: TrainOptions):
 
 def open_pairs(o: TrainOptions, out: Path):
     """The data sets as one, with captions; UserError if they do not suit the options."""
-    data = open_mixed(o.data, "train", "captions", o.image_size, out / "index")
+    excluded = o.exclude_classes and data_module.read_lines(o.exclude_classes, "folders to leave out")
+    data = open_mixed(o.data, "train", "captions", o.image_size, out / "index", excluded)
     if len(data) < o.batch_size:
         raise UserError(f"{len(data)} records are fewer than one batch of {o.batch_size}: choose a smaller "
                         f"--batch-size")
-    if getattr(data, "names_classes", False) and o.method in ("filip", "declip", "defilip"):
+    if getattr(data, "names_classes", False) and o.unicl and o.method in ("filip", "declip", "defilip"):
         raise UserError(f"--method {o.method} contrasts pairs and cannot use the labels of folder: data; choose "
-                        f"another method, or data with captions")
+                        f"another method, or --no-unicl")
     return data
 
 
@@ -415,7 +420,7 @@ class PairTransform:
     def __init__(self, o: TrainOptions, data):
         self.image = data_module.TrainTransform(o.image_size, scale=(o.crop_min, 1.0), flip=o.flip)
         self.view = data_module.ViewTransform(o.image_size, scale=(o.view_crop_min, 1.0))
-        self.method, self.is_labeled = o.method, getattr(data, "names_classes", False)
+        self.method, self.is_labeled = o.method, o.unicl and getattr(data, "names_classes", False)
         self.synonyms = data_module.read_synonyms(o.synonyms)
 
     def __call__(self, sample, rng) -> dict:
@@ -475,8 +480,9 @@ def to_device(part: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
 # fields in which a resumed run may differ from the earlier one: they change neither the data nor what is computed, only
 # where, in which parts, how exactly and how long
 FREE_TO_CHANGE = {"epochs", "steps", "out", "device", "precision", "workers", "resume", "accumulate",
-                  "checkpoint_every", "log_every", "compile", "max_bad", "bpe", "json", "eval", "draw", "limit",
-                  "plan", "gpus", "gpu", "pairs", "utilization", "eval_every", "eval_data", "keep_best", "keep_every"}
+                  "checkpoint_every", "log_every", "compile", "max_bad", "bpe", "exclude_classes", "json", "eval",
+                  "draw", "limit", "plan", "gpus", "gpu", "pairs", "utilization", "eval_every", "eval_data",
+                  "keep_best", "keep_every"}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -1094,9 +1100,9 @@ def guessed_words(core: MaskCLIP, part: dict, tokenizer: BytePairTokenizer) -> l
 
 # ---- data sets, and features of a whole one -------------------------------------------------------------------------
 
-def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: Path | None = None):
+def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: Path | None = None, excluded=()):
     parts = [data_module.open_data(spec, split, task, size=size, cache=cache) for spec in specs]
-    parts = data_module.name_classes(parts) if task == "captions" else parts
+    parts = data_module.name_classes(parts, excluded) if task == "captions" else parts
     return parts[0] if len(parts) == 1 else data_module.Mixed(parts)
 
 

@@ -5,6 +5,9 @@
     python tests/reproduce.py all --quick       one seed, eight steps a run, into runs/reproduce-quick: does it run?
                                                 (a quarter of an hour on two cores)
     python tests/reproduce.py report            writes docs/reproduction.md and .png anew from the numbers there are
+    python tests/reproduce.py full --yfcc "shards:yfcc15m/{00000..01499}.tar" --imagenet imagenet ...
+                                                at full scale: the commands that fill supplement Tables 1 and 2 and are
+                                                not done yet, and the tables of those that are; --run runs them
 
 Every number is made by the commands a user has: train.py with a row's options, then an evaluation script.  Each is a
 line of docs/reproduction.jsonl: run (the options of train.py), seed, evaluation, values, seconds, commit.  A network
@@ -130,6 +133,23 @@ class Table:
         return given or range(self.seeds)
 
 
+# supplement Table 1 and Table 2 (its first row is the main text's), in the order of the columns below
+TABLE_1 = {
+    "vit-b32-yfcc15m": {"clip": (26.1, 60.5, 74.3), "defilip": (36.4, None, None), "maskclip": (38.5, 69.1, 79.2)},
+    "vit-b16-cc3m": {"clip": (17.1, 53.3, 78.5), "slip": (23.0, 65.4, 81.4), "maskclip": (24.4, 66.1, 82.5)}}
+TABLE_2 = {"clip": (37.6, 80.5, None, None, None, 52.9, 32.8), "clip+mae": (42.1, 83.2, 49.1, 44.5, 40.4, 57.3, 41.1),
+           "clip+feature": (42.6, 83.4, 49.9, 45.1, 40.6, 62.3, 41.4),
+           "clip+ema": (42.8, 83.6, 50.4, 45.5, 40.9, 65.0, 41.6),
+           "maskclip": (44.5, 83.6, 50.5, 45.4, 40.9, 70.1, 45.6)}
+
+
+def both_halves(method: str) -> tuple:
+    """Of Table 1, for a row that stands for both: "26.1 / 17.1", ..., None where neither half has a number"""
+    pairs = zip(*(half.get(method, (None,) * 3) for half in TABLE_1.values()))
+    return tuple(None if pair == (None, None) else " / ".join("-" if value is None else f"{value}" for value in pair)
+                 for pair in pairs)
+
+
 ZEROSHOT, LINEAR = {"0-shot": ("zeroshot", "top1")}, {"linear": ("linear", "top1")}
 FINE = {"fine-tuned": ("finetune", "top1")}
 RETRIEVAL = {"I2T R@1": ("zeroshot", "i2t"), "T2I R@1": ("zeroshot", "t2i")}
@@ -159,16 +179,9 @@ def tables(cells: dict) -> dict[str, Table]:
     return {
         "systems": Table("Supplement Table 1: MaskCLIP and the systems it is compared with (the paper's numbers: "
                          "ViT-B/32 on YFCC15M / ViT-B/16 on CC3M)", {**ZEROSHOT, **LINEAR, **FINE},
-                         both(SYSTEMS, {"clip": ("26.1 / 17.1", "60.5 / 53.3", "74.3 / 78.5"),
-                                        "slip": ("- / 23.0", "- / 65.4", "- / 81.4"), "defilip": ("36.4 / -",),
-                                        "maskclip": ("38.5 / 24.4", "69.1 / 66.1", "79.2 / 82.5")},
-                              ("zeroshot", "linear"))),
+                         both(SYSTEMS, {m: both_halves(m) for m in SYSTEMS}, ("zeroshot", "linear"))),
         "ladder": Table("Supplement Table 2: what each part adds", {**ZEROSHOT, **FINE, **DENSE, **RETRIEVAL},
-                        both(LADDER, {"clip": (37.6, 80.5, None, None, None, 52.9, 32.8),
-                                      "clip+mae": (42.1, 83.2, 49.1, 44.5, 40.4, 57.3, 41.1),
-                                      "clip+feature": (42.6, 83.4, 49.9, 45.1, 40.6, 62.3, 41.4),
-                                      "clip+ema": (42.8, 83.6, 50.4, 45.5, 40.9, 65.0, 41.6),
-                                      "maskclip": (44.5, 83.6, 50.5, 45.4, 40.9, 70.1, 45.6)}, ("zeroshot",))),
+                        both(LADDER, TABLE_2, ("zeroshot",))),
         "seeds": Table("CLIP and MaskCLIP over nine seeds", {**ZEROSHOT, **LINEAR, **FINE},
                        [Row(name, setting(m, **changes), (), m, ("zeroshot", "linear") if changes else ())
                         for m in ("clip", "maskclip")
@@ -278,7 +291,7 @@ class Lab:
 
     def train(self, run: str, seed: int, known: bool) -> Path:
         """The folder of a finished run: found, or trained from the start, so that its seconds are whole."""
-        folder = self.folder / re.sub(r"[^a-z0-9.+=]+", "-", run.lower()).strip("-") / f"seed{seed}"
+        folder = self.folder / folder_name(run) / f"seed{seed}"
         if known and (folder / "last.pt").exists():
             return folder
         shutil.rmtree(folder, ignore_errors=True)
@@ -334,6 +347,10 @@ class Lab:
         shutil.copy(out / "words.png", out / "quick.png" if self.quick else FIGURE)
 
 
+def folder_name(run: str) -> str:
+    return re.sub(r"[^a-z0-9.+=]+", "-", run.lower()).strip("-")
+
+
 def read_cells(path: Path) -> dict:
     """(run, seed, evaluation) -> cell"""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -375,14 +392,15 @@ def measured(table: Table, seeds, cells: dict) -> tuple[list[Row], dict]:
              if sum(name == heading for _, name in there) > 1})
 
 
-def markdown(table: Table, seeds, cells: dict, steps: int = 0) -> str:
+def markdown(table: Table, seeds, cells: dict, steps: int = 0, full: bool = False) -> str:
     """mean +- standard deviation over the seeds, and beside it what the paper reports at its scale
 
-    steps: how many every run took, 0: as many as its options say."""
+    steps: how many every run took, 0: as many as its options say.  full: at full scale, all rows whether they have a
+    number yet or not."""
     seeds = table.seeds_or(seeds)
-    rows, columns = measured(table, seeds, cells)
+    rows, columns = (table.rows, table.columns) if full else measured(table, seeds, cells)
     groups = len({row.group for row in rows}) > 1
-    head = ["", *([""] if groups else []), *columns, "steps", "seconds"]
+    head = ["", *([""] if groups else []), *columns, *([] if full else ["steps", "seconds"])]
     lines = [f"## {table.title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     if table.columns == WORDS and FIGURE.exists():
         lines[1:1] = ["", f"![words in pictures, by MaskCLIP and by CLIP]({FIGURE.name})"]
@@ -394,9 +412,10 @@ def markdown(table: Table, seeds, cells: dict, steps: int = 0) -> str:
             text = "" if not own else f"{statistics.mean(own):.1f}" + (
                 f" ± {statistics.stdev(own):.1f}" if len(own) > 1 else "") + (
                 f" ({len(own)} of {len(seeds)})" if len(own) < len(seeds) else "")
-            texts.append(text + (f" *{paper[heading]}*" if paper.get(heading) is not None else ""))
+            texts.append((text + (f" *{paper[heading]}*" if paper.get(heading) is not None else "")).strip())
         trained = [cells[key]["seconds"] for seed in seeds if (key := (row.run, seed, "train")) in cells]
-        texts += [f"{steps or steps_of(row.run)}", f"{statistics.mean(trained):.0f}" if trained else ""]
+        if not full:
+            texts += [f"{steps or steps_of(row.run)}", f"{statistics.mean(trained):.0f}" if trained else ""]
         lines.append("| " + " | ".join([row.name, *([row.group] if groups else []), *texts]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -479,15 +498,116 @@ def overview(seeds, cells: dict):
             f"of one core left   {table.title.split(' (')[0]}")
 
 
-def main():
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables 1 and 2 at full scale
+# ---------------------------------------------------------------------------------------------------------------------
+
+# evaluation -> its command; {WORD} is an option of this script
+FULL = {
+    "zeroshot": "eval_zeroshot.py CHECKPOINT --data folder:{imagenet} --classes {classes}",
+    "linear": "eval_linear.py CHECKPOINT --data folder:{imagenet} --augment",
+    "finetune": "finetune.py CHECKPOINT --data folder:{imagenet}",
+    "upernet": "dense.py upernet CHECKPOINT --data ade20k:{ade20k}",
+    "detector": "dense.py maskrcnn CHECKPOINT --data coco:{coco}",
+    "retrieval": "eval_zeroshot.py CHECKPOINT --data flickr30k:{flickr30k}",
+    "maps": "dense.py zeroshot CHECKPOINT --data ade20k:{ade20k}",
+}
+FULL_VALUES = {name: EVALUATIONS[name][2] for name in ("linear", "finetune", "upernet", "detector", "maps")} | {
+    "zeroshot": dict(top1=EVALUATIONS["zeroshot"][2]["top1"]),
+    "retrieval": dict(i2t=lambda j: j["results"][0]["image_to_text"]["1"],
+                      t2i=lambda j: j["results"][0]["text_to_image"]["1"])}
+FULL_DATA = {"yfcc": "YFCC15M, a SPEC of train.py", "cc3m": "CC3M, a SPEC", "bpe": "CLIP's merges file",
+             "imagenet": "folder of ImageNet-1K", "classes": "file with its class names",
+             "flickr30k": "folder of Flickr30K", "ade20k": "folder of ADE20K", "coco": "folder of COCO"}
+# where the paper's number is SLIP's, of another setting than the preset's (SLIP's README and its commands)
+SETTINGS = {("vit-b16-cc3m", "clip"): " --epochs 40 --lr 5e-4 --weight-decay 0.5",
+            ("vit-b16-cc3m", "slip"): " --epochs 40", ("vit-b16-yfcc15m", "clip"): " --lr 5e-4 --weight-decay 0.5"}
+
+
+def full_tables() -> list[Table]:
+    def row(name: str, preset: str, method: str, paper: tuple) -> Row:
+        run = f"--method {method} --preset {preset}{SETTINGS.get((preset, method), '')}"
+        return Row(name, run, paper, preset)
+    rows = [row(SYSTEMS[method], preset, method, paper) for preset, half in TABLE_1.items()
+            for method, paper in half.items()]
+    ladder = [row(LADDER[method], "vit-b16-yfcc15m", method, paper) for method, paper in TABLE_2.items()]
+    retrieval = {heading: ("retrieval", value) for heading, (_, value) in RETRIEVAL.items()}
+    return [Table("Supplement Table 1 at full scale", {**ZEROSHOT, **LINEAR, **FINE}, rows, seeds=1),
+            Table("Supplement Table 2 at full scale, and segmentation without training",
+                  {**ZEROSHOT, **FINE, **DENSE, **retrieval, "map mIoU": ("maps", "miou")}, ladder, seeds=1)]
+
+
+def full_commands(table: Table, row: Row, o) -> dict[str, tuple[Path, str, list[str]]]:
+    """What fills the row's cells of which the paper has a number, or that it has not at all, in order:
+    name -> the file that it leaves, its command, the options of this script that it wants and does not have."""
+    out, commands = o.out / folder_name(row.run), {}
+    paper = dict(zip(table.columns, row.paper))
+    names = ["train", *(name for heading, (name, _) in table.columns.items() if paper.get(heading, True) is not None)]
+    pairs = "cc3m" if "cc3m" in row.run else "yfcc"
+    for name in dict.fromkeys(names):
+        if name == "train":
+            file, template = out / "curves.png", f"train.py {row.run} --data {{{pairs}}} --bpe {{bpe}}"
+            more = f" --out {quoted(out)} {o.train}".rstrip()
+        else:
+            file, template = out / f"{name}.json", FULL[name]
+            more = f" --out {quoted(out / name)} --json {quoted(file)}"
+        given = {word: quoted(getattr(o, word)) for word in re.findall(r"{(\w+)}", template)}
+        command = template.format(**given).replace("CHECKPOINT", quoted(out / "last.pt"))
+        unknown = [f"--{word}" for word in given if getattr(o, word) == word.upper()]
+        commands[name] = file, f"{o.launch} {command}{more}", unknown
+    return commands
+
+
+def quoted(value) -> str:
+    return shlex.quote(str(value))
+
+
+def full_cells(table: Table, o) -> dict:
+    """What finished evaluations have written, as read_cells has it"""
+    cells = {}
+    for row in table.rows:
+        for name, (file, *_) in full_commands(table, row, o).items():
+            if name != "train" and (ROOT / file).exists():
+                found = json.loads((ROOT / file).read_text())
+                values = {value: 100 * read(found) for value, read in FULL_VALUES[name].items()}
+                cells[row.run, 0, name] = dict(values=values)
+    return cells
+
+
+def full(o):
+    """Prints, or runs, what is not there yet; then the tables."""
+    for table in full_tables():
+        for row in table.rows:
+            say(f"\n# {table.title}: {row.name}, {row.group}")
+            for name, (file, command, unknown) in full_commands(table, row, o).items():
+                if (ROOT / file).exists() or o.only and name not in ("train", *o.only):
+                    continue
+                say(command + (f"    # wants {', '.join(unknown)}" if unknown else ""))
+                if o.run and not unknown and subprocess.run(shlex.split(command), cwd=ROOT).returncode:
+                    sys.exit(f"stopped: the command above failed; the same command as before goes on")
+    for table in full_tables():
+        say("\n" + markdown(table, (), full_cells(table, o), full=True))
+
+
+def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("tables", nargs="*", help=f"{', '.join(tables({}))}, all, or report; none: an overview")
+    cli.add_argument("tables", nargs="*", help=f"{', '.join(tables({}))}, all, or report, or full; none: an overview")
     cli.add_argument("--quick", action="store_true", help="one seed and 8 steps a run, into runs/reproduce-quick")
     cli.add_argument("--seeds", type=int, default=0, help="default: three, and nine of the table `seeds`")
-    cli.add_argument("--only", nargs="+", default=(), choices=tuple(EVALUATIONS),
+    cli.add_argument("--only", nargs="+", default=(), choices=tuple({**EVALUATIONS, **FULL}),
                      help="these evaluations now, others later")
     cli.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
-    o = cli.parse_args()
+    large = cli.add_argument_group("full", "what `full` takes besides --only")
+    for name, text in FULL_DATA.items():
+        large.add_argument(f"--{name}", default=name.upper(), help=text)
+    large.add_argument("--launch", default="torchrun --nproc-per-node 8",
+                       help="stands before each script (default: %(default)s)")
+    large.add_argument("--train", default="", help="further options of train.py, as '--accumulate 4 --precision fp16'")
+    large.add_argument("--out", type=Path, default=Path("runs/full"), help="where runs are (default: %(default)s)")
+    large.add_argument("--run", action="store_true", help="run what has its data, one command after the other")
+    o = cli.parse_args(argv)
+    if o.tables == ["full"]:
+        return full(o)
     if unknown := set(o.tables) - {*tables({}), "all", "report"}:
         cli.error(f"no table {', '.join(unknown)}; there are {', '.join(tables({}))}, all, report")
     seeds = (0,) if o.quick else tuple(range(o.seeds))

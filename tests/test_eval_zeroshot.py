@@ -181,6 +181,7 @@ def test_suite_metrics():
     label = torch.tensor([0, 0, 1])
     assert suite_score("accuracy", cosines, label) == pytest.approx(1 / 3)
     assert suite_score("mean per class", cosines, label) == pytest.approx((1 / 2 + 0) / 2)
+    assert suite_score("mean of top-1 and top-5", cosines, label) == pytest.approx((1 / 3 + 1) / 2)
     assert suite_score("ROC AUC", cosines, label) == 0                    # the one positive scores lowest
     # class 0: ranked 2, 0, 1, the first and the last are of it: precision 1 up to recall 0.5, then 2/3; class 1 has no
     # image
@@ -271,6 +272,14 @@ def test_folder_with_own_names_and_a_corrupt_image(checkpoint, tmp_path, capsys)
     assert [c["images"] for c in result["per_class"]] == [3, 3, 2, 0] and result["per_class"][3]["accuracy"] is None
     shown = capsys.readouterr()
     assert "owl/1.png" in shown.err and "1 that cannot be read left out" in shown.out
+    (tmp_path / "zoo" / "templates.txt").write_text("a photo of a {}.\na {}, an animal.\n")
+    scores = {metric: evaluated(*arguments[:3], "--metric", metric, tmp_path=tmp_path)[0]
+              for metric in ("accuracy", "mean per class", "mean of top-1 and top-5")}
+    assert {result["templates"] for result in scores.values()} == {2}, "the data's own"
+    for metric, value in (("accuracy", lambda r: r["top1"]), ("mean per class", lambda r: r["mean_per_class"]),
+                          ("mean of top-1 and top-5", lambda r: (r["top1"] + r["top5"]) / 2)):
+        assert scores[metric]["score"] == pytest.approx(value(scores[metric])) and scores[metric]["metric"] == metric
+    assert "score: mean per class" in capsys.readouterr().out
 
 
 def karpathy(name, root):
@@ -350,8 +359,8 @@ def test_suite(checkpoint, tmp_path, capsys):
 
     tasks = {task.name: task for task in data.icinw(str(tmp_path))[0]}
     signs, memes, pets, voc = tasks.values()
-    assert [task.data.classes for task in tasks.values()] == [
-        ["stop", "yield"], ["not", "hateful"], ["Abyssinian", "Bengal", "pug\tpug dog"], ["bus", "car"]]
+    assert [task.data.classes for task in tasks.values()] == [                      # of several names the first
+        ["stop", "yield"], ["not", "hateful"], ["Abyssinian", "Bengal", "pug"], ["bus", "car"]]
     assert pets.templates == ("a photo of a {}, a type of pet.", "the {}.") and voc.templates == ("a {}.",)
     assert signs.templates == memes.templates == TEMPLATES_80
     labels = {"gtsrb": [0, 0, 1, 1], "hateful-memes": [0, 0, 1, 1], "oxford-iiit-pets": [0] * 4 + [1] * 3 + [2] * 2}
@@ -418,6 +427,7 @@ def test_table_of_the_suite():
     (["CHECKPOINT", "--data", "shapes:objects=2-3,val=16", "--task", "classes"], ["no image", "class"]),
     (["CHECKPOINT", "--templates", "9"], ["cannot read", "templates", "9"]),
     (["CHECKPOINT", "--templates", "a {} or {}"], ["one {}", "a {} or {}"]),
+    (["CHECKPOINT", "--metric", "ROC AUC", "--data", "shapes:val=64", "--task", "classes"], ["two classes", "64"]),
     (["CHECKPOINT", "--classes", "CHECKPOINT"], ["class names", "utf-8"]),
     (["CHECKPOINT", "--classes", __file__], ["64 classes"]),
 ])

@@ -40,7 +40,7 @@ from data import BadRecord, EvalTransform, TrainTransform, UserError, open_data,
 from model import METHODS, load_checkpoint, load_state, save_atomically
 from test_formats import jpeg, make_coco, make_csv, make_karpathy, make_tar, pairs, special, with_header
 from test_model import tiny
-from test_train import ALONE, BARE, SMALL, metrics, signals_kept, trained, weights
+from test_train import ALONE, BARE, SMALL, metrics, trained, weights
 from test_transforms import encoded, picture, png_that_claims
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
@@ -218,13 +218,18 @@ class Stuck(data.ShapesWorld):
 
 
 @linux
+@pytest.mark.slow
 def test_a_signal_ends_a_run_that_waits_for_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "open_pairs", lambda o, out: Stuck(count=200, size=32))
     monkeypatch.setattr(data, "learn_tokenizer", lambda *_: data.BytePairTokenizer([]))
-    with signals_kept():
+    stop = train.StopSignal.__init__
+
+    def signalled(self):
+        stop(self)
         threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(SystemExit) as end:
-            trained(*SMALL, "--steps", 3, "--workers", 1, "--out", tmp_path)
+    monkeypatch.setattr(train.StopSignal, "__init__", signalled)
+    with pytest.raises(SystemExit) as end:
+        trained("--steps", 3, "--workers", 1, "--out", tmp_path)
     assert end.value.code == 143 and "stopped after step 0, waiting for data" in capsys.readouterr().out
     assert load_state(tmp_path / "last.pt")["step"] == 0
 
@@ -238,7 +243,8 @@ def test_a_small_shared_memory_is_told_in_one_line(tmp_path):
                            cwd=ROOT, capture_output=True, text=True, timeout=100)
     if "Operation not permitted" in small.stderr:
         pytest.skip("no right to mount")
-    assert small.returncode == 2 and small.stderr.splitlines()[-1].startswith("error: no room in /dev/shm"), small.stderr
+    last = small.stderr.splitlines()[-1]
+    assert small.returncode == 2 and last.startswith("error: no room in /dev/shm"), small.stderr
 
 
 @pytest.mark.slow

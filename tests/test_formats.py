@@ -419,10 +419,11 @@ def test_shards_with_several_captions_and_other_names(tmp_path):
     several = json.dumps({"caption": ["one", "", "two"]}).encode()
     shards = Shards(str(make_tar(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("1.json", b"\xef\xbb\xbf" + several)])))
     assert captions(shards) == [("one", "two")]
-    members = [("d/1.image.jpg", jpeg(1)), ("d/1.caption.txt", b"one"), ("2.image.png", jpeg(2)), ("2.text.txt", b"two"),
-               ("__MACOSX/d/._1.image.jpg", b"x"), ("d/._1.image.jpg", b"x")]
+    members = [("d/1.image.jpg", jpeg(1)), ("d/1.caption.txt", b"one"), ("2.image.png", jpeg(2)),
+               ("2.text.txt", b"two"), ("__MACOSX/d/._1.image.jpg", b"x"), ("d/._1.image.jpg", b"x")]
     shards = Shards(str(make_tar(tmp_path / "b.tar", members)))         # WebDataset cuts names at the first dot
-    assert sorted(captions(shards)) == [("one",), ("two",)] and shards.notes == ["2 hidden files (.NAME, __MACOSX), not read"]
+    assert sorted(captions(shards)) == [("one",), ("two",)]
+    assert shards.notes == ["2 hidden files (.NAME, __MACOSX), not read"]
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     refused("gunzip", Shards, str(tmp_path / "c.tar.gz"))
 
@@ -457,7 +458,7 @@ def make_folder(root, files: list[str]):
     (["Train/b/1.jpg", "Train/a/1.jpg", "Test/b/1.jpg"], "val", ["a", "b"], [1]),       # "test" stands in
     (["training/a/1.jpg", "VALID/b/1.jpg"], "val", ["a", "b"], [1]),
     (["train/a/1.jpg", "validation/b/1.jpg", "testing/a/1.jpg", "docs/x/1.jpg"], "test", ["a", "b"], [0]),
-    (["train/1.jpg", "car/1.jpg", "test/1.jpg"], "train", ["car", "test", "train"], [0, 1, 2]),     # one can ride a train
+    (["train/1.jpg", "car/1.jpg", "test/1.jpg"], "train", ["car", "test", "train"], [0, 1, 2]),
     (["a/1.jpg", "b/._1.jpg", "b/1.jfif", "b/2.AVIF", "b/.ipynb_checkpoints/1.jpg", "__MACOSX/a/._1.jpg",
       ".ipynb_checkpoints/1.jpg"], "train", ["a", "b"], [0, 1, 1]),
 ])
@@ -509,7 +510,8 @@ def test_folder_that_cannot_be_used(tmp_path, files, class_names, message):
 
 
 def test_what_is_not_read_of_a_folder_is_counted(tmp_path):
-    spec = make_folder(tmp_path, ["Train/a/1.jpg", "Train/a/._1.jpg", "Train/a/notes.txt", "Test/a/1.jpg", "docs/x.jpg"])
+    files = ["Train/a/1.jpg", "Train/a/._1.jpg", "Train/a/notes.txt", "Test/a/1.jpg", "docs/x.jpg"]
+    spec = make_folder(tmp_path, files)
     assert open_data(spec, "val", "classes").notes == [
         "1 folders beside those of the splits, not read", f"{tmp_path} has no folder 'val': 'Test' stands in for it"]
     assert "2 files that are no images by their names, or hidden, not read" in open_data(spec, "train", "classes").notes
@@ -562,7 +564,7 @@ def without(entry: dict, key: str) -> dict:
     (lambda c: dict(c, annotations=[{"image_id": 99, "caption": "x"}]), "annotations[0]: there is no image 99"),
     (lambda c: dict(c, annotations=[{"image_id": 4, "caption": 5}]), "annotations[0]: wanted an object with 'caption'"),
     (lambda c: dict(c, annotations=[]), "holds no images"),
-    (lambda c: dict(c, images=[dict(i, file_name=f"gone{i['id']}") for i in c["images"]]), "none of the first 2 images"),
+    (lambda c: dict(c, images=[dict(i, file_name=f"gone{i['id']}") for i in c["images"]]), "of the first 2 images"),
 ])
 def test_malformed_coco(tmp_path, change, message):
     refused(message, lambda: open_data(make_coco(tmp_path, "2017", change)))

@@ -742,7 +742,7 @@ WORLD = ["--data", "shapes:objects=1-2,train=20,val=3", *SMALL]
 def stopped_after(steps: int, arguments: list[str]):
     """Leaves a run that was asked to stop, and did."""
     class Stop:
-        number, asked = 15, 0
+        number, asked, waiting = 15, 0, False
 
         @property
         def is_set(self):

@@ -1,6 +1,7 @@
 """The reproduction's tables, without training: their runs are options of train.py, the page says what was found."""
 import json
 import shlex
+import sys
 
 import pytest
 
@@ -34,19 +35,29 @@ def test_options_of_all_kinds():
     assert train.parse_train_options(shlex.split(reproduce.setting("maskclip", causal=False))).causal is False
 
 
+def parsed(script: str, *rest: str):
+    """What the script makes of its command line"""
+    if script == "dense.py":
+        kind, *rest = rest
+        kinds = dict(words=lambda a: parse(dense.WordOptions, "", a, ("checkpoint",)), upernet=dense.parse_upernet,
+                     zeroshot=lambda a: parse(dense.ZeroShotOptions, "", a, ("checkpoint",)),
+                     maskrcnn=dense.parse_maskrcnn)
+        return kinds[kind](rest)
+    if script == "train.py":
+        return train.parse_train_options(rest)
+    if script == "finetune.py":
+        return finetune.parse_options(rest)
+    module = {"eval_zeroshot.py": eval_zeroshot, "eval_linear.py": eval_linear}[script]
+    return parse(module.Options, "", rest, ("checkpoint",))
+
+
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("name", reproduce.EVALUATIONS)
 def test_an_evaluation_is_options_of_its_script(name, quick):
     script, instead, _ = reproduce.EVALUATIONS[name]
     common = ["--seed", "0", "--device", "cpu", "--out", "x", "--json", "y", *(instead if quick else [])]
-    if script[0] == "dense.py":
-        kinds = dict(words=lambda a: parse(dense.WordOptions, "", a, ("checkpoint",)), upernet=dense.parse_upernet,
-                     zeroshot=lambda a: parse(dense.ZeroShotOptions, "", a, ("checkpoint",)),
-                     maskrcnn=dense.parse_maskrcnn)
-        options = kinds[script[1]](["last.pt", *script[2:], *common])
-    else:
-        module = {"eval_zeroshot.py": eval_zeroshot, "eval_linear.py": eval_linear, "finetune.py": finetune}[script[0]]
-        options = parse(module.Options, "", ["last.pt", *script[1:], *common], ("checkpoint",))
+    split = 2 if script[0] == "dense.py" else 1
+    options = parsed(*script[:split], "last.pt", *script[split:], *common)
     assert options.checkpoint == "last.pt" and options.json == "y"
 
 
@@ -118,3 +129,64 @@ def test_a_script_that_fails_ends_with_its_last_words(tmp_path):
     with pytest.raises(SystemExit, match="--method nothing is unknown"):
         lab.train("--method nothing --data shapes:train=64", 0, known=False)
     assert not (tmp_path / "cells.jsonl").exists()
+
+
+# ---- at full scale --------------------------------------------------------------------------------------------------
+
+def full(capsys, out, *more) -> str:
+    reproduce.main(["full", "--out", str(out), "--yfcc", "shards:my yfcc/{00..11}.tar", "--bpe", "merges.gz",
+                    "--imagenet", "in1k", "--launch", "torchrun --nproc-per-node 8", *more])
+    return capsys.readouterr().out
+
+
+def test_commands_at_full_scale_are_options_of_their_scripts(capsys, tmp_path):
+    shown = full(capsys, tmp_path / "a folder", "--train", "--accumulate 4 --precision fp16")
+    lines = [line.partition("    # wants ") for line in shown.splitlines() if line.startswith("torchrun")]
+    # a run a row; of Table 1 three numbers a row, of DeFILIP one; of Table 2 six evaluations, of CLIP four
+    assert len(lines) == 11 + 5 * 3 + 1 + 4 * 6 + 4
+    recipes, seen = {"finetune.py": "imagenet", "upernet": "ade20k", "maskrcnn": "coco"}, set()
+    for line, _, wants in lines:
+        words = shlex.split(line)[3:]
+        options = parsed(*words)
+        kind = words[1] if words[0] == "dense.py" else words[0]
+        seen.add(kind)
+        assert getattr(options, "recipe", None) == recipes.get(kind)
+        assert options.out.startswith(f"{tmp_path}/a folder/") or kind == "train.py"
+        if kind == "train.py":
+            assert options.precision == "fp16" and options.accumulate == 4 and options.batch_size == 4096
+            assert options.data == (("CC3M",) if "--cc3m" in wants else ("shards:my yfcc/{00..11}.tar",))
+        assert ("IMAGENET" in line) is False and ("--coco" in wants) == (kind == "maskrcnn")
+    assert seen == {"train.py", "eval_zeroshot.py", "eval_linear.py", "finetune.py", "upernet", "maskrcnn", "zeroshot"}
+    assert "--epochs 40 --lr 5e-4 --weight-decay 0.5" in shown, "SLIP's CLIP on CC3M"
+
+
+def test_tables_at_full_scale_are_of_what_finished_runs_wrote(capsys, tmp_path):
+    row = "method-maskclip-preset-vit-b16-yfcc15m"
+    found = dict(zeroshot=dict(results=[dict(top1=0.441)]), finetune=dict(top1=0.835),
+                 retrieval=dict(results=[dict(image_to_text={"1": 0.7}, text_to_image={"1": 0.45})]),
+                 upernet=dict(miou=0.502), detector=dict(box=dict(AP=0.451), mask=dict(AP=0.405)),
+                 maps=dict(miou=0.123))
+    before = full(capsys, tmp_path)
+    (tmp_path / row).mkdir()
+    (tmp_path / row / "curves.png").touch()
+    for name, content in found.items():
+        (tmp_path / row / f"{name}.json").write_text(json.dumps(content))
+    shown = full(capsys, tmp_path)
+    assert ("| + MLM = MaskCLIP | 44.1 *44.5* | 83.5 *83.6* | 50.2 *50.5* | 45.1 *45.4* | 40.5 *40.9* | 70.0 *70.1* | "
+            "45.0 *45.6* | 12.3 |") in shown
+    assert "| SLIP | vit-b16-cc3m | *23.0* | *65.4* | *81.4* |" in shown, "what is not there yet"
+    assert before.count(f"{row}/last.pt") == 6 and f"{row}/last.pt" not in shown, "what is done is not to be done"
+
+
+def test_run_runs_what_has_its_data_and_stops_at_a_failure(capsys, tmp_path):
+    log = tmp_path / "log"
+    script = f"import sys; open({str(log)!r}, 'a').write(sys.argv[1] + chr(10)); sys.exit(sys.argv[1] == 'finetune.py')"
+    launch = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)}"
+    with pytest.raises(SystemExit, match="the command above failed"):
+        full(capsys, tmp_path, "--run", "--launch", launch, "--only", "zeroshot", "finetune")
+    assert log.read_text().split() == ["train.py", "finetune.py"], "zeroshot wants --classes, which is not given"
+
+
+def test_the_paper_in_both_halves_of_a_table():
+    assert reproduce.both_halves("clip") == ("26.1 / 17.1", "60.5 / 53.3", "74.3 / 78.5")
+    assert reproduce.both_halves("defilip") == ("36.4 / -", None, None) and reproduce.both_halves("unicl")[0] is None

@@ -819,7 +819,7 @@ def test_resumed_upernet_is_the_same_to_the_bit(checkpoint, tmp_path):
 def stopped_after(steps: int, checkpoint, out) -> dict:
     """Leaves a run that was asked to stop, and did."""
     class Stop:
-        number, asked = 15, 0
+        number, asked, waiting = 15, 0, False
 
         @property
         def is_set(self):
