@@ -24,13 +24,16 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import weakref
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -1305,23 +1308,37 @@ def telling(what: str):
         raise UserError(f"{what}: {one_line(error)}") from None
 
 
+# of other people's checkpoints, which hold options and scores besides weights; they can do nothing but be there
+HARMLESS = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(kind)) for kind in "fdliqb")]
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """float32 tensors by name, from a .safetensors or from what torch.save wrote, where they may lie a dict deeper."""
+    """Tensors by name, from a .safetensors or from what torch.save wrote, where they may lie some dicts deeper."""
     if not path.is_file():
         raise UserError(f"no file {path}: wanted weights as timm or open_clip publish them")
     with telling(f"cannot read weights from {path}"):
-        state = (read_safetensors(path) if path.suffix == ".safetensors" else
-                 torch.load(path, map_location="cpu", weights_only=True))
-        state = next((state[key] for key in ("state_dict", "model") if key in state), state)
-        # DistributedDataParallel and torch.compile leave their marks before names
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
-        return {name: value.float() for name, value in state.items() if name not in NOT_WEIGHTS}
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        if is_torchscript(path):
+            raise UserError(f"{path} is a TorchScript program, as OpenAI's: torch.save(torch.jit.load({str(path)!r}, "
+                            f"'cpu').state_dict(), FILE) makes weights of it")
+        with torch.serialization.safe_globals(HARMLESS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("teacher", "state_dict", "model"):      # of DINO and iBOT the teacher is the better one
+            state = state.get(key, state)
+        # wrappers leave their marks before names: DistributedDataParallel, torch.compile, DINO's heads
+        state = {re.sub(r"^(module\.|_orig_mod\.|backbone\.)+", "", name): value for name, value in state.items()}
+        return {name: value.float() for name, value in state.items()}
+
+
+def is_torchscript(path: Path) -> bool:
+    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
 
 
 def read_public(spec: str, config: Config) -> tuple[dict[str, Tensor], Config]:
     """timm:FILE or open_clip:DIR -> weights under our names, for our pixels, and the Config of their towers.
 
-    config: says of a timm tower what its file does not, its size.
+    config: says of a timm tower what its file does not, as how many heads it has.
     """
     kind, _, path = spec.partition(":")
     path = Path(path).expanduser()
@@ -1351,8 +1368,12 @@ def read_timm(path: Path, config: Config) -> tuple[dict[str, Tensor], Config]:
                "openai" if "quickgelu" in about.get("architecture", "") else "clip")
     if dialect == "clip" and "architecture" not in about:
         say(f"note: no config.json beside {path} names its architecture: GELU is assumed, not OpenAI's QuickGELU")
+    (width, _, p, _), places = state["visual.patch_embed.proj.weight"].shape, state["visual.pos_embed"].shape[1]
+    depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("visual.blocks."))
+    heads = config.heads if width == config.width else width // 64          # which no weight tells: 64 wide, as in ViTs
     state = renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD))
-    return state, replace(config, dialect=dialect)
+    return state, replace(config, dialect=dialect, width=width, depth=depth, heads=heads, patch_size=p,
+                          image_size=p * math.isqrt(places))
 
 
 def read_open_clip(path: Path) -> tuple[dict[str, Tensor], Config]:
@@ -1360,16 +1381,21 @@ def read_open_clip(path: Path) -> tuple[dict[str, Tensor], Config]:
     files = [path / name for name in OPEN_CLIP_FILES if (path / name).is_file()] if path.is_dir() else [path]
     if not files:
         raise UserError(f"no weights in {path}: wanted {' or '.join(OPEN_CLIP_FILES)}")
-    about = files[0].with_name("open_clip_config.json")
-    if not about.is_file():
-        raise UserError(f"no {about.name} beside {files[0]}: write what open_clip.get_model_config(NAME) returns "
+    about_path = files[0].with_name("open_clip_config.json")
+    if not about_path.is_file():
+        raise UserError(f"no {about_path.name} beside {files[0]}: write what open_clip.get_model_config(NAME) returns "
                         f"there, as JSON")
-    about = read_json(about)
+    about = read_json(about_path)
     config = config_from_open_clip(about.get("model_cfg", about))
     pixels = OPENAI_PIXELS | about.get("preprocess_cfg", {})
     if pixels.get("resize_mode", "shortest") != "shortest":
         say(f"note: its images were resized by {pixels['resize_mode']} in training: evaluate with --squash")
-    return renormalize(from_open_clip(read_weights(files[0])), pixels["mean"], pixels["std"]), config
+    state = read_weights(files[0])
+    told = [state.pop(name, None) for name in NOT_WEIGHTS]
+    if told[0] is not None and config.dialect == "clip":
+        say(f"note: {files[0].name} is OpenAI's own, made with QuickGELU, which {about_path.name} does not say: used")
+        config = replace(config, dialect="openai")
+    return renormalize(from_open_clip(state), pixels["mean"], pixels["std"]), config
 
 
 def read_merges(path: str) -> BytePairTokenizer:
@@ -1433,7 +1459,7 @@ def import_public(spec: str, preset: str, bpe: str | None, out: Path):
         out.parent.mkdir(parents=True, exist_ok=True)
     if not save_checkpoint(out, model, tokenizer, config):
         raise UserError(f"{out} could not be written")
-    print(f"{out}: {note}.  Next: python {next_step} {out}")
+    print(f"{out}: {note}.  Next: python {next_step} {shlex.quote(str(out))}")
 
 
 def export(model: MaskCLIP, tokenizer: BytePairTokenizer, kind: str, path: Path):

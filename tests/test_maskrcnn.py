@@ -779,7 +779,7 @@ def test_resumed_run_is_the_same_to_the_bit(checkpoint, tmp_path):
     dense.maskrcnn([*run, "--out", str(whole), "--json", str(tmp_path / "again.json")])
     assert json.loads((tmp_path / "again.json").read_text()) == result, "a finished run is only tested again"
     with pytest.raises(UserError, match="another"):                             # and another run does not overwrite it
-        dense.maskrcnn([checkpoint, *WORLD, "--steps", "9", "--out", str(parts)])
+        dense.maskrcnn([checkpoint, *WORLD, "--steps", "8", "--lr", "9", "--out", str(parts)])
 
 
 def test_coco_run_with_hostile_images(checkpoint, tmp_path):

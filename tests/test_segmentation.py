@@ -813,7 +813,7 @@ def test_resumed_upernet_is_the_same_to_the_bit(checkpoint, tmp_path):
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]] and len(logs[0]) == 8
     assert {"step", "epoch", "loss", "lr", "segmentation", "auxiliary", "samples_per_second"} <= logs[0][0].keys()
     with pytest.raises(UserError, match="another"):                     # and another run does not overwrite it
-        dense.main(["upernet", str(checkpoint), *SMALL, "--steps", "9", "--out", str(parts)])
+        dense.main(["upernet", str(checkpoint), *SMALL, "--steps", "8", "--lr", "9", "--out", str(parts)])
 
 
 def stopped_after(steps: int, checkpoint, out) -> dict:
