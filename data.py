@@ -1174,8 +1174,8 @@ def read_json(path: str) -> dict:
 def want(entry, key, kind, where):
     """entry[key] of JSON, which must be of this kind: int, str, list; object for anything, None if it is not there."""
     if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-        kind = getattr(kind, "__name__", kind)               # of a union its text
-        raise UserError(f"{where}: wanted an object with {key!r} of type {kind}, got {json.dumps(entry)[:80]}")
+        raise UserError(f"{where}: wanted an object with {key!r} of type {getattr(kind, '__name__', kind)}, got "
+                        f"{json.dumps(entry)[:80]}")
     return entry.get(key)
 
 
@@ -1501,13 +1501,17 @@ def want_names(data, spec: str):
 ID = int | str               # of an image: some tools take the file's name, or a hash of 64 bits
 
 
+class Absent(UserError):
+    """The file that a task wants is not there: the data set may be for another task."""
+
+
 def coco_file(root, what, split):
     """DIR/annotations/WHAT_SPLIT2017.json, or 2014: its path, the folder of its images, and its content."""
     for part in (f"{split}2017", f"{split}2014"):
         path = f"{root}/annotations/{what}_{part}.json"
         if isfile(path):
             return path, part, read_json(path)
-    raise UserError(f"no {what} of the split {split!r} in {root}: wanted {root}/annotations/{what}_{split}2017.json "
+    raise Absent(f"no {what} of the split {split!r} in {root}: wanted {root}/annotations/{what}_{split}2017.json "
                     f"(COCO has train and val)")
 
 
@@ -1534,6 +1538,8 @@ def karpathy(path, images, split):
 
     The file: {"images": [{"filename", "filepath", "split": "test", "sentences": [{"raw": "A cat."}, ...]}, ...]}
     """
+    if not isfile(path):
+        raise Absent(f"cannot read {path}: there is no such file")
     listed, found = [], Counter()
     for where, part, sentences, below, file in entries(read_json(path), "images", path, split=str, sentences=list,
                                                        filepath=object, filename=str):
@@ -1582,14 +1588,16 @@ def look_at_labels(data, known: list[str] | None = None, speaks: bool = True) ->
 
     def some(names):
         return textwrap.shorten(", ".join(names), 80) or "none"
-    counts, line = data.tally(speaks)
+    counts, line, bad = data.tally(speaks)
     found = [name for name, count in zip(data.classes, counts) if count]
     strange = [name for name in found if name not in (known or found)]
-    line += f"; {len(found)} of {len(data.classes)} classes ({some(found)})"
+    line += f", of {len(found)} of {len(data.classes)} classes ({some(found)})"
     if strange:
-        line += f"; not among those learned ({some(known)}): {some(strange)}"
+        line += f", but not among those learned ({some(known)}): {some(strange)}"
+    if bad:
+        line += f"; {len(bad):,} cannot be used, the first is {bad[0]}"
     if len(found) - len(strange) < data.fewest_classes:
-        raise UserError(f"{line}: too few to learn or to measure; {data.advice}")
+        raise UserError(f"{line}; this is too little to learn or to measure: {data.advice}")
     if speaks:
         say(printable(f"labels: {line}"))
     return found
@@ -1600,8 +1608,8 @@ def as_annotated(image, size):
     the pixels as stored: then its EXIF orientation goes.  Where both sizes are the same, they were drawn upright."""
     if upright_size(image) != size:
         if image.size != size:
-            raise BadRecord(f"image of another size: {image.size} as stored, {upright_size(image)} as its EXIF "
-                            f"orientation turns it; the annotations are for {size}")
+            raise BadRecord(f"image of another size: {image.size}, and {upright_size(image)} when turned as its EXIF "
+                            f"says; the annotations are for {size}")
         image.info.pop("exif", None)
 
 
@@ -1670,22 +1678,20 @@ class LabelMaps(ImageFiles):
             raise BadRecord(f"label out of range: {largest}, with {len(self.classes)} classes")
         return sample
 
-    def tally(self, speaks: bool) -> tuple[np.ndarray, str]:
-        """(classes,) how many pixels are of each, in LOOKED_AT of the label maps, evenly spread; and in words."""
-        every, counts, bad, read = -(-len(self) // LOOKED_AT), np.zeros(256, dtype=int), [], 0
-        order = [i for first in range(every) for i in range(first, len(self), every)]
-        for read, i in enumerate(progress(order, min(len(self), LOOKED_AT), "label maps read", speaks), start=1):
+    def tally(self, speaks: bool) -> tuple:
+        """(classes,) how many pixels are of each, in LOOKED_AT label maps drawn at random; the same in words; and those
+        that cannot be used."""
+        counts, bad, order = np.zeros(256, dtype=int), [], epoch_order(len(self), 0, 0).tolist()
+        for read, i in enumerate(progress(order, min(len(order), LOOKED_AT), "label maps read", speaks), start=1):
             try:
                 counts += np.bincount(self.read(i).label_map.ravel(), minlength=256)
             except BadRecord as error:
                 bad.append(f"{self.name(i)}: {error}")
             known = counts[self.reduce_zero_label:][:len(self.classes)]
-            if read >= LOOKED_AT and (known > 0).sum() >= self.fewest_classes:
+            if read >= LOOKED_AT and np.count_nonzero(known) >= self.fewest_classes:
                 break
-        line = f"{self.source}: {known.sum() / max(counts.sum(), 1):.1%} of the pixels in {read:,} label maps have a class"
-        if bad:
-            line += f"; {len(bad):,} cannot be used, the first is {bad[0]}"
-        return known, line
+        share = known.sum() / max(counts.sum(), 1)
+        return known, f"{self.source}: {share:.1%} of the pixels in {read:,} label maps have a class", bad
 
 
 # ---- a box, a category and a mask for each object -------------------------------------------------------------------
@@ -1703,18 +1709,20 @@ class CocoInstances(ImageFiles):
     the images.  read(i) gives objects {"box": (x1, y1, x2, y2), "category": index into classes, "area": of the mask or
     None, "crowd": bool, "mask"}, with the mask as the file has it: polygons [[x1, y1, x2, y2, ...], ...], or RLE
     {"size": [h, w], "counts": list or str}.  As in mmdetection, images that are small or without objects are not
-    trained on.  What is left out is counted in notes: so are objects that cannot be used, with the first of them.
+    trained on.  What is left out is counted in notes.  Objects that are malformed are left out too; what was wrong with
+    each is in left_out, for look_at_labels.
     """
     fewest_classes = 1
-    advice = "others are not learned or measured, and names of classes are compared letter by letter"
+    advice = "crowds and objects under a pixel do not count, and names of classes are compared letter by letter"
 
     def __init__(self, root, split):
         path, part, content = coco_file(root, "instances", split)
-        names = {i: name for i, (name,) in by_id(content, "categories", path, id=int, name=str).items()}
+        categories, names = by_id(content, "categories", path, id=int, name=str), {}
+        for i, (name,) in sorted(categories.items()):
+            names[i] = f"{name} ({i})" if name in names.values() else name
         images = by_id(content, "images", path, id=ID, file_name=str, width=int | float, height=int | float)
-        self.category_ids, objects = sorted(names), {i: [] for i in images}
-        place, left_out, first = {i: k for k, i in enumerate(self.category_ids)}, 0, ""
-        self.usable = Counter()                                                         # objects of each class
+        self.category_ids, objects, self.left_out = list(names), {i: [] for i in images}, []
+        self.usable = dict.fromkeys(names, 0)                                           # objects of each category
         for where, i, category, box, area, mask, crowd in entries(
                 content, "annotations", path, image_id=ID, category_id=int, bbox=object, area=object,
                 segmentation=object, iscrowd=object):
@@ -1726,34 +1734,36 @@ class CocoInstances(ImageFiles):
                 file, *size = images[i]
                 problem = problem_of_object(f"{where}, of image {file}", box, area, mask, *size)
             if problem:
-                left_out, first = left_out + 1, first or problem
+                self.left_out.append(problem)
                 continue
             x, y, w, h = box
             box = x, y, x + w, y + h
-            self.usable[place[category]] += not crowd and has_area(box, *size)
-            objects[i].append(dict(box=box, category=place[category], area=area, mask=mask, crowd=bool(crowd)))
+            self.usable[category] += not crowd and has_area(box, *size)
+            category = bisect.bisect_left(self.category_ids, category)
+            objects[i].append(dict(box=box, category=category, area=area, mask=mask, crowd=bool(crowd)))
         kept = [i for i in images if split != "train" or objects[i] and min(images[i][1:]) >= MIN_TRAINED_SIDE]
         if images and not kept:
-            raise UserError(f"{path} holds no image that can be trained on, of {len(images)}; {first}")
-        same = {i for i in names if list(names.values()).count(names[i]) > 1}
+            raise UserError(f"{path} holds no image that can be trained on, of {len(images)}; "
+                            f"{' '.join(self.left_out[:1])}")
         super().__init__(path, root, ((f"{part}/{images[i][0]}", dict(objects=objects[i])) for i in kept),
-                         [f"{names[i]} ({i})" if i in same else names[i] for i in self.category_ids], {
+                         list(names.values()), {
             f"images of {path} left out: no object, or a side under {MIN_TRAINED_SIDE} pixels": len(images) - len(kept),
-            f"objects left out, the first is {first}": left_out,
-            f"categories of {path} share their name with another: their ids stand beside it": len(same)})
+            f"categories of {path} have the name of another, and their id beside it":
+                sum(names[i] != name for i, (name,) in categories.items())})
         self.image_ids = np.array(kept, dtype=object)                                   # (n,), as the file has them
         self.sizes = np.array([images[i][1:] for i in kept])                            # (n, 2)
-        self.words = (f"{path}: {self.usable.total():,} of {len(content['annotations']):,} objects are well formed, no "
-                      f"crowds, and a pixel or more each way")
+        self.source = path
 
     def read(self, i: int) -> Sample:
         sample = super().read(i)
         as_annotated(sample.image, tuple(self.sizes[i].tolist()))
         return sample
 
-    def tally(self, speaks: bool) -> tuple[list[int], str]:
-        """[classes] how many objects are of each, without crowds and those under a pixel; and in words."""
-        return [self.usable[k] for k in range(len(self.classes))], self.words
+    def tally(self, speaks: bool) -> tuple:
+        """(classes,) how many objects are of each, crowds and those under a pixel not counted; the same in words; and
+        those that cannot be used."""
+        counts = self.usable.values()
+        return counts, f"{self.source}: {sum(counts):,} objects can be learned or found", self.left_out
 
 
 def has_area(box: tuple, width: int, height: int) -> bool:

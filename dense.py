@@ -73,11 +73,11 @@ def confusion_matrix(truth: Tensor, predicted: Tensor, n_classes: int) -> Tensor
 
 def best_class(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """scores (classes, h, w), resized -> (height, width), the class that has most; one by one, for memory"""
-    best, label = resize(scores[None, :1], size)[0, 0], torch.zeros(size, dtype=torch.long, device=scores.device)
-    for k, score in enumerate(scores[1:], start=1):
+    best, label = scores.new_full(size, -math.inf), torch.zeros(size, dtype=torch.long, device=scores.device)
+    for k, score in enumerate(scores):
         score = resize(score[None, None], size)[0, 0]                                       # (height, width)
         label[score > best] = k
-        best = torch.maximum(best, score)
+        best = best.maximum(score)
     return label
 
 
@@ -295,7 +295,7 @@ def zeroshot(argv=None):
     options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else 512 * window // 224)
     templates = templates_for(options.templates, model)
     data = open_data(spec, "val", "segmentation", size=options.test_size)
-    look_at_labels(data, speaks=runtime.is_main)
+    look_at_labels(data, None, runtime.is_main)
     texts = model.encode_classes(progress(data.classes, len(data.classes), "classes embedded", runtime.is_main),
                                  templates, tokenizer)                                              # (classes, E)
     evaluate(partial(slide, predict=patch_scores(model, texts), window=window, stride=window // 2), data, options,
@@ -655,9 +655,7 @@ def begin(options, out: Path, kind: str) -> tuple[Start, Config, VisionTransform
 def open_splits(options, task: str, size: int, runtime) -> tuple:
     """The data to train on and to test on, once both hold something to learn and to measure."""
     train, test = (open_data(options.data, split, task, size=size) for split in ("train", "val"))
-    look_at_labels(test, look_at_labels(train, speaks=runtime.is_main), runtime.is_main)
-    for note in test.notes if runtime.is_main else ():
-        say(f"note: {note}")
+    look_at_labels(test, look_at_labels(train, None, runtime.is_main), runtime.is_main)
     return train, test
 
 
@@ -892,8 +890,8 @@ def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int)
     """The pixels, counted down the columns, above whose upper edge a side of a polygon crosses the column's middle.
 
     The side goes from start (x, y) to end, on the grid of five steps a pixel: along its longer axis, from the lower
-    coordinate to the higher, a step at a time.  Only the steps near the middles of the image's columns are taken: a
-    corner may be far outside.
+    coordinate to the higher, a step at a time.  Of the steps only those near the middle of a column of the image are
+    taken, as a corner may be far outside.
     """
     axis = int(abs(end - start)[1] > abs(end - start)[0])                          # the longer one
     if start[axis] > end[axis]:
@@ -901,19 +899,14 @@ def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int)
     slope = (end - start) / max(end[axis] - start[axis], 1)
     left, right = sorted((start[0], end[0]))
     middle = 5 * np.arange(max(0, (left + 2) // 5), min(width, (right + 2) // 5)) + 2.5     # of columns in between
-    near = np.floor((middle - start[0]) / slope[0])[:, None] + [-1, 0, 1]          # rounding may move it by a step
-    steps = np.unique(near.clip(0, end[axis] - start[axis] - 1)).astype(np.int64)
-
-    def place(steps: np.ndarray) -> np.ndarray:
-        """(steps,) -> x and y, (2, steps)"""
-        path = (start + slope * steps[:, None] + 0.5).astype(np.int64)             # (steps, 2)
-        path[:, axis] = start[axis] + steps
-        return path.T
-    (x, y), (next_x, next_y) = place(steps), place(steps + 1)
-    column, part = np.divmod(np.minimum(x, next_x), 5)
-    row = np.clip((np.minimum(y, next_y) + 2) // 5, 0, height)
-    crossed = (x != next_x) & (part == 2) & (column >= 0) & (column < width)
-    return (column * height + row)[crossed]
+    steps = np.floor((middle - start[0]) / slope[0])[:, None] + [-1, 0, 1]         # rounding may move it by a step
+    steps = steps.reshape(-1, 1).astype(np.int64) + [0, 1]                         # (steps, 2) before and after each
+    path = (start + slope * steps[:, :, None] + 0.5).astype(np.int64)              # (steps, 2, 2)
+    path[:, :, axis] = start[axis] + steps
+    x, y = path.transpose(2, 0, 1)                                                 # (steps, 2)
+    column, part = np.divmod(x.min(axis=1), 5)
+    row = ((y.min(axis=1) + 2) // 5).clip(0, height)
+    return (column * height + row)[(x[:, 0] != x[:, 1]) & (part == 2)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1434,11 +1427,8 @@ def step_schedule(step: int, total: int, warmup: int) -> float:
 # ---- images and objects, for training and test ----------------------------------------------------------------------
 
 def decode_mask(mask, height: int, width: int) -> np.ndarray:
-    """An object's mask, drawn or as COCO has it -> (height, width) bool; BadRecord if it is malformed."""
-    try:
-        return mask if isinstance(mask, np.ndarray) else read_mask(mask, height, width) == 1
-    except ValueError as error:
-        raise BadRecord(f"mask of an object: {error}") from None
+    """An object's mask, drawn or as COCO has it -> (height, width) bool."""
+    return mask if isinstance(mask, np.ndarray) else read_mask(mask, height, width) == 1
 
 
 @dataclass
@@ -1479,9 +1469,7 @@ class EvalObjects(TrainObjects):
         for thing in sample.objects:
             (x1, y1, x2, y2), mask, label = thing["box"], thing["mask"], self.label_of[thing["category"]]
             if label >= 0:
-                area = thing.get("area")
-                if area is None:
-                    area = float(decode_mask(mask, image.height, image.width).sum())
+                area = thing.get("area") or float(decode_mask(mask, image.height, image.width).sum())
                 truth.append(dict(category_id=label, bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=int(thing["crowd"]),
                                   area=area, segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
         resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
@@ -1606,8 +1594,8 @@ def maskrcnn(argv=None):
     net = MaskRCNN(visual, len(names), options).to(runtime.device)
     announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, len(names), runtime)
     fine_tune(net, partial(losses_of, device=runtime.device, options=options, multiple=net.strides[3]), step_schedule,
-              data, TrainObjects(options.short_side, options.long_side, range(len(names))), options, runtime, out, start,
-              dict(kind="maskrcnn", backbone=asdict(config), classes=names))
+              data, TrainObjects(options.short_side, options.long_side, range(len(names))), options, runtime, out,
+              start, dict(kind="maskrcnn", backbone=asdict(config), classes=names))
     evaluate_detector(net, names, test, options, runtime, out)
 
 
