@@ -683,9 +683,9 @@ def upernet(argv=None):
     runtime.claim(out)
     start, config, visual = begin(options, out, "upernet")
     coarsest = 2 * config.patch_size
-    if options.crop % coarsest or not options.crop:
+    if options.crop % coarsest:
         raise UserError(f"--crop {options.crop}: wanted a multiple of two of this network's patches of "
-                        f"{config.patch_size} pixels, such as {max(1, -(-options.crop // coarsest)) * coarsest}")
+                        f"{config.patch_size} pixels, such as {-(-options.crop // coarsest) * coarsest}")
     data, test = open_splits(options, "segmentation", options.test_size, runtime)
     resize_positions(visual, options.crop)
     net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
