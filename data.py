@@ -1778,7 +1778,7 @@ def problem_of_object(where, box, area, mask, width, height) -> str:
         isinstance(mask, list) and mask != [] and all(
             are_numbers(points) and len(points) >= 6 and len(points) % 2 == 0 for points in mask))
     for wanted, value, is_right in (
-            ("a bbox [x, y, width, height]", box, are_numbers(box) and len(box) == 4),
+            ("a bbox [x, y, width, height]", box, are_numbers(box) and len(box) == 4 and min(box[2:]) >= 0),
             ("an area, a number of pixels, or none", area, area is None or are_numbers([area])),
             (f"a segmentation of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or an RLE of size [{height}, {width}]",
              mask, is_mask)):

@@ -1574,8 +1574,9 @@ def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], 
     pen, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
     for record in records:
         x, y, width, height = (times * side for side in record["bbox"])
+        x, y, *end = np.clip([x, y, x + width, y + height], -9, DRAWN_SIZE + 9).tolist()   # Pillow walks all of an edge
         color = tuple(COLORS[record["category_id"] % IGNORED].tolist())
-        pen.rectangle((x, y, x + width, y + height), outline=color, width=2)
+        pen.rectangle((x, y, *end), outline=color, width=2)
         text = names[record["category_id"]] + (f" {record['score']:.0%}" if "score" in record else "")
         pen.text((x + 4, y + 2), text, "white", font, stroke_width=2, stroke_fill="black")
     return picture
