@@ -1207,7 +1207,8 @@ def read_json(path: str) -> dict:
 def want(entry, key, kind, where):
     """entry[key] of JSON, which must be of this kind: int, str, list; object for anything, None if it is not there."""
     if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-        raise UserError(f"{where}: wanted an object with {key!r} of type {kind.__name__}, got {json.dumps(entry)[:80]}")
+        raise UserError(f"{where}: wanted an object with {key!r} of type {getattr(kind, '__name__', kind)}, got "
+                        f"{json.dumps(entry)[:80]}")
     return entry.get(key)
 
 
@@ -1217,6 +1218,17 @@ def entries(content, key, path, **kinds):
     for k, entry in enumerate(progress(listed, len(listed), f"{key} of {path} read")):
         where = f"{path}, {key}[{k}]"
         yield where, *(want(entry, name, kind, where) for name, kind in kinds.items())
+
+
+def by_id(content, key, path, **kinds) -> dict:
+    """The objects in the list content[key] by the first of these keys, their id: {id: values of the other keys}."""
+    found = {}
+    for where, i, *values in entries(content, key, path, **kinds):
+        if i in found:
+            raise UserError(f"{where}: {values[0]!r} has the id {i!r} of {found[i][0]!r}, as where two exports were "
+                            f"joined: number those of the second anew, and in its annotations too")
+        found[i] = values
+    return found
 
 
 def note_counts(counts):
@@ -1629,13 +1641,20 @@ def want_names(data, spec: str):
                         f"into {data.root}/classnames.txt, lines CLASS<TAB>name (docs/DATA.md says where to find them)")
 
 
+ID = int | str               # of an image: some tools take the file's name, or a hash of 64 bits
+
+
+class Absent(UserError):
+    """The file that a task wants is not there: the data set may be for another task."""
+
+
 def coco_file(root, what, split):
     """DIR/annotations/WHAT_SPLIT2017.json, or 2014: its path, the folder of its images, and its content."""
     for part in (f"{split}2017", f"{split}2014"):
         path = f"{root}/annotations/{what}_{part}.json"
         if isfile(path):
             return path, part, read_json(path)
-    raise UserError(f"no {what} of the split {split!r} in {root}: wanted {root}/annotations/{what}_{split}2017.json "
+    raise Absent(f"no {what} of the split {split!r} in {root}: wanted {root}/annotations/{what}_{split}2017.json "
                     f"(COCO has train and val)")
 
 
@@ -1646,8 +1665,8 @@ def coco_captions(root, split):
                        DIR/{train,val}2017/*.jpg
     """
     path, part, content = coco_file(root, "captions", split)
-    captions = {i: (file, []) for _, i, file in entries(content, "images", path, id=int, file_name=str)}
-    for where, i, caption in entries(content, "annotations", path, image_id=int, caption=str):
+    captions = {i: (file, []) for i, (file,) in by_id(content, "images", path, id=ID, file_name=str).items()}
+    for where, i, caption in entries(content, "annotations", path, image_id=ID, caption=str):
         if i not in captions:
             raise UserError(f"{where}: there is no image {i}")
         captions[i][1].append(caption)
@@ -1662,6 +1681,8 @@ def karpathy(path, images, split):
 
     The file: {"images": [{"filename", "filepath", "split": "test", "sentences": [{"raw": "A cat."}, ...]}, ...]}
     """
+    if not isfile(path):
+        raise Absent(f"cannot read {path}: there is no such file")
     listed, found = [], Counter()
     for where, part, sentences, below, file in entries(read_json(path), "images", path, split=str, sentences=list,
                                                        filepath=object, filename=str):
@@ -1696,6 +1717,45 @@ COCO_STUFF_LABEL = np.full(256, 255, dtype=np.uint8)
 COCO_STUFF_LABEL[np.setdiff1d(np.arange(182), COCO_STUFF_GAPS)] = np.arange(171)
 
 
+LOOKED_AT = 1000             # label maps that are read before a run; all, where these show less than two classes
+
+
+def look_at_labels(data, known: list[str] | None = None, speaks: bool = True) -> list[str]:
+    """Says in a line what the labels of a data set hold, and returns the names of the classes that occur.
+
+    known   the classes that a network has learned: others that occur are named
+    UserError if there is nothing to learn or to measure.  Of what is drawn nothing is said: it has all its classes.
+    """
+    if not isinstance(data, LabelMaps | CocoInstances):
+        return data.classes
+
+    def some(names):
+        return textwrap.shorten(", ".join(names), 80) or "none"
+    counts, line, bad = data.tally(speaks)
+    found = [name for name, count in zip(data.classes, counts) if count]
+    strange = [name for name in found if name not in (known or found)]
+    line += f", of {len(found)} of {len(data.classes)} classes ({some(found)})"
+    if strange:
+        line += f", but not among those learned ({some(known)}): {some(strange)}"
+    if bad:
+        line += f"; {len(bad):,} cannot be used, the first is {bad[0]}"
+    if len(found) - len(strange) < data.fewest_classes:
+        raise UserError(f"{line}; this is too little to learn or to measure: {data.advice}")
+    if speaks:
+        say(printable(f"labels: {line}"))
+    return found
+
+
+def as_annotated(image, size):
+    """Settles whether annotations for an image of `size` (width, height) were drawn on it as `decode` turns it, or on
+    the pixels as stored: then its EXIF orientation goes.  Where both sizes are the same, they were drawn upright."""
+    if upright_size(image) != size:
+        if image.size != size:
+            raise BadRecord(f"image of another size: {image.size}, and {upright_size(image)} when turned as its EXIF "
+                            f"says; the annotations are for {size}")
+        image.info.pop("exif", None)
+
+
 class LabelMaps(ImageFiles):
     """Images (.jpg) with a class for each pixel (.png of the same name), in the folders of the archives they come in.
 
@@ -1709,6 +1769,8 @@ class LabelMaps(ImageFiles):
 
     DIR or the folder above it.  COCO-Stuff's labels are those of stuffthingmaps_trainval2017.zip; Pascal Context's
     those mmsegmentation makes from trainval_merged.json: 0 background, 1 to 59 the classes in alphabetical order.
+    Images and label maps may end in anything that is_image takes.  A list may name both in a line, from DIR, as
+    DeepLab's trainaug does: /JPEGImages/x.jpg /SegmentationClassAug/x.png
 
     above               the folder above
     parts               what the format calls train and val, for {} in the paths
@@ -1718,6 +1780,10 @@ class LabelMaps(ImageFiles):
     reduce_zero_label   label 0 belongs to no class: they start with label 1
     label_of            (256,) the label of each value in the files, where they differ
     """
+    fewest_classes = 2
+    advice = ("a label map holds the number of a class in each pixel, and 255 where there is none: a mask in black and "
+              "white wants 1 in place of 255")
+
     def __init__(self, root, split, above, parts, images, maps, listing="", classes=None, reduce_zero_label=False,
                  label_of=np.arange(256, dtype=np.uint8), **_):
         if split not in ("train", "val"):
@@ -1728,27 +1794,47 @@ class LabelMaps(ImageFiles):
             if not os.path.exists(f"{root}/{path}"):
                 raise UserError(f"{root}/{path} is not there: unpack the archive as it comes, and name the folder "
                                 f"{above} or the one above it")
-        source = f"{root}/{source}"
-        names = read_lines(source, "names of images") if listing else sorted(os.listdir(source))
-        stems = [name.removesuffix(".jpg") for name in names if listing or name.endswith(".jpg")]
+        pictures, labels = ({os.path.splitext(name)[0]: f"{folder}/{name}"
+                             for name in sorted(os.listdir(f"{root}/{folder}")) if is_image(name)}
+                            for folder in (images, maps))
+        self.pairs = []                                                              # files of an image and its map
+        for line in read_lines(f"{root}/{source}", "names of images") if listing else pictures:
+            pair = line.split()
+            if len(pair) != 2 or not all(map(is_image, pair)):
+                stem = os.path.splitext(line)[0] if is_image(line) else line
+                pair = pictures.get(stem, f"{images}/{stem}.jpg"), labels.get(stem, f"{maps}/{stem}.png")
+            self.pairs.append([file.lstrip("/") for file in pair])
         classes = classes or read_lines(f"{root}/class_names.txt", "names of classes")
-        super().__init__(source, root, ((f"{images}/{stem}.jpg", {}) for stem in stems),
+        super().__init__(f"{root}/{source}", root, ((image, {}) for image, _ in self.pairs),
                          [name.strip("_") for name in classes])
-        self.maps = [f"{root}/{maps}/{stem}.png" for stem in stems]
-        self.label_of, self.reduce_zero_label = label_of, reduce_zero_label
+        self.source, self.label_of, self.reduce_zero_label = f"{root}/{source}", label_of, reduce_zero_label
 
     def read(self, i: int) -> Sample:
-        sample, label = super().read(i), open_image(read_file(self.maps[i]))
+        sample, label = super().read(i), open_image(read_file(f"{self.root}/{self.pairs[i][1]}"))
         if label.mode not in ("L", "P"):
             raise BadRecord(f"not a label map: mode {label.mode}, wanted one byte a pixel")
-        if label.size != upright_size(sample.image):
-            raise BadRecord(f"label map of another size: {label.size}, the image has {upright_size(sample.image)}")
+        as_annotated(sample.image, label.size)
         with refusing("corrupt label map"):
             sample.label_map = self.label_of[np.array(label)]                   # (H, W); of a palette image the indices
         largest = int(sample.label_map[sample.label_map < 255].max(initial=0))
         if largest >= len(self.classes) + self.reduce_zero_label:
             raise BadRecord(f"label out of range: {largest}, with {len(self.classes)} classes")
         return sample
+
+    def tally(self, speaks: bool) -> tuple:
+        """(classes,) how many pixels are of each, in LOOKED_AT label maps drawn at random; the same in words; and those
+        that cannot be used."""
+        counts, bad, order = np.zeros(256, dtype=int), [], epoch_order(len(self), 0, 0).tolist()
+        for read, i in enumerate(progress(order, min(len(order), LOOKED_AT), "label maps read", speaks), start=1):
+            try:
+                counts += np.bincount(self.read(i).label_map.ravel(), minlength=256)
+            except BadRecord as error:
+                bad.append(f"{self.name(i)}: {error}")
+            known = counts[self.reduce_zero_label:][:len(self.classes)]
+            if read >= LOOKED_AT and np.count_nonzero(known) >= self.fewest_classes:
+                break
+        share = known.sum() / max(counts.sum(), 1)
+        return known, f"{self.source}: {share:.1%} of the pixels in {read:,} label maps have a class", bad
 
 
 # ---- a box, a category and a mask for each object -------------------------------------------------------------------
@@ -1763,46 +1849,64 @@ class CocoInstances(ImageFiles):
                        DIR/{train,val}2017/*.jpg
 
     classes are the categories by rising id, category_ids these ids (COCO's 80 are between 1 and 90), image_ids those of
-    the images.  read(i) gives objects {"box": (x1, y1, x2, y2), "category": index into classes, "area": of the mask,
-    "crowd": bool, "mask"}, with the mask as the file has it: polygons [[x1, y1, x2, y2, ...], ...], or RLE {"size":
-    [h, w], "counts": list or str}.  As in mmdetection, images that are small or without objects are not trained on.
-    What is left out is counted in notes; the first malformed entry ends with a UserError that names it.
+    the images.  read(i) gives objects {"box": (x1, y1, x2, y2), "category": index into classes, "area": of the mask or
+    None, "crowd": bool, "mask"}, with the mask as the file has it: polygons [[x1, y1, x2, y2, ...], ...], or RLE
+    {"size": [h, w], "counts": list or str}.  As in mmdetection, images that are small or without objects are not
+    trained on.  What is left out is counted in notes.  Objects that are malformed are left out too; what was wrong with
+    each is in left_out, for look_at_labels.
     """
+    fewest_classes = 1
+    advice = "crowds and objects under a pixel do not count, and names of classes are compared letter by letter"
+
     def __init__(self, root, split):
         path, part, content = coco_file(root, "instances", split)
-        names = {i: name for _, i, name in entries(content, "categories", path, id=int, name=str)}
-        images = {i: image for _, i, *image in entries(content, "images", path, id=int, file_name=str, width=int,
-                                                       height=int)}              # id: [file, width, height]
-        self.category_ids, objects, counts = sorted(names), {i: [] for i in images}, Counter()
+        categories, names = by_id(content, "categories", path, id=int, name=str), {}
+        for i, (name,) in sorted(categories.items()):
+            names[i] = f"{name} ({i})" if name in names.values() else name
+        images = by_id(content, "images", path, id=ID, file_name=str, width=int | float, height=int | float)
+        self.category_ids, objects, self.left_out = list(names), {i: [] for i in images}, []
+        self.usable = dict.fromkeys(names, 0)                                           # objects of each category
         for where, i, category, box, area, mask, crowd in entries(
-                content, "annotations", path, image_id=int, category_id=int, bbox=list, area=object,
+                content, "annotations", path, image_id=ID, category_id=int, bbox=object, area=object,
                 segmentation=object, iscrowd=object):
             if i not in images:
-                raise UserError(f"{where}: there is no image {i}")
-            file, *size = images[i]
-            check_object(f"{where}, of image {file}", box, area, mask, *size)
+                problem = f"{where}: there is no image {i!r}"
+            elif category not in names:
+                problem = f"{where}: there is no category {category}"
+            else:
+                file, *size = images[i]
+                problem = problem_of_object(f"{where}, of image {file}", box, area, mask, *size)
+            if problem:
+                self.left_out.append(problem)
+                continue
             x, y, w, h = box
             box = x, y, x + w, y + h
-            if category not in names:
-                counts["objects left out, whose category_id is not among the categories"] += 1
-                continue
-            counts["objects under a pixel wide or high, not trained on"] += not has_area(box, *size)
-            category = self.category_ids.index(category)
+            self.usable[category] += not crowd and has_area(box, *size)
+            category = bisect.bisect_left(self.category_ids, category)
             objects[i].append(dict(box=box, category=category, area=area, mask=mask, crowd=bool(crowd)))
         kept = [i for i in images if split != "train" or objects[i] and min(images[i][1:]) >= MIN_TRAINED_SIDE]
         if images and not kept:
-            raise UserError(f"{path} holds no image that can be trained on, of {len(images)}")
-        left_out = {f"images left out: no object, or a side under {MIN_TRAINED_SIDE} pixels": len(images) - len(kept)}
+            raise UserError(f"{path} holds no image that can be trained on, of {len(images)}; "
+                            f"{' '.join(self.left_out[:1])}")
         super().__init__(path, root, ((f"{part}/{images[i][0]}", dict(objects=objects[i])) for i in kept),
-                         [names[i] for i in self.category_ids])
-        self.notes = [f"{path}: {note}" for note in note_counts(left_out | counts)]
-        self.image_ids, self.sizes = np.array(kept), np.array([images[i][1:] for i in kept])      # (n,) and (n, 2)
+                         list(names.values()), {
+            f"images of {path} left out: no object, or a side under {MIN_TRAINED_SIDE} pixels": len(images) - len(kept),
+            f"categories of {path} have the name of another, and their id beside it":
+                sum(names[i] != name for i, (name,) in categories.items())})
+        self.image_ids = np.array(kept, dtype=object)                                   # (n,), as the file has them
+        self.sizes = np.array([images[i][1:] for i in kept])                            # (n, 2)
+        self.source = path
 
     def read(self, i: int) -> Sample:
-        sample, wanted = super().read(i), tuple(self.sizes[i].tolist())
-        if upright_size(sample.image) != wanted:
-            raise BadRecord(f"image of another size: {upright_size(sample.image)}, the annotations are for {wanted}")
+        sample = super().read(i)
+        as_annotated(sample.image, tuple(self.sizes[i].tolist()))
         return sample
+
+    def tally(self, speaks: bool) -> tuple:
+        """(classes,) how many objects are of each, crowds and those under a pixel not counted; the same in words; and
+        those that cannot be used."""
+        counts = self.usable.values()
+        return counts, f"{self.source}: {sum(counts):,} objects can be learned or found", self.left_out
 
 
 def has_area(box: tuple, width: int, height: int) -> bool:
@@ -1811,22 +1915,48 @@ def has_area(box: tuple, width: int, height: int) -> bool:
     return min(x2, width) - max(x1, 0) >= 1 and min(y2, height) - max(y1, 0) >= 1
 
 
-def check_object(where, box, area, mask, width, height):
-    """UserError if an object of an image of width x height has a malformed box, area or mask."""
-    if isinstance(mask, dict):                # counts as a string are checked when the mask is unpacked
-        counts = mask.get("counts")
-        is_mask = mask.get("size") == [height, width] and (
-            isinstance(counts, str) or are_numbers(counts) and min(counts) >= 0 and sum(counts) == width * height)
-    else:
-        is_mask = isinstance(mask, list) and mask != [] and all(
-            are_numbers(points) and len(points) >= 6 and len(points) % 2 == 0 for points in mask)
+def problem_of_object(where, box, area, mask, width, height) -> str:
+    """What is malformed of an object of an image of width x height: its box, area or mask; "" if all are well."""
+    is_mask = is_rle(mask, height, width) if isinstance(mask, dict) else (
+        isinstance(mask, list) and mask != [] and all(
+            are_numbers(points) and len(points) >= 6 and len(points) % 2 == 0 for points in mask))
     for wanted, value, is_right in (
-            ("a bbox [x, y, width, height]", box, are_numbers(box) and len(box) == 4),
-            ("an area, a number of pixels", area, are_numbers([area])),
+            ("a bbox [x, y, width, height]", box, are_numbers(box) and len(box) == 4 and min(box[2:]) >= 0),
+            ("an area, a number of pixels, or none", area, area is None or are_numbers([area])),
             (f"a segmentation of polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or an RLE of size [{height}, {width}]",
              mask, is_mask)):
         if not is_right:
-            raise UserError(f"{where}: wanted {wanted}, got {json.dumps(value)[:80]}")
+            return f"{where}: wanted {wanted}, got {json.dumps(value)[:80]}"
+    return ""
+
+
+def is_rle(mask: dict, height, width) -> bool:
+    """Whether a mask's runs of pixels make up an image of height x width."""
+    counts = mask.get("counts")
+    try:
+        counts = unpack_counts(counts.encode()) if isinstance(counts, str) else counts
+    except ValueError:
+        return False
+    return mask.get("size") == [height, width] and (
+        are_numbers(counts) and min(counts) >= 0 and sum(counts) == width * height)
+
+
+def unpack_counts(text: bytes) -> list[int]:
+    """Undoes what dense.encode_rle does to the counts."""
+    counts, number, shift = [], 0, 0
+    for digit in (code - 48 for code in text):
+        if not 0 <= digit < 64:
+            break
+        number += (digit & 31) << shift
+        shift += 5
+        if digit < 32:                                         # the last of its number
+            number -= (digit & 16) << (shift - 4)              # 16 as sign is -16, in place of +16
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number, shift = 0, 0
+    else:
+        if counts and shift == 0:
+            return counts
+    raise ValueError(f"the string {text[:20]!r} is cut off or no RLE")
 
 
 def are_numbers(values):

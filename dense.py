@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (BadRecord, MEAN, UserError, decode, eval_loader, find_templates, fingerprint, has_area,
-                  normalize, only_shapes, open_data, open_image, progress, read_file, say, sheet, to_tensor)
+                  look_at_labels, normalize, only_shapes, open_data, open_image, progress, read_file, say, sheet,
+                  to_tensor, unpack_counts)
 from losses import gather, mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
 from finetune import LoopOptions, fine_tune, recipe_for
@@ -68,6 +69,16 @@ def confusion_matrix(truth: Tensor, predicted: Tensor, n_classes: int) -> Tensor
     counts = truth != IGNORED
     pairs = truth[counts].long() * n_classes + predicted[counts].long()
     return torch.bincount(pairs, minlength=n_classes ** 2).view(n_classes, n_classes)
+
+
+def best_class(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """scores (classes, h, w), resized -> (height, width), the class that has most; one by one, for memory"""
+    best, label = scores.new_full(size, -math.inf), torch.zeros(size, dtype=torch.long, device=scores.device)
+    for k, score in enumerate(scores):
+        score = resize(score[None, None], size)[0, 0]                                       # (height, width)
+        label[score > best] = k
+        best = best.maximum(score)
+    return label
 
 
 def mean_iou(confusion: Tensor) -> tuple[float, Tensor, float]:
@@ -202,14 +213,13 @@ def write_json(options, results: dict, task: str):
 
 
 @torch.no_grad()
-def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, runtime, out: Path, protocol: dict,
+def evaluate(score: Callable[[Tensor], Tensor], data, options: SegmentationOptions, runtime, out: Path, protocol: dict,
              long_side: int = 0):
     """Tests score, (3, h, w) -> (classes, h, w), against all labels at their own size; prints, draws and writes:
 
-    miou, accuracy, class_accuracy (its mean over classes), images, bad (records), iou {class: IoU, None for NaN}, and
-    the protocol that these numbers depend on
+    miou, accuracy, class_accuracy (its mean over classes), images, bad (records), iou [{index, class, iou: None for
+    NaN}], as names may occur twice, and the protocol that these numbers depend on
     """
-    data = open_data(options.data, "val", "segmentation", size=options.test_size)
     names = list(data.classes)
     confusion = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
     n_images, bad, drawn, started = 0, [], [], time.monotonic()
@@ -218,7 +228,7 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
         with runtime.autocast():
             scores = score(normalize(batch["images"].to(runtime.device))[0])             # (classes, h, w)
         truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                              # (height, width)
-        predicted = resize(scores[None], truth.shape)[0].argmax(dim=0)                               # (height, width)
+        predicted = best_class(scores, truth.shape)                                                  # (height, width)
         confusion += confusion_matrix(truth, predicted, len(names))
         n_images += 1
         if len(drawn) < options.draw:
@@ -233,8 +243,8 @@ def evaluate(score: Callable[[Tensor], Tensor], options: SegmentationOptions, ru
                     classes=f"{len(names)} ({fingerprint(names)})",
                     label_0="left out" if data.reduce_zero_label else names[0])
     results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=n_images, bad=n_bad,
-                   iou={name: None if math.isnan(value) else value for name, value in zip(names, iou.tolist())},
-                   protocol=protocol)
+                   iou=[{"index": k, "class": name, "iou": None if math.isnan(value) else value}
+                        for k, (name, value) in enumerate(zip(names, iou.tolist()))], protocol=protocol)
     if runtime.is_main:
         say("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
         say(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({n_images} images, "
@@ -284,11 +294,12 @@ def zeroshot(argv=None):
         options.test_size = long_side = 520 * window // 224
     options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else 512 * window // 224)
     templates = templates_for(options.templates, model)
-    names = open_data(spec, "val", "segmentation", size=options.test_size).classes
-    texts = model.encode_classes(progress(names, len(names), "classes embedded", runtime.is_main),
+    data = open_data(spec, "val", "segmentation", size=options.test_size)
+    look_at_labels(data, None, runtime.is_main)
+    texts = model.encode_classes(progress(data.classes, len(data.classes), "classes embedded", runtime.is_main),
                                  templates, tokenizer)                                              # (classes, E)
-    evaluate(partial(slide, predict=patch_scores(model, texts), window=window, stride=window // 2), options, runtime,
-             Path(options.out or "runs/zeroshot-segmentation"),
+    evaluate(partial(slide, predict=patch_scores(model, texts), window=window, stride=window // 2), data, options,
+             runtime, Path(options.out or "runs/zeroshot-segmentation"),
              dict(checkpoint=options.checkpoint, method=config.method, window=window, stride=window // 2,
                   templates=len(templates)), long_side)
 
@@ -641,6 +652,13 @@ def begin(options, out: Path, kind: str) -> tuple[Start, Config, VisionTransform
     return start, config, image_tower(config) if start.state or options.from_scratch else model.visual
 
 
+def open_splits(options, task: str, size: int, runtime) -> tuple:
+    """The data to train on and to test on, once both hold something to learn and to measure."""
+    train, test = (open_data(options.data, split, task, size=size) for split in ("train", "val"))
+    look_at_labels(test, look_at_labels(train, None, runtime.is_main), runtime.is_main)
+    return train, test
+
+
 def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
     if runtime.is_main:
         start = "random weights" if options.from_scratch else options.checkpoint
@@ -664,10 +682,11 @@ def upernet(argv=None):
     runtime, out = setup(options), Path(options.out)
     runtime.claim(out)
     start, config, visual = begin(options, out, "upernet")
-    if options.crop % config.patch_size:
-        raise UserError(f"--crop {options.crop}: wanted a multiple of this network's patches of {config.patch_size} "
-                        f"pixels, such as {-(-options.crop // config.patch_size) * config.patch_size}")
-    data = open_data(options.data, "train", "segmentation", size=options.test_size)
+    coarsest = 2 * config.patch_size
+    if options.crop % coarsest:
+        raise UserError(f"--crop {options.crop}: wanted a multiple of two of this network's patches of "
+                        f"{config.patch_size} pixels, such as {-(-options.crop // coarsest) * coarsest}")
+    data, test = open_splits(options, "segmentation", options.test_size, runtime)
     resize_positions(visual, options.crop)
     net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
     net = net.to(runtime.device)
@@ -683,7 +702,7 @@ def upernet(argv=None):
     fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, out, start,
               dict(kind="upernet", backbone=asdict(config), classes=list(data.classes)))
     stride = options.crop * 2 // 3                                  # 341 of 512, as in BEiT, iBOT and BootMAE
-    evaluate(partial(slide, predict=net.predict, window=options.crop, stride=stride), options, runtime, out,
+    evaluate(partial(slide, predict=net.predict, window=options.crop, stride=stride), test, options, runtime, out,
              dict(checkpoint=options.checkpoint, steps=options.steps, window=options.crop, stride=stride))
 
 
@@ -827,24 +846,6 @@ def encode_rle(mask: np.ndarray) -> dict:
     return {"size": list(mask.shape), "counts": bytes(text)}
 
 
-def unpack_counts(text: bytes) -> list[int]:
-    """Undoes what encode_rle does to the counts."""
-    counts, number, shift = [], 0, 0
-    for digit in (code - 48 for code in text):
-        if not 0 <= digit < 64:
-            break
-        number += (digit & 31) << shift
-        shift += 5
-        if digit < 32:                                         # the last of its number
-            number -= (digit & 16) << (shift - 4)              # 16 as sign is -16, in place of +16
-            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
-            number, shift = 0, 0
-    else:
-        if counts and shift == 0:
-            return counts
-    raise ValueError(f"the string {text[:20]!r} is cut off or no RLE")
-
-
 def decode_rle(rle: dict) -> np.ndarray:
     """RLE, its counts a list, str or bytes -> mask (height, width) uint8, 1 inside.  ValueError if it is malformed."""
     try:
@@ -889,20 +890,23 @@ def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int)
     """The pixels, counted down the columns, above whose upper edge a side of a polygon crosses the column's middle.
 
     The side goes from start (x, y) to end, on the grid of five steps a pixel: along its longer axis, from the lower
-    coordinate to the higher, a step at a time.
+    coordinate to the higher, a step at a time.  Of the steps only those near the middle of a column of the image are
+    taken, as a corner may be far outside.
     """
     axis = int(abs(end - start)[1] > abs(end - start)[0])                          # the longer one
     if start[axis] > end[axis]:
         start, end = end, start
-    steps = np.arange(end[axis] - start[axis] + 1)
-    slope = (end - start) / max(len(steps) - 1, 1)
-    path = (start + slope * steps[:, None] + 0.5).astype(np.int64)                 # (steps, 2)
-    path[:, axis] = start[axis] + steps
-    x, y = path.T
-    column, place = np.divmod(np.minimum(x[1:], x[:-1]), 5)
-    row = np.clip((np.minimum(y[1:], y[:-1]) + 2) // 5, 0, height)
-    crossed = (x[1:] != x[:-1]) & (place == 2) & (column >= 0) & (column < width)
-    return (column * height + row)[crossed]
+    slope = (end - start) / max(end[axis] - start[axis], 1)
+    left, right = sorted((start[0], end[0]))
+    middle = 5 * np.arange(max(0, (left + 2) // 5), min(width, (right + 2) // 5)) + 2.5     # of columns in between
+    steps = np.floor((middle - start[0]) / slope[0])[:, None] + [-1, 0, 1]         # rounding may move it by a step
+    steps = steps.reshape(-1, 1).astype(np.int64) + [0, 1]                         # (steps, 2) before and after each
+    path = (start + slope * steps[:, :, None] + 0.5).astype(np.int64)              # (steps, 2, 2)
+    path[:, :, axis] = start[axis] + steps
+    x, y = path.transpose(2, 0, 1)                                                 # (steps, 2)
+    column, part = np.divmod(x.min(axis=1), 5)
+    row = ((y.min(axis=1) + 2) // 5).clip(0, height)
+    return (column * height + row)[(x[:, 0] != x[:, 1]) & (part == 2)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1422,19 +1426,9 @@ def step_schedule(step: int, total: int, warmup: int) -> float:
 
 # ---- images and objects, for training and test ----------------------------------------------------------------------
 
-def open_objects(options: MaskRCNNOptions, split: str, names: list[str] | None = None):
-    """The data set, the names of the classes, by default its own, and the class of each of its own, -1 for none."""
-    data = open_data(options.data, split, "detection", size=options.short_side)
-    names = names or data.classes
-    return data, names, [names.index(name) if name in names else -1 for name in data.classes]
-
-
 def decode_mask(mask, height: int, width: int) -> np.ndarray:
-    """An object's mask, drawn or as COCO has it -> (height, width) bool; BadRecord if it is malformed."""
-    try:
-        return mask if isinstance(mask, np.ndarray) else read_mask(mask, height, width) == 1
-    except ValueError as error:
-        raise BadRecord(f"mask of an object: {error}") from None
+    """An object's mask, drawn or as COCO has it -> (height, width) bool."""
+    return mask if isinstance(mask, np.ndarray) else read_mask(mask, height, width) == 1
 
 
 @dataclass
@@ -1475,9 +1469,9 @@ class EvalObjects(TrainObjects):
         for thing in sample.objects:
             (x1, y1, x2, y2), mask, label = thing["box"], thing["mask"], self.label_of[thing["category"]]
             if label >= 0:
+                area = thing.get("area") or float(decode_mask(mask, image.height, image.width).sum())
                 truth.append(dict(category_id=label, bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=int(thing["crowd"]),
-                                  area=thing["area"] if "area" in thing else float(mask.sum()),
-                                  segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
+                                  area=area, segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
         resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
         return dict(images=to_tensor(resized).numpy(), full_size=image.size[::-1], truth=truth)
 
@@ -1517,12 +1511,12 @@ def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNO
 # ---- test -----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions, runtime, out: Path) -> dict:
-    """Finds the objects of all test images; prints, draws and writes what came of it:
+def evaluate_detector(net: MaskRCNN, names: list[str], data, options: MaskRCNNOptions, runtime, out: Path) -> dict:
+    """Finds the objects of all test images of data, whose classes are known by `names`; prints, draws and writes:
 
     box, mask {AP, AP50, ...}: see coco_average_precision;  images, bad (records), classes: how many;  protocol
     """
-    data, names, label_of = open_objects(options, "val", names)
+    label_of = [names.index(name) if name in names else -1 for name in data.classes]
     images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
     transform = EvalObjects(options.short_side, options.long_side, label_of)
     for batch in each_test_image(data, transform, options, runtime, bad):
@@ -1580,8 +1574,9 @@ def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], 
     pen, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
     for record in records:
         x, y, width, height = (times * side for side in record["bbox"])
+        x, y, *end = np.clip([x, y, x + width, y + height], -9, DRAWN_SIZE + 9).tolist()   # Pillow walks all of an edge
         color = tuple(COLORS[record["category_id"] % IGNORED].tolist())
-        pen.rectangle((x, y, x + width, y + height), outline=color, width=2)
+        pen.rectangle((x, y, *end), outline=color, width=2)
         text = names[record["category_id"]] + (f" {record['score']:.0%}" if "score" in record else "")
         pen.text((x + 4, y + 2), text, "white", font, stroke_width=2, stroke_fill="black")
     return picture
@@ -1592,16 +1587,17 @@ def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], 
 def maskrcnn(argv=None):
     options = parse_maskrcnn(argv)
     runtime, out = setup(options), Path(options.out)
-    data, names, label_of = open_objects(options, "train")
+    data, test = open_splits(options, "detection", options.short_side, runtime)
+    names = data.classes
     options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
     runtime.claim(out)
     start, config, visual = begin(options, out, "maskrcnn")
     net = MaskRCNN(visual, len(names), options).to(runtime.device)
     announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, len(names), runtime)
     fine_tune(net, partial(losses_of, device=runtime.device, options=options, multiple=net.strides[3]), step_schedule,
-              data, TrainObjects(options.short_side, options.long_side, label_of), options, runtime, out, start,
-              dict(kind="maskrcnn", backbone=asdict(config), classes=names))
-    evaluate_detector(net, names, options, runtime, out)
+              data, TrainObjects(options.short_side, options.long_side, range(len(names))), options, runtime, out,
+              start, dict(kind="maskrcnn", backbone=asdict(config), classes=names))
+    evaluate_detector(net, names, test, options, runtime, out)
 
 
 COMMANDS = dict(zeroshot=zeroshot, words=words, upernet=upernet, maskrcnn=maskrcnn)

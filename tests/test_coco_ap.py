@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -84,6 +85,23 @@ def box_polygon(x, y, w, h):
 ])
 def test_polygon_area(polygons, area):
     assert polygons_to_mask(polygons, 12, 20).sum() == area
+
+
+@pytest.mark.parametrize("far", [1e4, 1e7, 1e11])
+@pytest.mark.parametrize("corners, inside", [
+    ([(0, 0), (1, 0), (0, 1)], lambda x, y: x < 99),                        # all of the image
+    ([(0, 0), (1, 1), (0, 1)], lambda x, y: x <= y),                        # what is below the diagonal
+    ([(-1, -1), (1, -1), (1, 1)], lambda x, y: x > y),
+    ([(0, 1), (1, 1), (1, 2)], lambda x, y: x < 0),                         # outside
+])
+def test_a_corner_far_outside_costs_no_memory(far, corners, inside):
+    tracemalloc.start()
+    mask = polygons_to_mask([[far * side for corner in corners for side in corner]], 40, 50)
+    assert tracemalloc.get_traced_memory()[1] < 1e6, "bytes at most"
+    tracemalloc.stop()
+    y, x = np.indices(mask.shape)
+    differ = (mask == 1) != inside(x, y)
+    assert not differ[x != y].any(), "but for the pixels that the side itself cuts"
 
 
 def test_rle_equals_pycocotools():

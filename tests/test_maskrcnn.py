@@ -5,6 +5,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 from torch import nn
@@ -515,9 +517,9 @@ def test_images_share_a_canvas():
 
 
 def test_shapes_are_classes_whatever_the_color():
-    world, names, label_of = dense.open_objects(small_options(data="shapes:objects=2-4,train=8"), "train")
-    assert names == list(data.SHAPES) and label_of == list(range(8))
-    assert [names[label_of[thing["category"]]] for thing in world.read(0).objects] == [
+    world = open_data("shapes:objects=2-4,train=8", "train", "detection", size=128)
+    assert world.classes == list(data.SHAPES)
+    assert [world.classes[thing["category"]] for thing in world.read(0).objects] == [
         thing.shape for thing in world.scene(0).objects]
     assert world.read(0).image.size == (128, 128) and all("mask" in thing for thing in world.read(0).objects)
 
@@ -562,7 +564,8 @@ def test_coco_folder(tmp_path):
     coco_folder(tmp_path)
     train, val = (open_data(f"coco:{tmp_path}", split, "detection") for split in ("train", "val"))
     assert train.classes == ["person", "train", "toothbrush"] and train.category_ids == [1, 7, 90]
-    assert len(val) == 6 and len(train) == 5 and "1 images left out" in train.notes[0] and not val.notes
+    assert len(val) == 6 and len(train) == 5 and not val.notes
+    assert train.notes[0].startswith("1 images") and "left out" in train.notes[0]
     assert val.image_ids.tolist() == [1000 + 7 * k for k in range(6)] and val.name(2) == "val2017/000000000002.jpg"
     for k in range(6):
         sample = val.read(k)
@@ -575,17 +578,22 @@ def test_coco_folder(tmp_path):
             assert red[mask].mean() > 0.95 or thing["category"] == 1
 
 
-def test_oddities_are_counted_and_left_out(tmp_path):
+def test_oddities_are_counted_and_left_out(tmp_path, capsys):
     def change(content):
         content["annotations"][0]["category_id"] = 55                           # not among the categories
         content["annotations"][2]["bbox"] = [3, 3, 0, 5]                        # no width
+        content["annotations"][3].update(bbox=[5, 5, 0.5, 5], area=None)
+        content["annotations"][5]["segmentation"] = None
         content["images"].append(dict(id=5, file_name="small.jpg", width=31, height=90))
-        content["annotations"].append(dict(content["annotations"][1], image_id=5))
+        content["annotations"].append(dict(content["annotations"][1], image_id=5, segmentation=[[1, 1, 9, 1, 9, 9]]))
     coco_folder(tmp_path, change)
     train = open_data(f"coco:{tmp_path}", "train", "detection")
-    assert len(train) == 5 and [note.split(": ", 1)[1][:18] for note in train.notes] == [
-        "2 images left out:", "1 objects left out", "1 objects under a "]
-    assert [len(train.read(k).objects) for k in range(3)] == [1, 2, 2]
+    assert len(train) == 5 and [note[:8] for note in train.notes] == ["2 images"]
+    assert [len(train.read(k).objects) for k in range(3)] == [1, 2, 1]
+    assert data.look_at_labels(train) == ["person", "train"]
+    said = capsys.readouterr().out
+    assert "labels: " in said and ": 6 objects can be learned" in said and "2 of 3 classes (person, train)" in said
+    assert "2 cannot be used, the first is " in said and "annotations[0]: there is no category 55" in said
     PIL.Image.new("RGB", (41, 50)).save(tmp_path / "train2017" / f"{0:012}.jpg")
     with pytest.raises(BadRecord, match="another size"):
         train.read(0)
@@ -605,44 +613,184 @@ def put(*path_and_value):
 @pytest.mark.parametrize("change, complaint", [
     (put("annotations", {}), "'annotations' of type list"),
     (put("images", 2, 3), r"images\[2\]: wanted an object with 'id'"),
+    (put("images", 2, "id", 1.5), r"images\[2\].*'id' of type int \| str"),
+    (put("images", 2, "id", []), r"images\[2\].*'id' of type int \| str"),
     (put("images", 2, "file_name", None), r"images\[2\].*'file_name' of type str"),
-    (put("images", 1, "width", "60"), r"images\[1\].*'width' of type int"),
+    (put("images", 1, "width", "60"), r"images\[1\].*'width' of type int \| float"),
     (put("categories", 1, "name", 5), r"categories\[1\].*'name'"),
     (put("annotations", 4, "person"), r"annotations\[4\]: wanted an object"),
-    (put("annotations", 4, "image_id", 3), r"annotations\[4\]: there is no image 3"),
     (put("annotations", 4, "category_id", "person"), r"annotations\[4\].*'category_id' of type int"),
-    (put("annotations", 4, "bbox", [1, 2, 3]), r"annotations\[4\], of image 0+2.jpg: wanted a bbox"),
-    (put("annotations", 4, "bbox", [1, 2, 3, math.nan]), r"annotations\[4\].*wanted a bbox"),
-    (put("annotations", 4, "bbox", [1, 2, 3, True]), r"annotations\[4\].*wanted a bbox"),
-    (put("annotations", 4, "area", None), r"annotations\[4\].*wanted an area"),
-    (put("annotations", 4, "segmentation", []), r"annotations\[4\].*polygons .* or an RLE of size \[50, 40\]"),
-    (put("annotations", 4, "segmentation", [[1, 2, 3, 4]]), r"annotations\[4\].*polygons"),
-    (put("annotations", 4, "segmentation", [[1, 2, 3, 4, 5, 6, 7]]), r"annotations\[4\].*polygons"),
-    (put("annotations", 4, "segmentation", [[1, 2, 3, 4, 5, "6"]]), r"annotations\[4\].*polygons"),
-    (put("annotations", 4, "segmentation", None), r"annotations\[4\].*RLE"),
-    (put("annotations", 4, "segmentation", dict(size=[40, 50], counts=[2000])), r"annotations\[4\].*RLE of size"),
-    (put("annotations", 4, "segmentation", dict(size=[50, 40], counts=[1999])), r"annotations\[4\].*RLE of size"),
-    (put("annotations", 4, "segmentation", dict(size=[50, 40], counts=7)), r"annotations\[4\].*RLE of size"),
     (put("annotations", []), "no image that can be trained on, of 6"),
+    (put("annotations", [dict(image_id=1000, category_id=1)]), "no image .* of 6; .*annotations.0.*wanted a bbox"),
+    (put("images", 3, "id", 1000), r"images\[3\]: '0+3.jpg' has the id 1000 of '0+0.jpg', as where two exports"),
+    (put("categories", 2, "id", 7), r"categories\[2\]: 'toothbrush' has the id 7 of 'train'"),
 ])
-def test_malformed_annotations_are_named(change, complaint, tmp_path):
+def test_another_kind_of_file_is_refused(change, complaint, tmp_path):
     coco_folder(tmp_path, change)
     with pytest.raises(UserError, match=complaint) as told:
         open_data(f"coco:{tmp_path}", "train", "detection")
     assert "instances_train2017.json" in str(told.value) and "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("key, value, complaint", [
+    ("image_id", 3, ": there is no image 3"),
+    ("image_id", "1014", ": there is no image '1014'"),
+    ("category_id", 2, ": there is no category 2"),
+    ("bbox", [1, 2, 3], ", of image 0+2.jpg: wanted a bbox"),
+    ("bbox", None, ".*wanted a bbox"),
+    ("bbox", [20, 20, -9, 9], ".*wanted a bbox"),
+    ("bbox", [1, 2, 3, math.nan], ".*wanted a bbox"),
+    ("bbox", [1, 2, 3, True], ".*wanted a bbox"),
+    ("area", "5", ".*wanted an area"),
+    ("segmentation", [], r".*polygons .* or an RLE of size \[50, 40\]"),             # a box alone, as CVAT exports it
+    ("segmentation", [1, 2, 3, 4, 5, 6], ".*polygons"),
+    ("segmentation", [[1, 2, 3, 4]], ".*polygons"),
+    ("segmentation", [[1, 2, 3, 4, 5, 6, 7]], ".*polygons"),
+    ("segmentation", [[1, 2, 3, 4, 5, "6"]], ".*polygons"),
+    ("segmentation", None, ".*RLE"),
+    ("segmentation", dict(size=[40, 50], counts=[2000]), ".*RLE of size"),
+    ("segmentation", dict(size=[50, 40], counts=[1999]), ".*RLE of size"),
+    ("segmentation", dict(size=[50, 40], counts=[2001, -1]), ".*RLE of size"),
+    ("segmentation", dict(size=[50, 40], counts=7), ".*RLE of size"),
+    ("segmentation", dict(size=[50, 40], counts="b'`n1'"), ".*RLE of size"),            # str() of bytes
+    ("segmentation", dict(size=[50, 40], counts="\ud800"), ".*RLE of size"),
+    ("segmentation", dict(size=[50, 40], counts="1X"), ".*RLE of size"),
+])
+def test_one_bad_object_of_many_is_left_out(key, value, complaint, tmp_path):
+    """In training and in test alike, when the file is opened."""
+    coco_folder(tmp_path, put("annotations", 4, key, value))
+    shutil.copy(tmp_path / "annotations/instances_train2017.json", tmp_path / "annotations/instances_val2017.json")
+    for split in ("train", "val"):
+        objects = open_data(f"coco:{tmp_path}", split, "detection")
+        (problem,) = objects.left_out
+        assert re.match(r".*instances_(train|val)2017.json, annotations\[4\]" + complaint, problem)
+        assert sum(len(objects.read(k).objects) for k in range(len(objects))) == 9
+        assert data.look_at_labels(objects) == ["person", "train"]
+
+
+HASHES = (0x1a2b3c4d5e6f7081, 0xf0e1d2c3b4a59687, 0xf0e1d2c3b4a59688)        # the last two are one number as float64
+
+
+@pytest.mark.parametrize("new", [HASHES, ("a", "b", "c"), ("1", "01", "1.0"), (0, -1, 2 ** 70)])
+def test_ids_stay_what_they_are(new, tmp_path):
+    def change(content):
+        ids = dict(zip((1000, 1007, 1014), new))
+        for entry, key in [(image, "id") for image in content["images"]] + [
+                (thing, "image_id") for thing in content["annotations"]]:
+            entry[key] = ids.get(entry[key], entry[key])
+        for image in content["images"]:
+            image["width"] = float(image["width"])
+    coco_folder(tmp_path, change)
+    train = open_data(f"coco:{tmp_path}", "train", "detection")
+    assert train.image_ids.tolist() == [*new, 1028, 1035] and type(train.image_ids[0]) is type(new[0])
+    assert [len(train.read(k).objects) for k in range(5)] == [2] * 5 and not train.left_out
+
+
+def test_categories_of_one_name_stay_two(tmp_path):
+    coco_folder(tmp_path, put("categories", 0, "name", "person"))
+    train = open_data(f"coco:{tmp_path}", "train", "detection")
+    assert train.classes == ["person", "person (7)", "toothbrush"] and "1 categories" in train.notes[-1]
+    assert [thing["category"] for thing in train.read(0).objects] == [0, 1]
+
+
+@pytest.mark.parametrize("orientation, stored, drawn_on, right", [
+    (6, (60, 40), "stored", True),
+    (6, (60, 40), "upright", True),
+    (5, (60, 40), "stored", True),
+    (8, (40, 60), "upright", True),
+    (3, (60, 40), "upright", True),
+    (1, (60, 40), "stored", True),
+    (6, (48, 48), "upright", True),
+    (6, (48, 48), "stored", False),                 # the sizes do not tell: they count as drawn upright
+    (3, (60, 40), "stored", False),
+])
+def test_exif_and_the_pixels_that_annotations_were_drawn_on(orientation, stored, drawn_on, right, tmp_path):
+    """COCO's objects and label maps: sizes say whether the picture is to be turned."""
+    pixels = np.full((*stored[::-1], 3), 90, dtype=np.uint8)
+    pixels[4:14, 6:26] = (250, 0, 0)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    for folder in ("annotations", "val2017", "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("val2017", "JPEGImages"):
+        PIL.Image.fromarray(pixels).save(tmp_path / folder / "a.jpg", exif=exif, quality=95)
+    image = PIL.Image.open(tmp_path / "val2017/a.jpg")
+    seen = np.asarray(image if drawn_on == "stored" else PIL.ImageOps.exif_transpose(image))
+    label = (seen[..., 0] > 170).astype(np.uint8)
+    height, width = label.shape
+    rle = dense.encode_rle(label)
+    (tmp_path / "annotations/instances_val2017.json").write_text(json.dumps(dict(
+        images=[dict(id=1, file_name="a.jpg", width=width, height=height)], categories=[dict(id=1, name="red")],
+        annotations=[dict(image_id=1, category_id=1, bbox=[0, 0, 9, 9], area=200,
+                          segmentation=dict(rle, counts=rle["counts"].decode()))])))
+    PIL.Image.fromarray(label).save(tmp_path / "SegmentationClass/a.png")
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\n")
+    (tmp_path / "class_names.txt").write_text("other\nred\n")
+    objects, maps = (open_data(f"{kind}:{tmp_path}", "val", task).read(0) for kind, task in
+                     (("coco", "detection"), ("voc", "segmentation")))
+    for sample, mask in ((objects, dense.decode_mask(objects.objects[0]["mask"], height, width)),
+                         (maps, maps.label_map == 1)):
+        red = np.asarray(data.decode(sample.image))[..., 0] > 170
+        assert (red.shape == mask.shape and (red == mask).mean() > 0.98) == right
+    PIL.Image.new("L", (41, 41)).save(tmp_path / "SegmentationClass/a.png")
+    with pytest.raises(BadRecord, match="another size: .* EXIF .* the annotations are for .41, 41."):
+        open_data(f"voc:{tmp_path}", "val", "segmentation").read(0)
+
+
 def test_other_mistakes_of_a_folder(tmp_path):
-    with pytest.raises(UserError, match="wanted .*instances_val2017.json"):
+    with pytest.raises(data.Absent, match="wanted .*instances_val2017.json"):
         open_data(f"coco:{tmp_path}", "val", "detection")
     coco_folder(tmp_path)
     path = tmp_path / "annotations/instances_val2017.json"
     path.write_text(path.read_text()[:500])
     with pytest.raises(UserError, match="cannot read"):
         open_data(f"coco:{tmp_path}", "val", "detection")
-    bad = dict(box=(0, 0, 4, 4), category=0, area=16, crowd=False, mask=dict(size=[40, 60], counts="1X"))
-    with pytest.raises(BadRecord, match="mask of an object: malformed RLE"):       # seen only when it is unpacked
-        dense.TrainObjects(80, 120, [0])(data.Sample(PIL.Image.new("RGB", (60, 40)), objects=[bad]), RNG(0))
+
+
+def of_all(part, key, value):
+    """A change of the annotation file's content: value for each entry of a part."""
+    def change(content):
+        for entry in content[part]:
+            entry[key] = value
+    return change
+
+
+def renamed(*names):
+    def change(content):
+        for category, name in zip(content["categories"], names):
+            category["name"] = name
+    return change
+
+
+@pytest.mark.parametrize("split, change, complaint", [
+    ("train", of_all("annotations", "iscrowd", 1), "train2017.json: 0 objects .* 0 of 3 classes .none.; .* too little"),
+    ("train", of_all("annotations", "bbox", [3, 3, 0.5, 0.5]), "train2017.json: 0 objects"),
+    ("val", of_all("annotations", "iscrowd", 1), "val2017.json: 0 objects"),
+    ("val", of_all("annotations", "segmentation", []), r"val2017.json: 0 objects .*; 10 cannot .*annotations\[0\]"),
+    ("val", renamed("Train", "Person"), r"val2017.json: .* learned \(person, train\): Person, Train"),
+    ("val", renamed("person", "Train"), None),                          # one of two is enough, and the other is named
+    ("val", "gone", "wanted .*instances_val2017.json"),
+    ("val", put("images", 1, "id", 1000), "has the id 1000"),
+])
+def test_what_cannot_be_learned_or_measured_is_told_before_the_first_step(checkpoint, tmp_path, capsys, split, change,
+                                                                          complaint):
+    coco_folder(tmp_path, split == "train" and change)
+    path = tmp_path / "annotations/instances_val2017.json"
+    if change == "gone":
+        path.unlink()
+    elif split == "val":
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    arguments = [checkpoint, "--data", f"coco:{tmp_path}", "--recipe", "pocket", *SMALL, "--steps", "1", "--out",
+                 str(tmp_path / "out")]
+    if complaint is None:
+        dense.maskrcnn(arguments)
+        assert "learned (person, train): Train" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=complaint):
+            dense.maskrcnn(arguments)
+        assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
 @needs_shared
@@ -696,11 +844,13 @@ def test_a_perfect_detector_scores_one(names, unknown, tmp_path):
     coco_folder(tmp_path)
     options = small_options(data=f"coco:{tmp_path}", draw=2, short_side=96, long_side=128,
                             json=str(tmp_path / "r.json"), device="cpu")
-    photos, _, label_of = dense.open_objects(options, "val", names)
+    photos = open_data(options.data, "val", "detection")
+    label_of = [names.index(name) if name in names else -1 for name in photos.classes]
     if unknown:                                                                 # the oracle must not know them either
         read = photos.read
         photos.read = lambda i: (lambda s: replace(s, objects=[t for t in s.objects if t["category"] == 1]))(read(i))
-    results = dense.evaluate_detector(Oracle(photos, label_of), names, options, setup(options), tmp_path / "out")
+    results = dense.evaluate_detector(Oracle(photos, label_of), names, photos, options, setup(options),
+                                      tmp_path / "out")
     assert results["box"]["AP"] == pytest.approx(1) and results["mask"]["AP75"] == pytest.approx(1)
     assert results["images"] == 6 and json.loads((tmp_path / "r.json").read_text())["box"] == results["box"]
     assert PIL.Image.open(tmp_path / "out/detections.png").size[1] == 2 * (320 + 18 + 6)
@@ -713,6 +863,9 @@ def test_drawing():
     record = dict(category_id=1, bbox=[5, 10, 20, 20], segmentation=dense.encode_rle(mask), score=0.7)
     plain, drawn, faint = (dense.draw_records(image, records, ["cat", "dog"])
                            for records in ([], [record], [dict(record, score=0.4)]))
+    far, near = (dense.draw_records(image, [dict(record, bbox=[5, 10, side, side])], ["cat", "dog"])
+                 for side in (4e9, 100))
+    assert far.tobytes() == near.tobytes(), "a box far beyond the image, drawn in no time"
     assert plain.size == drawn.size == (320, 213), "enlarged"
     assert plain.tobytes() == faint.tobytes()
     changed = (np.asarray(plain) != np.asarray(drawn)).any(axis=2)

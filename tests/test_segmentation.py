@@ -126,6 +126,48 @@ def test_bad_label_maps(tmp_path):
     assert val.read(5).label_map.shape == (25, 45)
 
 
+@pytest.mark.parametrize("extension", [".jpeg", ".JPG", ".png", ".webp", ".TIF"])
+@pytest.mark.parametrize("kind", ["ade20k", "pascal-context", "coco-stuff", "voc"])
+def test_images_of_any_extension(kind, extension, tmp_path):
+    """With what macOS leaves beside them, and other files that are no images."""
+    maps = build(kind, tmp_path)
+    for path in list(tmp_path.rglob("*.jpg")):
+        PIL.Image.open(path).save(path.with_suffix(extension))
+        path.unlink()
+        path.with_name(f"._{path.stem}{extension}").write_bytes(bytes(4096))
+        path.with_name(f"{path.stem}.xml").write_text("no image")
+    (tmp_path / "__MACOSX").mkdir()
+    for path in list(tmp_path.rglob("val_*.png")) if extension != ".png" else []:
+        path.rename(path.with_suffix(".PNG"))
+    for split in ("train", "val"):
+        found = open_data(f"{kind}:{tmp_path}", split, "segmentation")
+        assert [found.name(i).rpartition("/")[2] for i in range(len(found))] == [
+            f"{split}_{k}{extension}" for k in range(5)]
+    for i, label in enumerate(maps):
+        want = COCO_STUFF_LABEL[label] if kind == "coco-stuff" else label
+        assert np.array_equal(found.read(i).label_map, want)
+
+
+@pytest.mark.parametrize("line", [
+    "val_{}", "val_{}.jpg",
+    "/JPEGImages/val_{}.jpg /SegmentationClassAug/val_{}.png",                      # DeepLab's trainaug
+    "JPEGImages/val_{}.jpg\tSegmentationClassAug/val_{}.png",
+    "two words {}",
+])
+def test_lines_of_a_list(line, tmp_path):
+    maps = build("voc", tmp_path)
+    if "Aug" in line:
+        (tmp_path / "SegmentationClass").rename(tmp_path / "SegmentationClassAug")
+        (tmp_path / "SegmentationClass").mkdir()
+    if "words" in line:
+        for path in list(tmp_path.rglob("val_*.*")):
+            path.rename(path.with_name(path.name.replace("val_", "two words ")))
+    lines = "".join(line.replace("{}", str(k)) + "\n" for k in range(5))
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text(lines)
+    val = open_data(f"voc:{tmp_path}", "val", "segmentation")
+    assert [np.array_equal(val.read(i).label_map, label) for i, label in enumerate(maps)] == [True] * 5
+
+
 @pytest.mark.parametrize("spec, split, complaint", [
     ("ade20k:{}/nowhere", "val", "images/validation"),          # nothing there: says what it looked for
     ("ade20k:{}", "test", "no split 'test'"),                   # its labels are secret
@@ -182,6 +224,13 @@ def test_mean_iou_by_hand():
     # class 0: 3 of 4 or 3;  class 1: 1 of 2 or 2 with 3 in the union;  class 2: only predicted;  class 3: nowhere
     assert iou[:3].tolist() == pytest.approx([3 / 4, 1 / 3, 0]) and iou[3].isnan()
     assert miou == pytest.approx((3 / 4 + 1 / 3 + 0) / 3) and accuracy == pytest.approx(4 / 6)
+
+
+def test_the_best_class_is_the_argmax_of_all():
+    scores = torch.randn(7, 6, 9).half().float()                                    # with ties
+    want = dense.resize(scores[None], (31, 20))[0].argmax(dim=0)
+    assert torch.equal(dense.best_class(scores, (31, 20)), want)
+    assert torch.equal(dense.best_class(scores[:1], (31, 20)), torch.zeros(31, 20, dtype=torch.long))
 
 
 def random_maps(C: int, images: int = 4):
@@ -377,7 +426,7 @@ class ColorModel:
 
 def test_zero_shot_with_a_perfect_model(tmp_path):
     """Blocks of color, in the folder of VOC, at a size that windows do not divide: each pixel well inside is right."""
-    colors, rng = ["red", "green", "blue", "yellow"], RNG(0)
+    colors, rng = ["red", "green", "blue", "yellow", "green"], RNG(0)            # the last is nowhere
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (tmp_path / folder).mkdir(parents=True)
     for i, (rows, columns) in enumerate([(3, 5), (4, 3), (2, 6)]):
@@ -390,9 +439,12 @@ def test_zero_shot_with_a_perfect_model(tmp_path):
     (tmp_path / "class_names.txt").write_text("\n".join(colors))
     model, options = ColorModel(), dense.ZeroShotOptions(data=f"voc:{tmp_path}", test_size=116)
     predict = dense.patch_scores(model, model.encode_classes(colors, (), None))
-    runtime = dense.setup(replace(options, device="cpu"))
-    results = dense.evaluate(lambda image: dense.slide(image, predict, 32, 16), options, runtime, tmp_path / "out", {})
+    runtime, val = dense.setup(replace(options, device="cpu")), open_data(options.data, "val", "segmentation")
+    results = dense.evaluate(lambda image: dense.slide(image, predict, 32, 16), val, options, runtime,
+                             tmp_path / "out", {})
     assert results["images"] == 3 and results["miou"] > 0.93 and results["accuracy"] > 0.96
+    assert [(entry["index"], entry["class"]) for entry in results["iou"]] == list(enumerate(colors)), "of one name too"
+    assert [entry["iou"] is None for entry in results["iou"]] == [False] * 4 + [True]
     assert PIL.Image.open(tmp_path / "out/maps.png").size == (3 * 198, 3 * 216)
 
 
@@ -497,13 +549,63 @@ def test_protocol_of_each_data_set(checkpoint, trained_on, tmp_path, monkeypatch
     assert len(result["iou"]) == n_classes and result["images"] == 2
 
 
-def test_labels_that_say_nothing_have_no_mean(checkpoint, tmp_path):
-    build("ade20k", tmp_path, count=2)
-    for path in (tmp_path / "annotations/validation").iterdir():
-        PIL.Image.new("L", PIL.Image.open(path).size, 0).save(path)                     # 0: none of the classes
-    with pytest.raises(UserError, match="no pixel of 2 readable test images of ade20k:.* has a label"):
-        dense.main(["zeroshot", str(checkpoint), "--data", f"ade20k:{tmp_path}", "--json", str(tmp_path / "r.json")])
-    assert not (tmp_path / "r.json").exists()
+@pytest.mark.parametrize("split, values, complaint", [
+    ("train", {0: 0, 1: 255, 2: 255, 3: 255}, r"train.txt: .* 1 of 4 classes \(background\); .* wants 1 in place"),
+    ("train", {0: 255, 1: 2, 2: 2, 3: 2}, r"1 of 4 classes \(dog\)"),
+    ("train", {0: 255, 1: 255, 2: 255, 3: 255}, r"0.0% of the pixels in 3 label maps .* 0 of 4 classes \(none\)"),
+    ("train", {0: 0, 1: 4, 2: 77, 3: 128}, "3 cannot be used, the first is .*label out of range: 128"),
+    ("train", "1", "3 cannot be used, the first is .* mode 1"),         # black and white, with one bit a pixel
+    ("val", {0: 0, 1: 255, 2: 255, 3: 255}, r"val.txt: .* 1 of 4 classes"),
+    ("val", "gone", "val.txt is not there"),
+    ("val", {1: 0, 2: 0}, None),                                        # two classes of four are enough
+    ("train", {3: 0}, None),                                            # what is in val alone is named
+])
+@pytest.mark.parametrize("command", ["upernet", "zeroshot"])
+def test_labels_that_say_nothing_are_refused_before_the_first_step(checkpoint, tmp_path, capsys, command, split, values,
+                                                                   complaint):
+    """values: what the label files of the split hold in place of 0, 1, 2, 3."""
+    build("voc", tmp_path, count=3)
+    listing = tmp_path / f"ImageSets/Segmentation/{split}.txt"
+    for path in tmp_path.glob(f"SegmentationClass/{split}_*.png"):
+        label = np.array(PIL.Image.open(path))
+        new = np.vectorize(lambda value: values.get(value, value), otypes=[np.uint8])(label) if values not in (
+            "1", "gone") else label
+        PIL.Image.fromarray(new).convert("1" if values == "1" else "L").save(path)
+    if values == "gone":
+        listing.unlink()
+    arguments = [command, str(checkpoint), "--data", f"voc:{tmp_path}", "--out", str(tmp_path / "out"), "--json",
+                 str(tmp_path / "r.json"), "--draw", "0", "--test-size", "32"]
+    if command == "upernet":
+        arguments += [*SMALL[2:], "--recipe", "pocket", "--steps", "1", "--batch-size", "2"]
+    if complaint is None or command == "zeroshot" and split == "train":
+        dense.main(arguments)
+        said = capsys.readouterr().out
+        assert "val.txt: " in said and "label maps have a class, of" in said
+        assert ("not among those learned (background, cat, dog): tv/monitor" in said) == (
+            values == {3: 0} and command == "upernet")
+    else:
+        with pytest.raises(UserError, match=complaint) as told:
+            dense.main(arguments)
+        assert "\n" not in str(told.value) and not (tmp_path / "r.json").exists()
+        assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_a_rare_class_among_many_label_maps(tmp_path, monkeypatch):
+    """Some maps are looked at, and all before labels are refused."""
+    monkeypatch.setattr(data, "LOOKED_AT", 3)
+    build("voc", tmp_path, count=12)
+    paths = sorted(tmp_path.glob("SegmentationClass/train_*.png"))
+    train = open_data(f"voc:{tmp_path}", "train", "segmentation")
+    counts, said, _ = train.tally(False)
+    assert "in 3 label maps" in said and (counts > 0).all()
+    for path in paths:
+        PIL.Image.new("L", PIL.Image.open(path).size, 0).save(path)
+    last = paths[data.epoch_order(12, 0, 0)[-1]]
+    PIL.Image.new("L", PIL.Image.open(last).size, 1).save(last)
+    assert data.look_at_labels(train) == ["background", "cat"]
+    PIL.Image.new("L", PIL.Image.open(last).size, 0).save(last)
+    with pytest.raises(UserError, match="in 12 label maps .* 1 of 4 classes"):
+        data.look_at_labels(train)
 
 
 @pytest.mark.parametrize("arguments, complaint", [
@@ -516,6 +618,8 @@ def test_labels_that_say_nothing_have_no_mean(checkpoint, tmp_path):
     (["upernet", "CHECKPOINT", "--data", "coco-stuff:DIR", "--out", "OUT"], "5 records are fewer than a batch of 16"),
     (["upernet", "CHECKPOINT", "--batch-size", "1", "--out", "OUT"], "--batch-size 1: .* wants 2 images or more"),
     (["upernet", "CHECKPOINT", "--out", "OUT", "--crop", "60"], "--crop 60: .* of 8 pixels, such as 64"),
+    (["upernet", "CHECKPOINT", "--out", "OUT", "--crop", "24"], "--crop 24: .* of two .* of 8 pixels, such as 32"),
+    (["upernet", "CHECKPOINT", "--out", "OUT", "--crop", "8"], "--crop 8: .* such as 16"),         # a patch
 ])
 def test_mistakes_are_told_in_a_line(checkpoint, tmp_path, arguments, complaint):
     build("coco-stuff", tmp_path)
