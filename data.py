@@ -1780,7 +1780,7 @@ class LabelMaps(ImageFiles):
     reduce_zero_label   label 0 belongs to no class: they start with label 1
     label_of            (256,) the label of each value in the files, where they differ
     """
-    fewest_classes = 2
+    task, fewest_classes = "segmentation", 2
     advice = ("a label map holds the number of a class in each pixel, and 255 where there is none: a mask in black and "
               "white wants 1 in place of 255")
 
@@ -1855,7 +1855,7 @@ class CocoInstances(ImageFiles):
     trained on.  What is left out is counted in notes.  Objects that are malformed are left out too; what was wrong with
     each is in left_out, for look_at_labels.
     """
-    fewest_classes = 1
+    task, fewest_classes = "detection", 1
     advice = "crowds and objects under a pixel do not count, and names of classes are compared letter by letter"
 
     def __init__(self, root, split):
@@ -2299,16 +2299,16 @@ def open_data(spec: str, split: str | None = None, task: str = "captions", size:
     return format.open(rest, split=split, task=task, size=size, cache=cache)
 
 
-def open_for_reading(spec, split):
-    """What `spec` names, for the first of its tasks that it can be opened for: a list, as icinw: is many data sets."""
+def open_for_reading(spec, split, task=None):
+    """What `spec` names, for the task or the first that it can be opened for: a list, as icinw: is many."""
     problems = []
-    for task in FORMATS[kind_of(spec)].tasks:
+    for task in [task] if task else FORMATS[kind_of(spec)].tasks:
         try:
             data = open_data(spec, split, task)
             return [one.data for one in data[0]] if task == "icinw" else [data]
         except UserError as error:
             problems.append(error)
-    raise problems[0]
+    raise next((problem for problem in problems if not isinstance(problem, Absent)), problems[0])
 
 
 class Mixed:
@@ -2474,6 +2474,8 @@ def main(argv: list[str] | None = None):
     cli.add_argument("text", nargs="*", help="bpe: texts to cut (default: a few captions)")
     cli.add_argument("--data", action="append", metavar="SPEC", help=f"{specs()}; may be repeated (default: shapes)")
     cli.add_argument("--split", default="train", help="train (default), val or test, where the data has splits")
+    cli.add_argument("--task", help="what the data are opened for, where they serve several: captions, retrieval, "
+                     "classes, segmentation or detection (default: the first that they have)")
     cli.add_argument("--out", default="grid.png", help="preview: the picture to write (default: grid.png)")
     cli.add_argument("--bpe", help="check, bpe: CLIP's merges file (default: learn merges from the captions)")
     cli.add_argument("--vocab-size", type=at_least(514), default=1024,
@@ -2487,7 +2489,8 @@ def main(argv: list[str] | None = None):
     check_folder_of("--json", o.json)
     if Path(o.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
-    data = Mixed([part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split)])
+    opened = [(spec, part) for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split, o.task)]
+    data = Mixed([part for _, part in opened])
     if o.command == "preview":
         return preview(data, o.out)
     tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else learn_tokenizer(data, o.vocab_size)
@@ -2495,6 +2498,10 @@ def main(argv: list[str] | None = None):
         report = check(data, tokenizer, o.context_length, o.workers)
         if o.json:
             Path(o.json).write_text(json.dumps(report))
+        for spec, part in opened:               # as training does before its first step
+            known = look_at_labels(part)
+            if isinstance(part, LabelMaps | CocoInstances) and o.split == "train":
+                look_at_labels(open_for_reading(spec, "val", part.task)[0], known)
         return
     print(f"{tokenizer.vocab_size} entries, {len(tokenizer.merges)} of them merges")
     for text in o.text or first_captions(data, 5):

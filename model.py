@@ -66,14 +66,11 @@ class Config:
     width: int = opt(768, "width of the image tower (paper: ViT-B)", "image tower")
     depth: int = opt(12, "blocks of the image tower (paper: ViT-B)", "image tower")
     heads: int = opt(12, "attention heads of the image tower (paper: ViT-B)", "image tower")
-    pos_embed: str = opt("learned", "position embedding: learned (timm, SLIP) or fixed sin-cos (MAE); paper silent",
-                         "image tower", ("learned", "sincos"))
     dialect: str = opt("timm", "timm's image tower (SLIP; paper silent), or that of public CLIP weights: clip has a "
                        "norm before the blocks, openai besides its quick GELU in both towers", "image tower",
                        ("timm", "clip", "openai"))
-    init: str = opt("mae", "initial weights: mae's; mimetic, which learns shapes in far fewer steps when they are few "
-                    "(Trockman and Kolter 2023); timm:FILE, a public image tower; open_clip:DIR, both towers and the "
-                    "vocabulary; paper silent", "image tower")
+    init: str = opt("mae", "initial weights: mae's; timm:FILE, a public image tower; open_clip:DIR, both towers and "
+                    "the vocabulary; CHECKPOINT, one of train.py's; paper silent", "image tower")
     pool: str = opt("cls", "what stands for the image: the class token, or the patches' mean, or their maximum in each "
                     "channel; paper silent", "image tower", ("cls", "mean", "max"))
     drop_path: float = opt(0.0, "stochastic depth of the image tower in pre-training (ours)", "image tower")
@@ -145,11 +142,11 @@ class Config:
 PAPER = Config()
 PRESETS = {
     "pocket": replace(
-        PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4, pos_embed="sincos", init="mimetic",
-        pool="max", text_width=128, text_depth=2, text_heads=4, context_length=32, vocab_size=768, embed_dim=128,
-        n_codes=512, quantizer_hidden=256, quantizer_bottleneck=64, text_decoder_depth=1,
+        PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4,
+        text_width=128, text_depth=2, text_heads=4, context_length=32, vocab_size=768, embed_dim=128,
+        n_codes=512, quantizer_hidden=256, quantizer_bottleneck=64,
         slip_hidden=256, simsiam_hidden=256, token_dim=128, queue_size=1024, view_crop_min=0.5,
-        epochs=5, batch_size=64, warmup_epochs=0.3, crop_min=1.0,
+        epochs=5, batch_size=64, warmup_epochs=0.2,
         # paper: 0.999 over 90,000 steps; here: less, because the teacher must be able to follow within two thousand
         momentum=0.99, momentum_end=0.999),
     "vit-b16-yfcc15m": PAPER,
@@ -221,24 +218,6 @@ class Attention(nn.Module):
         allowed = None if is_word is None else is_word[:, None, None, :]                              # (B, 1, 1, N)
         x = F.scaled_dot_product_attention(q[:, :, :leftmost], k, v, attn_mask=allowed, is_causal=causal)
         return self.proj(x.transpose(1, 2).flatten(2))                                                # (B, N, D)
-
-
-@torch.no_grad()
-def mimetic_init(attn: Attention):
-    """Attention that starts as trained attention looks: W_q^T W_k near the identity, so that like attends to like, and
-    W_proj W_v near minus the identity (Trockman and Kolter 2023, "Mimetic initialization of self-attention layers").
-
-    Each product is drawn as  a Z + b I,  Z of variance 1/D, and cut into its two factors by the singular values.
-    """
-    D, head = attn.proj.in_features, attn.proj.in_features // attn.heads
-    q, k, v = attn.qkv.weight.split(D)                                          # (D, D) each, heads one below the other
-    U, S, V = torch.linalg.svd(0.4 * torch.randn(D, D) / D ** 0.5 - 0.4 * torch.eye(D))
-    attn.proj.weight.copy_(U * S.sqrt())
-    v.copy_(S.sqrt()[:, None] * V)
-    for rows in range(0, D, head):
-        U, S, V = torch.linalg.svd(0.7 * torch.randn(D, D) / D ** 0.5 + 0.7 * torch.eye(D))
-        q[rows:rows + head] = S[:head, None].sqrt() * U.T[:head]
-        k[rows:rows + head] = S[:head, None].sqrt() * V[:head]
 
 
 class MLP(nn.Module):
@@ -354,21 +333,21 @@ class VisionTransformer(nn.Module):
     another GELU.
     """
     def __init__(self, image_size: int = 224, patch_size: int = 16, width: int = 768, depth: int = 12, heads: int = 12,
-                 drop_path: float = 0.0, pos_embed: str = "learned", init: str = "mae", dialect: str = "timm"):
+                 drop_path: float = 0.0, dialect: str = "timm"):
         super().__init__()
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid ** 2, width), requires_grad=pos_embed == "learned")
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid ** 2, width))
         self.patch_embed = PatchEmbed(patch_size, width)
         eps = 1e-6 if dialect == "timm" else 1e-5
         self.norm_pre = nn.Identity() if dialect == "timm" else nn.LayerNorm(width, eps=eps)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]   # deeper blocks are skipped more often
         self.blocks = nn.ModuleList([Block(width, heads, eps, rate, dialect == "openai") for rate in rates])
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.init_weights(pos_embed, init)
+        self.init_weights()
 
-    def init_weights(self, pos_embed: str, init: str):
+    def init_weights(self):
         # paper: silent; here: MAE's initialization, which depends neither on depth nor on width
         for module in self.modules():
             init_linear(module)
@@ -376,12 +355,6 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if pos_embed == "sincos":
-            self.pos_embed.data[:, :1] = 0
-            self.pos_embed.data[:, 1:] = sincos_positions(self.grid, self.pos_embed.shape[-1])
-        if init == "mimetic":
-            for block in self.blocks:
-                mimetic_init(block.attn)
 
     def positions(self, rows: int, cols: int) -> Tensor:
         """(1, rows*cols, D) position embedding of the patches, bicubically resized when the grid is another one."""
@@ -448,9 +421,8 @@ class VisionTransformer(nn.Module):
         return self.norm(value)[:, 1:]
 
 
-def image_tower(c: Config, drop_path: float = 0.0, init: str = "mae") -> VisionTransformer:
-    return VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, drop_path, c.pos_embed, init,
-                             c.dialect)
+def image_tower(c: Config, drop_path: float = 0.0) -> VisionTransformer:
+    return VisionTransformer(c.image_size, c.patch_size, c.width, c.depth, c.heads, drop_path, c.dialect)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -640,7 +612,7 @@ class MaskCLIP(nn.Module):
         method = METHODS[c.method]
         self.eot, self.trained_on = eot, ()
         self.predicts = c.target if method["predicts"] == "teacher" else method["predicts"]
-        self.visual = own_stream("visual", image_tower, c, c.drop_path, c.init)
+        self.visual = own_stream("visual", image_tower, c, c.drop_path)
         self.text = own_stream("text", TextTransformer, c.vocab_size, c.context_length, c.text_width, c.text_depth,
                                c.text_heads, c.causal, masked_words=method["mlm"], quick_gelu=c.dialect == "openai")
         self.image_proj = own_stream("image_proj", projection, c.width, c.embed_dim)
@@ -1146,6 +1118,8 @@ def check_sizes(config: Config, eot: int, weights: dict[str, Tensor], file_size:
         raise ValueError("the weights claim to be larger than the file")
     if config.depth + config.text_depth > len(weights):
         raise ValueError(f"{config.depth} and {config.text_depth} blocks, but only {len(weights)} weights")
+    if config.width % config.heads or config.text_width % config.text_heads:
+        raise ValueError("its heads do not divide its width")
     with torch.device("meta"):                                              # tensors that have shapes but no numbers
         build(config, eot).load_state_dict(weights, assign=True)
 
@@ -1176,7 +1150,7 @@ CLIP_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e4
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")            # in OpenAI's files
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OPENAI_PIXELS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-FREE_AT_START = {"init", "pos_embed", "pool", "drop_path"}      # in which a run may differ from the weights it takes
+FREE_AT_START = {"init", "pool", "drop_path"}      # in which a run may differ from the weights it takes
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def parse_train_options(argv=None) -> TrainOptions:
                       "vit-b16-icinw": 43_000_000}.get(chosen.preset, defaults.pairs)
     o = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
     o.out = o.out or f"runs/{o.preset}"
-    if o.init not in ("mae", "mimetic") and not o.init.startswith(("timm:", "open_clip:")) and not isfile(o.init):
-        raise UserError(f"--init {o.init} is unknown; choose mae, mimetic, timm:FILE, open_clip:DIR or a checkpoint")
+    if o.init != "mae" and not o.init.startswith(("timm:", "open_clip:")) and not isfile(o.init):
+        raise UserError(f"--init {o.init} is unknown; choose mae, timm:FILE, open_clip:DIR or a checkpoint")
     if o.image_size % o.patch_size:
         raise UserError(f"--image-size {o.image_size} is no multiple of --patch-size {o.patch_size}")
     for width, heads in ((o.width, o.heads), (o.text_width, o.text_heads)):
@@ -235,7 +235,7 @@ def train(o: TrainOptions):
     core = build(o, tokenizer.eot)
     start = find_resumable(o, out)
     start.use(data, vocabulary=tokenizer.state())
-    if start.state is None and o.init not in ("mae", "mimetic"):
+    if start.state is None and o.init != "mae":
         initialize(core, o.init)
     start.load(core, "model")
     core.to(runtime.device)

@@ -134,8 +134,9 @@ def test_layer_decay_inside_a_larger_module():
 
 
 def test_layer_decay_leaves_out_what_is_frozen():
-    model = VisionTransformer(32, 16, 16, 2, 2, pos_embed="sincos")
+    model = VisionTransformer(32, 16, 16, 2, 2)
     model.blocks[1].requires_grad_(False)
+    model.pos_embed.requires_grad_(False)
     table = by_name(model, layer_decay_groups(model, 1.0, 0.05, 0.5))
     assert "pos_embed" not in table and "blocks.1.norm1.weight" not in table
     assert table["blocks.0.norm1.weight"] == (0.25, 0.0), "frozen blocks still count as layers"

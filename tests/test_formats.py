@@ -699,14 +699,16 @@ def test_commands_read_what_only_evaluation_reads(tmp_path, capsys):
     make_folder(home / "images", ["training/1.jpg", "validation/1.jpg"])
     for part in ("training", "validation"):
         (home / "annotations" / part).mkdir(parents=True)
-        PIL.Image.new("L", (8, 8), 3).save(home / "annotations" / part / "1.png")
+        PIL.Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(home / "annotations" / part / "1.png")
     (tmp_path / "coco" / "train2017").mkdir(parents=True)
-    (tmp_path / "coco" / "train2017" / "1.jpg").write_bytes(jpeg(size=(50, 40)))
     (tmp_path / "coco" / "annotations").mkdir()
-    (tmp_path / "coco" / "annotations" / "instances_train2017.json").write_text(json.dumps(dict(
-        images=[dict(id=1, file_name="1.jpg", width=50, height=40)], categories=[dict(id=1, name="cat")],
-        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 4, 4], area=16, iscrowd=0,
-                          segmentation=[[1, 1, 5, 1, 5, 5, 1, 5]])])))
+    for part in ("train2017", "val2017"):
+        (tmp_path / "coco" / part).mkdir(exist_ok=True)
+        (tmp_path / "coco" / part / "1.jpg").write_bytes(jpeg(size=(50, 40)))
+        (tmp_path / "coco" / "annotations" / f"instances_{part}.json").write_text(json.dumps(dict(
+            images=[dict(id=1, file_name="1.jpg", width=50, height=40)], categories=[dict(id=1, name="cat")],
+            annotations=[dict(id=1, image_id=1, category_id=1, bbox=[1, 1, 4, 4], area=16, iscrowd=0,
+                              segmentation=[[1, 1, 5, 1, 5, 5, 1, 5]])])))
     digits = tmp_path / "classification" / "mnist_20211008"
     make_folder(digits, ["val/0/a.jpg", "1/b.jpg"])              # unpacked in a folder of its own, and beside the list
     (digits / "test.txt").write_text("val.zip@0/a.jpg 0\nval.zip@1/b.jpg 1\n")

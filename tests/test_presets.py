@@ -27,7 +27,7 @@ PRETRAINING = [                     # preset vit-b16-yfcc15m: field, value, sour
     ("patch_size", 16, "supp. A: ViT-B/16 in previous experiments"),
     ("width", 768, "supp. A: ViT-B"), ("depth", 12, "supp. B, segmentation: the 12th block is the last of ViT-B"),
     ("heads", 12, "supp. A: ViT-B"),
-    ("pos_embed", "learned", "silent: SLIP"), ("dialect", "timm", "silent: SLIP"), ("init", "mae", "silent: MAE"),
+    ("dialect", "timm", "silent: SLIP"), ("init", "mae", "silent: MAE"),
     ("pool", "cls", "silent: CLIP, SLIP"), ("drop_path", 0.0, "silent: none"),
     ("text_width", 512, "silent: CLIP, SLIP"), ("text_depth", 12, "silent: CLIP, SLIP"),
     ("text_heads", 8, "silent: CLIP, SLIP"), ("context_length", 77, "silent: CLIP, SLIP"),

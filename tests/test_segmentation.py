@@ -333,7 +333,7 @@ def tiny_model() -> tuple:
     torch.manual_seed(0)
     tokenizer = data.BytePairTokenizer.train(["a red circle", "a blue square"], 530)
     config = replace(PRESETS["pocket"], method="clip", image_size=32, patch_size=8, width=32, depth=3, heads=2,
-                     text_width=32, text_depth=1, text_heads=2, embed_dim=16, pos_embed="learned",
+                     text_width=32, text_depth=1, text_heads=2, embed_dim=16,
                      vocab_size=tokenizer.vocab_size)
     return MaskCLIP(config, tokenizer.eot).eval(), tokenizer, config
 
@@ -705,13 +705,14 @@ def test_pyramid(depth, taps):
     torch.testing.assert_close(maps[3], cells.permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("pos_embed", ["learned", "sincos"])
-def test_positions_are_resized_once(pos_embed):
-    visual, images = VisionTransformer(32, 8, 16, 3, 2, pos_embed=pos_embed), torch.randn(1, 3, 48, 48)
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_positions_are_resized_once(is_trained):
+    visual, images = VisionTransformer(32, 8, 16, 3, 2), torch.randn(1, 3, 48, 48)
+    visual.pos_embed.requires_grad_(is_trained)
     want = visual(images)
     dense.resize_positions(visual, 48)
     assert visual.pos_embed.shape == (1, 1 + 6 * 6, 16) and visual.grid == 6
-    assert visual.pos_embed.requires_grad == (pos_embed == "learned") == ("pos_embed" in dict(
+    assert visual.pos_embed.requires_grad == is_trained == ("pos_embed" in dict(
         (name, p) for name, p in visual.named_parameters() if p.requires_grad))
     torch.testing.assert_close(visual(images), want)
     assert torch.equal(visual.positions(6, 6), visual.pos_embed[:, 1:]), "no resizing is left to do"
