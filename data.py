@@ -1317,6 +1317,17 @@ def by_key(members, key_of):
     return files
 
 
+def most_open_files() -> int:
+    """As many as the system lets this process have open, from now on."""
+    try:
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        return most
+    except (ImportError, ValueError, OSError):           # Windows, or a limit that may not be touched
+        return 128
+
+
 def load_index(path, cache):
     """index_tar(path), from the folder `cache` if it is there and the tar has its size and time of then."""
     if cache is None:
@@ -1343,7 +1354,7 @@ def load_index(path, cache):
 
 
 # Open tars of each process, read by offset: reads share no position, so threads and forked processes can share a file.
-open_tar = functools.lru_cache(maxsize=64)(partial(open, mode="rb", buffering=0))
+open_tar = functools.lru_cache(maxsize=most_open_files() // 2)(partial(open, mode="rb", buffering=0))
 
 
 def read_member(path, offset, size):
@@ -1389,8 +1400,16 @@ class Shards:
             raise UserError(f"{len(missing)} of {len(self.paths)} shards are missing, the first is {missing[0]}")
         open_tar.cache_clear()                           # a tar may be another one since it was opened
         with ThreadPoolExecutor(8) as pool:              # threads, because on a network disk the time goes in waiting
-            walks = pool.map(partial(load_index, cache=cache), self.paths)
-            indices = list(progress(walks, len(self.paths), "shards indexed"))
+            index = partial(load_index, cache=cache)
+            if cache and dist.is_initialized():          # each process walks its part, and then all read what all found
+                own = self.paths[dist.get_rank()::dist.get_world_size()]
+                with contextlib.suppress(UserError):     # which all will meet below
+                    list(progress(pool.map(index, own), len(own), "own shards indexed"))
+                dist.barrier()
+            indices = list(progress(pool.map(index, self.paths), len(self.paths), "shards indexed"))
+        if cache:
+            stamps = json.dumps([index["stamp"] for index in indices]).encode()
+            self.hash_file = f"{cache}/{hashlib.sha256(stamps).hexdigest()[:32]}.names"
         self.keys = Packed(os.fsencode(key) for index in indices for key in index["keys"])
         self.pairs = np.concatenate([index["pairs"] for index in indices])                      # see index_tar
         self.shard = np.repeat(np.arange(len(indices)), [len(index["keys"]) for index in indices])
@@ -2372,10 +2391,18 @@ def leave_out(data, folders):
 
 
 def hash_names(data) -> str:
-    """sha256 of the names of all records, in order: the same list of names, whatever pixels and captions they have."""
-    digest = hashlib.sha256()
+    """sha256 of the names of all records, in order: the same list of names, whatever pixels and captions they have.
+    That of shards is kept beside their indices."""
+    kept, digest = getattr(data, "hash_file", None), hashlib.sha256()
+    if kept and isfile(kept):
+        return Path(kept).read_text()
     for i in progress(range(len(data)), len(data), "names hashed"):
         digest.update(f"{data.name(i)}\n".encode())
+    if kept:
+        with contextlib.suppress(OSError):
+            temporary = Path(f"{kept}.{os.getpid()}")
+            temporary.write_text(digest.hexdigest())
+            os.replace(temporary, kept)
     return digest.hexdigest()
 
 

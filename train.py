@@ -63,7 +63,7 @@ class RunOptions:
     precision: str = opt("auto", "of matrix products; auto: bf16 where the hardware multiplies it, else fp16 on a GPU "
                          "(in training with a scaled loss), else fp32 (IEEE's; tf32 is its fast approximation on GPUs)",
                          "run", ("auto", "fp32", "tf32", "bf16", "fp16"))
-    workers: int = opt(-1, "loader processes a process, -1: none on CPU, up to 8 on GPU", "run")
+    workers: int = opt(-1, "loader processes a process, -1: none on CPU, on GPU its share of the cores but one", "run")
 
 
 @dataclass
@@ -89,7 +89,8 @@ class TrainOptions(RunOptions, Config):
     gpus: int = opt(8, "devices to plan for", "plan")
     gpu: str = opt("h100", "their kind", "plan", ("h200", "h100", "a100", "a100-40gb", "l40s", "4090", "v100"))
     pairs: int = opt(15_000_000, "pairs of the data to plan for (YFCC15M's)", "plan")
-    utilization: float = opt(0.4, "share of the peak that is assumed to be reached (a guess, measure yours)", "plan")
+    # public logs of ViT-B/16 on A100: LAION's 390 pairs a second and GPU, which is 0.15 by our count; NeMo about 0.2
+    utilization: float = opt(0.3, "share of the peak that is assumed to be reached (a guess, measure yours)", "plan")
 
 
 def parse_train_options(argv=None) -> TrainOptions:
@@ -245,6 +246,10 @@ def train(o: TrainOptions):
     start.load(optimizer, "optimizer")
     runtime.check_alike(step_to_go_on_from=start.step, hash_of_the_data=start.data, vocabulary=tokenizer.vocab_size)
     model = wrap(torch.compile(core) if o.compile else core, runtime)
+    if o.compile:
+        core.encode = torch.compile(core.encode)                    # the first pass of backward_in_parts
+        if teacher:
+            teacher.compile()
 
     def save(step: int, bad_count: int) -> bool:
         return save_checkpoint(out / "last.pt", core, tokenizer, o, step=step, total=total, data=start.data,
@@ -659,7 +664,7 @@ def setup(options: RunOptions) -> Runtime:
         torch.set_num_threads(max(1, cores // local_world))
     workers = options.workers
     if workers < 0:
-        workers = min(8, max(1, cores // local_world - 1)) if kind == "cuda" else 0
+        workers = max(1, cores // local_world - 1) if kind == "cuda" else 0
     if world > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo", store=store_of_this_attempt(world, local_world), rank=rank,
@@ -1163,21 +1168,23 @@ def tell_shared(train_data, test_data):
 # python train.py --plan: what a run would cost
 # ---------------------------------------------------------------------------------------------------------------------
 
-# dense bf16 TFLOP/s and GB of memory; a V100 multiplies no bfloat16: its TFLOP/s are of fp32
+# dense bf16 TFLOP/s and GB of memory; a V100 multiplies no bfloat16: its TFLOP/s are of fp16
 GPUS = {"h200": (989, 141), "h100": (989, 80), "a100": (312, 80), "a100-40gb": (312, 40), "l40s": (362, 48),
-        "4090": (165, 24), "v100": (15.7, 32)}
+        "4090": (165, 24), "v100": (125, 32)}
+# images a second and core that the loader makes of JPEGs of 256 px (AMD EPYC, AVX2); views take most of their time
+LOADED, VIEWED = 770, {"slip": 86, "declip": 91, "defilip": 91}
 
 
-def step_memory(c: Config, pairs: int, rows: list[Cost], bf16: bool = False) -> dict[str, float]:
+def step_memory(c: Config, pairs: int, rows: list[Cost], half: bool = False) -> dict[str, float]:
     """Bytes that a step needs on a device with `pairs` of a micro-batch at a time, by what they are for.
 
     states       4 bytes each of weight, gradient and Adam's two averages a parameter, and of the teacher's; in bf16
-                 autocast's 2 bytes a weight besides
+                 or fp16 (half) autocast's 2 bytes a weight besides
     activations  what model.costs (rows) says is kept from forward to backward
     logits       of codes or words, LOGIT_ROWS at once: logits, their softmax, its gradient
     """
     by_name, width = {row.name: row.parameters for row in rows}, c.vocab_size * METHODS[c.method]["mlm"]
-    states = by_name["all"] * (18 if bf16 else 16)
+    states = by_name["all"] * (18 if half else 16)
     if "teacher" in by_name:
         states += 4 * (by_name["image tower"] + by_name["masked image"])
         width = max(width, c.n_codes)
@@ -1187,18 +1194,18 @@ def step_memory(c: Config, pairs: int, rows: list[Cost], bf16: bool = False) -> 
 
 def plan(o: TrainOptions):
     """FLOPs, memory and time of the run, each with the formula it comes from."""
-    (tflops, memory), bf16 = GPUS[o.gpu], o.gpu != "v100"
+    tflops, memory = GPUS[o.gpu]
     if o.batch_size % (o.gpus * o.accumulate):
         raise UserError(f"--batch-size {o.batch_size} cannot be shared by --gpus {o.gpus} times --accumulate "
                         f"{o.accumulate}: choose a multiple of {o.gpus * o.accumulate}")
     own = o.batch_size // (o.gpus * o.accumulate)
     steps = o.steps or int(o.epochs * (o.pairs // o.batch_size))
-    rows = costs(o, bf16=bf16)
+    rows = costs(o, bf16=True)                                              # fp16 takes as much
     again = (rows[0].flops + rows[1].flops) * (o.accumulate > 1)            # a forward of the two towers more
     flops = o.batch_size * (rows[-1].step_flops + again)
     seconds = flops / (o.gpus * tflops * 1e12 * o.utilization)
-    gb = {name: value / 1e9 for name, value in step_memory(o, own, rows, bf16).items()}
-    print(f"plan: {o.method}, preset {o.preset}, {o.gpus} x {o.gpu} in {'bf16' if bf16 else 'fp32'}, "
+    gb = {name: value / 1e9 for name, value in step_memory(o, own, rows, half=True).items()}
+    print(f"plan: {o.method}, preset {o.preset}, {o.gpus} x {o.gpu} in {'fp16' if o.gpu == 'v100' else 'bf16'}, "
           f"as if every caption had {o.context_length} tokens")
     print(f"steps          {steps:,}" + ("" if o.steps else
           f" = {o.epochs:g} epochs x {o.pairs:,} pairs / batch of {o.batch_size:,}"))
@@ -1208,6 +1215,9 @@ def plan(o: TrainOptions):
           f"{own} pairs {gb['activations']:.1f} + logits {gb['logits']:.1f}")
     print(f"a step         {seconds:.3f} s = FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g}, "
           f"assumed)")
+    needed, made = o.batch_size / seconds / o.gpus, VIEWED.get(o.method, LOADED)
+    print(f"loader         {needed:,.0f} images a second for each GPU: {math.ceil(needed / made)} cores, at {made} images "
+          f"of 256 px a second and core")
     print(f"time           {steps * seconds / 3600:.1f} hours, {steps * seconds / 3600 * o.gpus:.0f} GPU hours")
     if sum(gb.values()) > 0.9 * memory:
         print(f"note: this does not fit {o.gpu}: give --accumulate {o.accumulate * 2} or more --gpus")

@@ -12,13 +12,14 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+from functools import partial
 
 import numpy as np
 import PIL.Image
 import pytest
 
 import data
-from conftest import SHARED, needs_shared
+from conftest import SHARED, needs_shared, on_processes
 from data import BadRecord, Mixed, Shards, UserError, expand_braces, hash_names, open_data
 
 PAIRS = SHARED / "pairs"
@@ -290,16 +291,37 @@ def test_the_cache_of_indices(tmp_path, monkeypatch):
     assert len(shards) == 5 and "not stored" in shards.notes[0]
 
 
-def test_many_shards_are_held_open_a_few_at_a_time(tmp_path):
+def test_many_shards_are_held_open_but_no_more_than_may_be(tmp_path):
     for k in range(100):
         make_tar(tmp_path / f"{k:03d}.tar", pairs(1, k))
     shards = Shards(str(tmp_path / "{000..099}.tar"))
     for i in np.random.default_rng(0).permutation(100).tolist() * 2:
         assert shards.read(i).captions == (f"picture {i}",)
     open_files = [os.path.realpath(link) for link in pathlib.Path("/proc/self/fd").glob("*")]       # on Linux
-    assert sum(file.startswith(os.path.realpath(tmp_path)) for file in open_files) <= 64
+    most = data.open_tar.cache_info().maxsize
+    assert sum(file.startswith(os.path.realpath(tmp_path)) for file in open_files) == min(100, most)
+    assert most < data.most_open_files()
     size = shards.pairs.nbytes + shards.shard.nbytes + len(shards.keys.blob) + shards.keys.ends.nbytes
     assert size / len(shards) * 15e6 < 1e9, "fifteen million pairs fit in memory"
+
+
+def walked_here(rank: int, world: int, folder) -> dict:
+    walks, index_tar = [], data.index_tar
+    data.index_tar = lambda path: walks.append(path) or index_tar(path)
+    shards = Shards(f"{folder}/{{0..4}}.tar", folder / "cache")
+    return dict(walks=walks, hash=hash_names(shards))
+
+
+def test_each_process_walks_its_part_of_the_shards(tmp_path):
+    for k in range(5):
+        make_tar(tmp_path / f"{k}.tar", pairs(2, k))
+    found = on_processes(partial(walked_here, folder=tmp_path), 2, tmp_path)
+    assert sorted(len(one["walks"]) for one in found) == [2, 3] and len({*found[0]["walks"], *found[1]["walks"]}) == 5
+    again = Shards(f"{tmp_path}/{{0..4}}.tar")                                  # no cache: nothing is kept
+    assert hash_names(again) == found[0]["hash"] == found[1]["hash"]
+    again.hash_file = next((tmp_path / "cache").glob("*.names"))
+    again.keys = None
+    assert hash_names(again) == found[0]["hash"], "kept beside the indices"
 
 
 def read_backwards(shards, queue):

@@ -86,7 +86,7 @@ def test_memory_has_states_of_student_and_teacher_and_activations_of_a_micro_bat
     whole, half = (train.step_memory(config, n, rows) for n in (128, 64))
     assert whole["activations"] == 2 * half["activations"] and whole["states"] == half["states"]
     assert whole["states"] == pytest.approx(16 * P + 4 * teacher, rel=0.05)
-    assert train.step_memory(config, 1, rows, bf16=True)["states"] == whole["states"] + 2 * P
+    assert train.step_memory(config, 1, rows, half=True)["states"] == whole["states"] + 2 * P
     halved = model.costs(config, bf16=True)[-1].kept / rows[-1].kept
     assert 0.5 < halved < 0.75, "what norms and sums keep stays in float32"
 
