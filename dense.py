@@ -674,8 +674,8 @@ def upernet(argv=None):
     announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)
 
     def losses_of(net: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
-        labels = batch["labels"].to(runtime.device)
-        scores, auxiliary = net(normalize(batch["images"].to(runtime.device)))
+        images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
+        scores, auxiliary = net(normalize(images))
         return dict(segmentation=pixel_cross_entropy(scores, labels),
                     auxiliary=0.4 * pixel_cross_entropy(auxiliary, labels))        # mmsegmentation's weight
 
@@ -692,64 +692,109 @@ def upernet(argv=None):
 # x2 - x1 is its width, and the center of the first pixel is at 0.5.
 # ---------------------------------------------------------------------------------------------------------------------
 
-NMS_BLOCK = 64                 # boxes settled at a time
-ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two bound the memory
+NMS_BLOCK = 128                # boxes compared with all others at a time, and
+ALIGNED = 1 << 22              # pixels that roi_align reads at a time: these two bound the memory
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of boxes a (N, 4) with boxes b (M, 4) -> (N, M); 0 for boxes without area."""
-    low, high = torch.maximum(a[:, None, :2], b[:, :2]), torch.minimum(a[:, None, 2:], b[:, 2:])    # (N, M, 2)
-    width, height = (high - low).clamp(min=0).unbind(dim=2)                        # (N, M)
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = a.T[:, :, None], b.T.contiguous()          # (N, 1) each, (M,) each
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)           # (N, M)
+    height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)
     shared = width * height
-    area, other = ((boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (a, b))
-    union = area[:, None] + other - shared
+    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared
     return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def suppress(sets: list[Tensor], iou_threshold: float) -> list[Tensor]:
+    """Non-maximum suppression in each of several sets of boxes (n, 4), the best first -> indices of those kept.
+
+    Going down a set, a box is kept unless its IoU with one kept before exceeds the threshold.  Which box would strike
+    out which is found where the boxes are.  The decisions, each of which needs those before, are made on the CPU: a GPU
+    is waited for once, whatever the number of sets.
+    """
+    strikes = [torch.zeros(len(boxes), len(boxes), dtype=torch.bool, device=boxes.device) for boxes in sets]
+    for boxes, strike in zip(sets, strikes):
+        for i in range(0, len(boxes), NMS_BLOCK):              # a row a better box
+            iou = box_iou(boxes[i:i + NMS_BLOCK], boxes[i:]).double()      # 0.3 in float32 exceeds the threshold 0.3
+            strike[i:i + NMS_BLOCK, i:] = iou > iou_threshold
+    copies = torch.cat([strike.flatten() for strike in strikes]).cpu().split([strike.numel() for strike in strikes])
+    results = []
+    for boxes, strike in zip(sets, copies):
+        rows = np.packbits(strike.view(len(boxes), len(boxes)).numpy(), axis=1, bitorder="little")
+        fallen, kept = 0, []                                   # bit i of fallen: box i has been struck out
+        for i, row in enumerate(rows):
+            if not fallen >> i & 1:
+                fallen |= int.from_bytes(row, "little")
+                kept.append(i)
+        results.append(torch.tensor(kept, dtype=torch.long).to(boxes.device, non_blocking=True))
+    return results
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None = None) -> Tensor:
     """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first.
 
-    Going down the scores, a box is kept unless its IoU with one kept before exceeds the threshold.  Boxes of different
-    groups (N,), such as classes or pyramid levels, let each other be.
-
-    The best boxes left are settled among themselves, a block at a time: at first all stand, and then by turns those
-    fall that a standing one covers.  After k turns the best k + 1 are right, and once nothing changes all are.  The
-    survivors then strike out what they cover in the rest.
+    Boxes of different groups (N,), such as classes, let each other be.
     """
     groups = torch.zeros_like(scores) if groups is None else groups
-
-    def covers(a: Tensor, b: Tensor) -> Tensor:
-        """Indices (n,), (m,) -> (n, m) bool, True where box a would strike out box b."""
-        iou = box_iou(boxes[a], boxes[b]).double()             # 0.3 in float32 exceeds the threshold 0.3
-        return (iou > iou_threshold) & (groups[a, None] == groups[b])
-
-    rest, kept = scores.sort(descending=True, stable=True).indices, []
-    while len(rest):
-        block, rest = rest[:NMS_BLOCK], rest[NMS_BLOCK:]
-        strikes = covers(block, block).triu(diagonal=1)        # (n, n), a row a better box
-        stands, before = torch.ones_like(block, dtype=torch.bool), None
-        while before is None or not torch.equal(stands, before):
-            before, stands = stands, ~(strikes & stands[:, None]).any(dim=0)       # (n,)
-        kept.append(block[stands])
-        rest = rest[~covers(kept[-1], rest).any(dim=0)]
-    return torch.cat([rest, *kept])
+    order = scores.sort(descending=True, stable=True).indices
+    order = order[groups[order].sort(stable=True).indices]     # group by group, the best first
+    sets = order.split(torch.unique_consecutive(groups[order], return_counts=True)[1].tolist() or [0])
+    kept = suppress([boxes[some] for some in sets], iou_threshold)
+    kept = torch.cat([some[those] for some, those in zip(sets, kept)]).sort().values
+    return kept[scores[kept].sort(descending=True, stable=True).indices]
 
 
-def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> tuple[Tensor, Tensor]:
-    """One axis of RoIAlign: the pixels, of `length`, that a bin reads, and what each adds to the mean of its samples.
+def bin_weights(low: Tensor, step: Tensor, count: Tensor, length: Tensor, bins: int, samples: int,
+                pixels: int) -> tuple[Tensor, Tensor]:
+    """One axis of RoIAlign: the pixels that a bin reads, and what each adds to the mean of its samples.
 
-    low, high  (R,) the ends of the boxes, in coordinates where the center of the first pixel is 0
-    -> weights and pixels, (R, bins, n) each
+    low, step, count, length    (R,) of the boxes: the lower end, where the center of the first pixel is 0; the side of
+                                a bin; samples a bin, `samples` at most; pixels of the map
+    -> weights and pixels, (R, bins, pixels) each
     """
-    low, step = low[:, None, None], ((high - low) / bins)[:, None, None]           # (R, 1, 1)
-    count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
-    bin = torch.arange(bins, device=low.device)[:, None]
-    k = torch.arange(max(count.flatten().long().tolist(), default=0), device=low.device)
+    low, step, count, length = (x[:, None, None] for x in (low, step, count, length))
+    bin, k = torch.arange(bins, device=low.device)[:, None], torch.arange(samples, device=low.device)
     at = low + (bin + (k + 0.5) / count.clamp(min=1)) * step                       # (R, bins, samples)
     share = ((k < count) & (at >= -1) & (at <= length)) / count.clamp(min=1)       # a sample farther out reads zero
-    distance = at.clamp(0, length - 1)[..., None] - torch.arange(length, device=low.device)
-    weights = (share[..., None] * (1 - distance.abs()).clamp(min=0)).sum(dim=2)    # (R, bins, length), few above 0
-    return weights.topk(max((weights > 0).sum(dim=2).flatten().tolist(), default=0) or 1, dim=2)
+    at = at.clamp(min=0).minimum(length - 1)
+    pixel = at.amin(dim=2, keepdim=True).floor() + torch.arange(pixels, device=low.device)         # (R, bins, pixels)
+    near = (1 - (at[..., None] - pixel[:, :, None]).abs()).clamp(min=0)            # (R, bins, samples, pixels)
+    return (share[..., None] * near).sum(dim=2), pixel.minimum(length - 1).long()
+
+
+def align(table: Tensor, first: Tensor, sides: Tensor, boxes: Tensor, bins: tuple[int, int],
+          sampling_ratio: int = 0) -> Tensor:
+    """RoIAlign where each box has a map of its own -> (R, c, rows, columns), with a gradient with respect to table.
+
+    table   (n, c) the pixels of all maps, row by row;  first  (R,) where in it the map of a box begins
+    sides   (2, R) height and width of this map;  boxes  (R, 4) in its pixels, where the center of the first is 0
+
+    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] map[y, x].
+    """
+    (rows, columns), (x1, y1, x2, y2) = bins, boxes.detach().T
+    step = torch.stack([(y2 - y1) / rows, (x2 - x1) / columns])                    # (2, R) sides of a bin
+    count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
+    reach = (step.abs() * (1 - 1 / count.clamp(min=1))).ceil() + 2                 # pixels between and around samples
+    reach, order = reach.amax(dim=0).cpu().sort(descending=True)                   # a GPU is waited for here alone
+    order, reach, pooled, done = order.to(boxes.device, non_blocking=True), reach.long().tolist(), [], 0
+    while done < len(reach):
+        pixels = reach[done]
+        samples, n = sampling_ratio or pixels - 1, max(1, ALIGNED // (rows * columns * pixels ** 2))
+        r, done = order[done:done + n], done + n
+        wy, y = bin_weights(y1[r], step[0, r], count[0, r], sides[0, r], rows, samples, pixels)
+        wx, x = bin_weights(x1[r], step[1, r], count[1, r], sides[1, r], columns, samples, pixels)
+        weight = wy[:, :, None, :, None] * wx[:, None, :, None]                    # (r, rows, columns, pixels, pixels)
+        pixel = (first[r, None, None] + sides[1, r, None, None] * y)[:, :, None, :, None] + x[:, None, :, None]
+        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight.to(table.dtype), pixel))
+        pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
+    pooled = torch.cat([table[:0], *pooled]).view(-1, rows, columns, table.shape[1]).permute(0, 3, 1, 2)
+    return pooled[order.argsort()]
+
+
+def as_table(features: Tensor) -> Tensor:
+    """(B, c, height, width) -> (B * height * width, c), a row a pixel"""
+    return features.permute(0, 2, 3, 1).flatten(0, 2).contiguous()         # embedding_bag is slow where pixels lie apart
 
 
 def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float,
@@ -761,23 +806,12 @@ def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int
     output_size     (rows, columns), or both as one number
     spatial_scale   size of the map over size of the image
     sampling_ratio  samples per bin and axis; 0 for one a pixel of the map, rounded up
-
-    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] features[y, x].
     """
-    rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
-    channels, height, width = features.shape[1:]
-    table = features.permute(0, 2, 3, 1).reshape(-1, channels)                     # a row a pixel, of all images
-    (x1, y1, x2, y2), first = (boxes[:, 1:].detach() * spatial_scale - 0.5).T, boxes[:, 0].long() * height * width
-    order, pooled = (y2 - y1).argsort(), []                                        # those alike read as many pixels
-    for r in order.split(ALIGNED_BOXES):
-        wy, y = bin_weights(y1[r], y2[r], rows, height, sampling_ratio)            # (r, rows, m) each
-        wx, x = bin_weights(x1[r], x2[r], columns, width, sampling_ratio)          # (r, columns, n) each
-        weight = wy[:, :, None, :, None] * wx[:, None, :, None]                    # (r, rows, columns, m, n)
-        pixel = (first[r, None, None] + width * y)[:, :, None, :, None] + x[:, None, :, None]
-        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight.to(table.dtype), pixel))
-        pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
-    pooled = torch.cat(pooled).view(-1, rows, columns, channels).permute(0, 3, 1, 2)
-    return pooled[order.argsort()]
+    bins = (output_size, output_size) if isinstance(output_size, int) else output_size
+    image, (height, width) = boxes[:, 0].long(), features.shape[2:]
+    sides = torch.stack([torch.full_like(image, height), torch.full_like(image, width)])
+    return align(as_table(features), image * height * width, sides, boxes[:, 1:] * spatial_scale - 0.5, bins,
+                 sampling_ratio)
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
@@ -1076,7 +1110,7 @@ def precision_and_recall(scenes: list[Scene], low: float, high: float) -> tuple:
 ANCHOR_SIDE = 8                         # of a square anchor, in strides
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)         # height over width
 LARGEST_GROWTH = 1000 / 16              # how many times a box can become as large, or small, as its anchor
-BOX_SCALE = (0.1, 0.1, 0.2, 0.2)        # of the numbers that the box head puts out
+BOX_SCALE = (0.1, 0.2)                  # of the shift and the growth that the box head puts out
 FINEST_SIDE = 14                        # boxes up to twice as large, in strides of the finest map, are read from there
 BOX_BINS, MASK_BINS = 7, 14             # of roi_align, for the two heads
 DRAWN_SIZE = 320                        # longer side of a picture of detections
@@ -1087,7 +1121,7 @@ NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are t
 
 def make_anchors(rows: int, columns: int, stride: float, device=None) -> Tensor:
     """(rows * columns * 3, 4) boxes around the upper left corners of a map's cells: row by row, three ratios each."""
-    ratio = torch.tensor(ANCHOR_RATIOS, device=device)
+    ratio = torch.tensor(ANCHOR_RATIOS).to(device, non_blocking=True)
     half = ANCHOR_SIDE * stride / 2 * torch.stack([ratio ** -0.5, ratio ** 0.5], dim=1)              # (3, 2)
     y_x = stride * torch.cartesian_prod(*(torch.arange(n, device=device) for n in (rows, columns)))      # (cells, 2)
     return (y_x.flip(1).repeat(1, 2)[:, None] + torch.cat([-half, half], dim=1)).reshape(-1, 4)
@@ -1098,26 +1132,32 @@ def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
 
 
-def encode_boxes(boxes: Tensor, anchors: Tensor, scale: tuple = (1, 1, 1, 1)) -> Tensor:
+def encode_boxes(boxes: Tensor, anchors: Tensor, scale: tuple = (1, 1)) -> Tensor:
     """What leads from anchors (..., 4) to boxes (..., 4): shift in sizes of the anchor, log of growth; over `scale`."""
     (center, size), (from_center, from_size) = center_and_size(boxes), center_and_size(anchors)
-    deltas = torch.cat([(center - from_center) / from_size, (size / from_size).log()], dim=-1)
-    return deltas / deltas.new_tensor(scale)
+    shift, growth = (center - from_center) / from_size, (size / from_size).log()
+    return torch.cat([shift / scale[0], growth / scale[1]], dim=-1)
 
 
-def decode_boxes(deltas: Tensor, anchors: Tensor, scale: tuple = (1, 1, 1, 1)) -> Tensor:
+def decode_boxes(deltas: Tensor, anchors: Tensor, scale: tuple = (1, 1)) -> Tensor:
     """The inverse of encode_boxes, with growth limited: deltas (..., 4), anchors (..., 4) -> boxes (..., 4)"""
     center, size = center_and_size(anchors)
-    shift, growth = (deltas * deltas.new_tensor(scale)).split(2, dim=-1)
+    shift, growth = deltas.split(2, dim=-1)
     limit = math.log(LARGEST_GROWTH)
-    center, half = center + shift * size, size * growth.clamp(-limit, limit).exp() / 2
+    center, half = center + scale[0] * shift * size, size * (scale[1] * growth).clamp(-limit, limit).exp() / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 
 def clip_boxes(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Boxes (..., 4), cut at the border of the image, and (...) bool, True where something is left."""
-    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
-    return boxes, (center_and_size(boxes)[1] > 0).all(dim=-1)
+    """Boxes (..., 4), cut at the border of the image, and (...) bool, True where something is left; the others are 0."""
+    boxes = torch.stack([boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)], dim=-1).flatten(-2)
+    is_left = has_size(boxes)
+    return boxes.where(is_left[..., None], 0), is_left
+
+
+def has_size(boxes: Tensor) -> Tensor:
+    """(..., 4) -> (...) bool"""
+    return (center_and_size(boxes)[1] > 0).all(dim=-1)
 
 
 def assign(iou: Tensor, positive: float, negative: float, low_quality: float = math.inf) -> Tensor:
@@ -1137,13 +1177,32 @@ def assign(iou: Tensor, positive: float, negative: float, low_quality: float = m
     return torch.where(last > 0, last - 1, assigned)
 
 
-def draw_boxes(assigned: Tensor, count: int, share: float, generator=None) -> tuple[Tensor, Tensor]:
-    """Indices drawn at random: of boxes with an object at most a `share` of `count`, of NEGATIVE ones the rest."""
-    def draw(candidates: Tensor, most: int) -> Tensor:
-        indices = candidates.nonzero()[:, 0]
-        return indices[torch.randperm(len(indices), generator=generator, device=indices.device)[:most]]
-    positives = draw(assigned >= 0, int(count * share))
-    return positives, draw(assigned == NEGATIVE, count - len(positives))
+def draw_boxes(assigned: list[Tensor], targets: list[dict], count: int, share: float) -> tuple[Tensor, Tensor]:
+    """What a head learns from, drawn at random: of each image's boxes at most a `share` of `count` of those with an
+    object, and of NEGATIVE ones the rest.
+
+    assigned    (A,) for each image, from `assign`;  targets  of each image, with its boxes (G, 4) and its generator
+    -> index (R,) of the boxes drawn among those of all images, and owner (R,), the object of each among those of all
+    images, or NEGATIVE
+    """
+    owners, before = [], 0
+    for owner, target in zip(assigned, targets):
+        # each box draws a number; of those that may be drawn the highest are: with an object first, then NEGATIVE ones
+        noise = torch.rand(len(owner), generator=target.get("generator"), dtype=torch.double)
+        noise = noise.to(owner.device, non_blocking=True)
+        positive = highest(noise.where(owner >= 0, -1), int(count * share))
+        drawn = highest((noise + positive).where(positive | (owner == NEGATIVE), -1), count)
+        owners.append(torch.where(positive, owner + before, NEGATIVE).where(drawn, UNUSED))
+        before += len(target["boxes"])
+    owner = torch.cat(owners)
+    index = (owner != UNUSED).nonzero()[:, 0]
+    return index, owner[index]
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """(n,) -> (n,) bool: the `count` highest, those below 0 excepted"""
+    least = values.topk(min(count, len(values))).values[-1:]
+    return (values >= least) & (values >= 0)
 
 
 def roi_levels(boxes: Tensor, finest_side: float, n_levels: int = 4) -> Tensor:
@@ -1152,10 +1211,15 @@ def roi_levels(boxes: Tensor, finest_side: float, n_levels: int = 4) -> Tensor:
     return (side / finest_side + 1e-6).log2().floor().clamp(0, n_levels - 1).long()
 
 
-def mask_targets(masks: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
-    """Of masks (G, h, w) those of the objects `owner` (R,), cut out by boxes (R, 4) -> (R, 28, 28), 1 inside"""
-    rois = torch.cat([owner[:, None].to(boxes.dtype), boxes], dim=1)                       # (R, 5)
-    return (roi_align(masks[:, None].to(boxes.dtype), rois, 2 * MASK_BINS, 1.0)[:, 0] >= 0.5).to(boxes.dtype)
+def mask_targets(masks: list[Tensor], owner: Tensor, boxes: Tensor) -> Tensor:
+    """Of the masks (G, h, w) of each image those of the objects `owner` (R,), numbered through all images, cut out by
+    boxes (R, 4) -> (R, 28, 28), 1 inside"""
+    sides = torch.tensor([mask.shape for some in masks for mask in some]).view(-1, 2)                  # (objects, 2)
+    first = sides.prod(dim=1).cumsum(dim=0) - sides.prod(dim=1)
+    sides, first = (x.to(boxes.device, non_blocking=True)[owner] for x in (sides, first))
+    pixels = torch.cat([some.flatten() for some in masks])[:, None].to(boxes.dtype)                    # (n, 1)
+    cut = align(pixels, first, sides.T, boxes - 0.5, (2 * MASK_BINS, 2 * MASK_BINS))
+    return (cut[:, 0] >= 0.5).to(boxes.dtype)
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -1257,27 +1321,34 @@ class MaskRCNN(nn.Module):
         """What the RPN says, by level -> for each image at most `keep` boxes (P, 4), the best first.
 
         The best `before` of each level are thinned out among themselves, so that none overlap by an IoU over 0.7.
+        Boxes of which nothing lies in the image are all 0 and come last.
         """
-        best, boxes, level = [], [], []
-        for k, (score, delta, anchor) in enumerate(zip(scores, deltas, anchors)):
+        best, boxes = [], []                                   # by level and image, (n,) and (n, 4), the best first
+        for score, delta, anchor in zip(scores, deltas, anchors):
             top, index = score.topk(min(before, score.shape[1]), dim=1)                    # (B, n) each
-            best.append(top)
-            boxes.append(decode_boxes(delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index]))
-            level.append(torch.full_like(index, k))
+            decoded = decode_boxes(delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index])
+            for some, box, size in zip(top, decoded, sizes):
+                box, is_left = clip_boxes(box, *size)
+                best.append(some.where(is_left, -math.inf))
+                boxes.append(box)
+        kept = suppress(boxes, 0.7)
+        best, boxes = ([some[those] for some, those in zip(values, kept)] for values in (best, boxes))
         proposals = []
-        for score, box, k, size in zip(*(torch.cat(x, dim=1) for x in (best, boxes, level)), sizes):
-            box, is_left = clip_boxes(box, *size)
-            box = box[is_left]
-            proposals.append(box[nms(box, score[is_left], 0.7, k[is_left])[:keep]])
+        for i in range(len(sizes)):
+            order = torch.cat(best[i::len(sizes)]).sort(descending=True, stable=True).indices
+            proposals.append(torch.cat(boxes[i::len(sizes)])[order[:keep]])
         return proposals
 
-    def pool(self, maps: list[Tensor], boxes: list[Tensor], bins: int) -> Tensor:
-        """Maps of B images, boxes (., 4) of each -> (R, c, bins, bins), each read from the map that fits its size"""
-        rois = torch.cat([F.pad(some, (1, 0), value=i) for i, some in enumerate(boxes)])   # (R, 5)
-        level = roi_levels(rois[:, 1:], FINEST_SIDE * self.strides[0])
-        order = [(level == k).nonzero()[:, 0] for k in range(4)]
-        pooled = [roi_align(x.float(), rois[some], bins, 1 / s) for x, some, s in zip(maps, order, self.strides)]
-        return torch.cat(pooled)[torch.cat(order).argsort()]
+    def pool(self, maps: list[Tensor], rois: Tensor, bins: int) -> Tensor:
+        """Maps of B images, boxes (R, 5) as for roi_align -> (R, c, bins, bins), each from the map that fits its size"""
+        image, level = rois[:, 0].long(), roi_levels(rois[:, 1:], FINEST_SIDE * self.strides[0])
+        sides = torch.tensor([x.shape[2:] for x in maps[:4]])                              # (4, 2)
+        area = sides.prod(dim=1)
+        begin = (len(maps[0]) * area).cumsum(dim=0) - len(maps[0]) * area                  # rows of the table before it
+        sides, area, begin = (x.to(rois.device, non_blocking=True)[level] for x in (sides, area, begin))
+        boxes = rois[:, 1:] / (self.strides[0] * 2 ** level[:, None]) - 0.5
+        table = torch.cat([as_table(x.float()) for x in maps[:4]])
+        return align(table, begin + image * area, sides.T, boxes, (bins, bins))
 
     def forward(self, images: Tensor, sizes: list, targets: list[dict]) -> dict[str, Tensor]:
         """The five losses of a batch.
@@ -1295,23 +1366,20 @@ class MaskRCNN(nn.Module):
         losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, areas,
                                  o.rpn_samples)
         proposals = self.propose(scores, deltas, anchors, sizes, 2 * o.proposals, o.proposals)
-        boxes, owners = zip(*(draw_rois(some, target["boxes"], o.roi_samples, target.get("generator"))
-                              for some, target in zip(proposals, targets)))
+        rois, owner = draw_rois(proposals, targets, o.roi_samples)                         # (R, 5), (R,)
+        found = (owner >= 0).nonzero()[:, 0]                                               # (R+,) those with an object
+        owner, true_masks = owner[found], [target["masks"] for target in targets]
+        true_boxes, labels = (torch.cat([target[name] for target in targets])[owner] for name in ("boxes", "labels"))
 
-        scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
-        found = [some[:len(owner)] for some, owner in zip(boxes, owners)]                  # those with an object
-        truth = torch.cat([F.pad(target["labels"][owner], (0, len(some) - len(owner)), value=deltas.shape[1])
-                           for target, owner, some in zip(targets, owners, boxes)])        # (R,), the last for nothing
-        has_object = truth < deltas.shape[1]
-        labels = truth[has_object]                                                         # (R+,)
-        true_boxes = torch.cat([target["boxes"][owner] for target, owner in zip(targets, owners)])     # (R+, 4)
-        wanted = encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
+        scores, deltas = self.box_head(self.pool(maps, rois, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
+        truth = torch.full_like(rois[:, 0], deltas.shape[1], dtype=torch.long)             # (R,), the last for nothing
+        truth[found] = labels
+        wanted = encode_boxes(true_boxes, rois[found, 1:], BOX_SCALE)                      # (R+, 4)
         losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(truth))
-        losses["box"] = per_sample((deltas[has_object, labels] - wanted).abs().sum(), len(truth))
+        losses["box"] = per_sample((deltas[found, labels] - wanted).abs().sum(), len(truth))
 
-        masks = of_class(self.mask_head(self.pool(maps, found, MASK_BINS)), labels)        # (R+, 28, 28)
-        true_masks = torch.cat([mask_targets(target["masks"], owner, some)
-                                for target, owner, some in zip(targets, owners, found)])
+        masks = of_class(self.mask_head(self.pool(maps, rois[found], MASK_BINS)), labels)  # (R+, 28, 28)
+        true_masks = mask_targets(true_masks, owner, rois[found, 1:])
         mask_loss = F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum")
         losses["mask"] = per_sample(mask_loss, true_masks.numel())
         return losses
@@ -1322,7 +1390,7 @@ class MaskRCNN(nn.Module):
         and masks (R, 28, 28), probabilities over the box."""
         maps, *rpn = self.see(images)
         proposals = self.propose(*rpn, sizes, self.options.proposals, self.options.proposals)
-        scores, deltas = self.box_head(self.pool(maps, proposals, BOX_BINS))
+        scores, deltas = self.box_head(self.pool(maps, with_image(proposals), BOX_BINS))
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
         objects, counts = [], [len(boxes) for boxes in proposals]
         for boxes, score, delta, size in zip(proposals, scores.split(counts), deltas.split(counts), sizes):
@@ -1333,8 +1401,14 @@ class MaskRCNN(nn.Module):
             best = nms(boxes, score, 0.5, label)[:MAX_DETECTIONS[-1]]
             objects.append(dict(boxes=boxes[best], labels=label[best], scores=score[best]))
         boxes, labels = ([found[key] for found in objects] for key in ("boxes", "labels"))
-        masks = of_class(self.mask_head(self.pool(maps, boxes, MASK_BINS)), torch.cat(labels)).sigmoid()
+        masks = self.mask_head(self.pool(maps, with_image(boxes), MASK_BINS))
+        masks = of_class(masks, torch.cat(labels)).sigmoid()
         return [dict(found, masks=some) for found, some in zip(objects, masks.split([len(b) for b in boxes]))]
+
+
+def with_image(boxes: list[Tensor]) -> Tensor:
+    """Boxes (., 4) of each image -> (R, 5), with the number of the image before them"""
+    return torch.cat([F.pad(some, (1, 0), value=i) for i, some in enumerate(boxes)])
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
@@ -1344,7 +1418,7 @@ def of_class(masks: Tensor, labels: Tensor) -> Tensor:
 
 def per_sample(total: Tensor, count: int) -> Tensor:
     """A loss summed over `count` samples of this process -> its share of their mean over the samples of all."""
-    return total / mean_over_processes(total.new_tensor(float(count))).clamp(min=1)
+    return total / mean_over_processes(total.new_full((), count)).clamp(min=1)
 
 
 def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], areas: list,
@@ -1354,30 +1428,31 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: li
     # paper: silent on padding; here: anchors centered beyond an image's own area (height, width) take no part, as in
     # mmdetection, because what is learned from an image must not depend on the larger ones beside it
     """
-    score_loss, box_loss, drawn = 0, 0, 0
-    for score, delta, target, (height, width) in zip(scores, deltas, targets, areas):
-        x, y = center_and_size(anchors)[0].round().T                                       # (A,) each
+    x, y = center_and_size(anchors)[0].round().T                                           # (A,) each
+    assigned = []
+    for target, (height, width) in zip(targets, areas):
         inside = (x < width) & (y < height)
-        score, delta, own = score[inside], delta[inside], anchors[inside]
-        assigned = assign(box_iou(target["boxes"], own), 0.7, 0.3, low_quality=0.3)
-        positives, negatives = draw_boxes(assigned, count, 0.5, target.get("generator"))
-        rows = torch.cat([positives, negatives])
-        truth = (assigned[rows] >= 0).to(score.dtype)
-        wanted = encode_boxes(target["boxes"][assigned[positives]], own[positives])
-        score_loss = score_loss + F.binary_cross_entropy_with_logits(score[rows], truth, reduction="sum")
-        box_loss = box_loss + (delta[positives] - wanted).abs().sum()
-        drawn += len(rows)
-    return dict(rpn_score=per_sample(score_loss, drawn), rpn_box=per_sample(box_loss, drawn))
+        iou = box_iou(target["boxes"], anchors) * inside                                   # (G, A)
+        assigned.append(assign(iou, 0.7, 0.3, low_quality=0.3).where(inside, UNUSED))
+    index, owner = draw_boxes(assigned, targets, count, 0.5)
+    found = (owner >= 0).nonzero()[:, 0]
+    score_loss = F.binary_cross_entropy_with_logits(scores.flatten()[index], (owner >= 0).to(scores.dtype),
+                                                    reduction="sum")
+    true_boxes, index = torch.cat([target["boxes"] for target in targets])[owner[found]], index[found]
+    wanted = encode_boxes(true_boxes, anchors[index % len(anchors)])
+    box_loss = (deltas.flatten(0, 1)[index] - wanted).abs().sum()
+    return dict(rpn_score=per_sample(score_loss, len(owner)), rpn_box=per_sample(box_loss, len(owner)))
 
 
-def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int, generator=None) -> tuple[Tensor, Tensor]:
-    """What the heads of an image learn from: boxes (R, 4), first those with an object, a quarter of `count` at most,
-    and the objects of these.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
-    boxes = torch.cat([true_boxes, proposals])
+def draw_rois(proposals: list[Tensor], targets: list[dict], count: int) -> tuple[Tensor, Tensor]:
+    """What the heads learn from: boxes (R, 5) as for roi_align, at most a quarter of `count` an image with an object,
+    and owner (R,), see draw_boxes.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
+    boxes = [torch.cat([target["boxes"], some]) for target, some in zip(targets, proposals)]
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
-    assigned = assign(box_iou(true_boxes, boxes), 0.5, 0.5)
-    positives, negatives = draw_boxes(assigned, count, 0.25, generator)
-    return boxes[torch.cat([positives, negatives])], assigned[positives]
+    assigned = [assign(box_iou(target["boxes"], some), 0.5, 0.5).where(has_size(some), UNUSED)
+                for target, some in zip(targets, boxes)]
+    index, owner = draw_boxes(assigned, targets, count, 0.25)
+    return with_image(boxes)[index], owner
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -1492,11 +1567,7 @@ def on_canvas(images: list[np.ndarray], size: list[int], device) -> Tensor:
     canvas = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].repeat(len(images), 1, *size)
     for place, image in zip(canvas, images):
         place[:, :image.shape[1], :image.shape[2]] = torch.from_numpy(image)
-    return normalize(canvas.to(device))
-
-
-def generator_of(device, *seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(hash(seed))
+    return normalize(canvas.to(device, non_blocking=True))
 
 
 def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNOptions, multiple: int) -> dict:
@@ -1505,12 +1576,12 @@ def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNO
     # paper: silent on the canvas; here: the largest sides of all processes' images, where mmdetection takes those of a
     # process's, because then any number of processes sees the same: attention reaches the padding too
     """
-    targets = [{name: torch.from_numpy(batch[name][i]).to(device) for name in ("boxes", "labels", "masks")}
-               for i in range(len(batch["images"]))]
+    targets = [{name: torch.from_numpy(batch[name][i]).to(device, non_blocking=True)
+                for name in ("boxes", "labels", "masks")} for i in range(len(batch["images"]))]
     for target, i in zip(targets, batch["index"].tolist()):
-        target["generator"] = generator_of(device, options.seed, step, i)
+        target["generator"] = torch.Generator().manual_seed(hash((options.seed, step, i)))
     sizes = [image.shape[1:] for image in batch["images"]]
-    largest = gather(torch.tensor(sizes, device=device)).amax(dim=0).tolist()
+    largest = gather(torch.tensor(sizes).to(device, non_blocking=True)).amax(dim=0).tolist()
     return net(on_canvas(batch["images"], rounded_up(largest, multiple), device), sizes, targets)
 
 
