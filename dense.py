@@ -693,7 +693,7 @@ def upernet(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 NMS_BLOCK = 128                # boxes compared with all others at a time, and
-ALIGNED = 1 << 22              # pixels that roi_align reads at a time: these two bound the memory
+ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two bound the memory
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -713,21 +713,20 @@ def suppress(sets: list[Tensor], iou_threshold: float) -> list[Tensor]:
     out which is found where the boxes are.  The decisions, each of which needs those before, are made on the CPU: a GPU
     is waited for once, whatever the number of sets.
     """
-    strikes = [torch.zeros(len(boxes), len(boxes), dtype=torch.bool, device=boxes.device) for boxes in sets]
+    most, device = max(map(len, sets)), sets[0].device
+    strikes = torch.zeros(len(sets), most, most, dtype=torch.bool, device=device)
     for boxes, strike in zip(sets, strikes):
-        for i in range(0, len(boxes), NMS_BLOCK):              # a row a better box
+        for i in range(0, len(boxes), NMS_BLOCK):              # a row a better box, a column a worse one
             iou = box_iou(boxes[i:i + NMS_BLOCK], boxes[i:]).double()      # 0.3 in float32 exceeds the threshold 0.3
-            strike[i:i + NMS_BLOCK, i:] = iou > iou_threshold
-    copies = torch.cat([strike.flatten() for strike in strikes]).cpu().split([strike.numel() for strike in strikes])
+            strike[i:i + len(iou), i:len(boxes)] = iou > iou_threshold
     results = []
-    for boxes, strike in zip(sets, copies):
-        rows = np.packbits(strike.view(len(boxes), len(boxes)).numpy(), axis=1, bitorder="little")
+    for boxes, rows in zip(sets, np.packbits(strikes.cpu().numpy(), axis=2, bitorder="little")):
         fallen, kept = 0, []                                   # bit i of fallen: box i has been struck out
-        for i, row in enumerate(rows):
+        for i in range(len(boxes)):
             if not fallen >> i & 1:
-                fallen |= int.from_bytes(row, "little")
+                fallen |= int.from_bytes(rows[i], "little")
                 kept.append(i)
-        results.append(torch.tensor(kept, dtype=torch.long).to(boxes.device, non_blocking=True))
+        results.append(torch.tensor(kept, dtype=torch.long).to(device, non_blocking=True))
     return results
 
 
@@ -745,56 +744,57 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | No
     return kept[scores[kept].sort(descending=True, stable=True).indices]
 
 
-def bin_weights(low: Tensor, step: Tensor, count: Tensor, length: Tensor, bins: int, samples: int,
-                pixels: int) -> tuple[Tensor, Tensor]:
+def bin_weights(low: Tensor, step: Tensor, length: Tensor, bins: int, pixels: int,
+                sampling_ratio: int) -> tuple[Tensor, Tensor]:
     """One axis of RoIAlign: the pixels that a bin reads, and what each adds to the mean of its samples.
 
-    low, step, count, length    (R,) of the boxes: the lower end, where the center of the first pixel is 0; the side of
-                                a bin; samples a bin, `samples` at most; pixels of the map
-    -> weights and pixels, (R, bins, pixels) each
+    low, step, length   (...) of each box: where it begins, in coordinates where the center of the first pixel is 0; the
+                        side of a bin; the pixels of its map.  A bin reads `pixels` of them at most
+    -> weights and pixels, (..., bins, pixels) each
     """
-    low, step, count, length = (x[:, None, None] for x in (low, step, count, length))
-    bin, k = torch.arange(bins, device=low.device)[:, None], torch.arange(samples, device=low.device)
-    at = low + (bin + (k + 0.5) / count.clamp(min=1)) * step                       # (R, bins, samples)
-    share = ((k < count) & (at >= -1) & (at <= length)) / count.clamp(min=1)       # a sample farther out reads zero
+    low, step, length = (x[..., None, None] for x in (low, step, length))
+    count = samples_a_bin(step, sampling_ratio)
+    bin = torch.arange(bins, device=low.device)[:, None]
+    k = torch.arange(sampling_ratio or pixels - 1, device=low.device)
+    at = low + (bin + (k + 0.5) / count) * step                                    # (..., bins, samples)
+    is_read = (k < (sampling_ratio or step)) & (at >= -1) & (at <= length)         # a sample farther out is zero
     at = at.clamp(min=0).minimum(length - 1)
-    pixel = at.amin(dim=2, keepdim=True).floor() + torch.arange(pixels, device=low.device)         # (R, bins, pixels)
-    near = (1 - (at[..., None] - pixel[:, :, None]).abs()).clamp(min=0)            # (R, bins, samples, pixels)
-    return (share[..., None] * near).sum(dim=2), pixel.minimum(length - 1).long()
+    pixel = at.amin(dim=-1, keepdim=True).floor() + torch.arange(pixels, device=low.device)        # (..., bins, pixels)
+    near = (1 - (at[..., None] - pixel[..., None, :]).abs()).clamp(min=0)          # (..., bins, samples, pixels)
+    return ((is_read / count)[..., None] * near).sum(dim=-2), pixel.minimum(length - 1).long()
 
 
-def align(table: Tensor, first: Tensor, sides: Tensor, boxes: Tensor, bins: tuple[int, int],
+def samples_a_bin(step: Tensor, sampling_ratio: int) -> Tensor:
+    return torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=1)
+
+
+def align(maps: list[Tensor], which: Tensor, boxes: Tensor, scale: float | Tensor, bins: tuple[int, int],
           sampling_ratio: int = 0) -> Tensor:
-    """RoIAlign where each box has a map of its own -> (R, c, rows, columns), with a gradient with respect to table.
-
-    table   (n, c) the pixels of all maps, row by row;  first  (R,) where in it the map of a box begins
-    sides   (2, R) height and width of this map;  boxes  (R, 4) in its pixels, where the center of the first is 0
+    """roi_align where each box says `which` (R,) of several maps (B, c, ., .) it is read from, scaled by a number each.
 
     Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] map[y, x].
     """
-    (rows, columns), (x1, y1, x2, y2) = bins, boxes.detach().T
-    step = torch.stack([(y2 - y1) / rows, (x2 - x1) / columns])                    # (2, R) sides of a bin
-    count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
-    reach = (step.abs() * (1 - 1 / count.clamp(min=1))).ceil() + 2                 # pixels between and around samples
-    reach, order = reach.amax(dim=0).cpu().sort(descending=True)                   # a GPU is waited for here alone
-    order, reach, pooled, done = order.to(boxes.device, non_blocking=True), reach.long().tolist(), [], 0
-    while done < len(reach):
-        pixels = reach[done]
-        samples, n = sampling_ratio or pixels - 1, max(1, ALIGNED // (rows * columns * pixels ** 2))
-        r, done = order[done:done + n], done + n
-        wy, y = bin_weights(y1[r], step[0, r], count[0, r], sides[0, r], rows, samples, pixels)
-        wx, x = bin_weights(x1[r], step[1, r], count[1, r], sides[1, r], columns, samples, pixels)
-        weight = wy[:, :, None, :, None] * wx[:, None, :, None]                    # (r, rows, columns, pixels, pixels)
-        pixel = (first[r, None, None] + sides[1, r, None, None] * y)[:, :, None, :, None] + x[:, None, :, None]
-        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight.to(table.dtype), pixel))
+    (rows, columns), channels = bins, maps[0].shape[1]
+    table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps]).to(boxes.dtype)         # a row a pixel
+    begin = np.cumsum([0, *(x.numel() // channels for x in maps[:-1])])
+    layout = torch.tensor([[x.shape[3], x.shape[2], first] for x, first in zip(maps, begin)])      # (maps, 3)
+    width, height, first = layout.to(boxes.device, non_blocking=True)[which].T     # (R,) each
+    first = first + boxes[:, 0].long() * width * height                            # in the table, of the box's image
+
+    low, high = (boxes[:, 1:].detach() * scale - 0.5).T.unflatten(0, (2, 2))       # (2, R) each: x, y
+    step, sides = torch.stack([(high - low)[0] / columns, (high - low)[1] / rows]), torch.stack([width, height])
+    reach = (step.abs() * (1 - 1 / samples_a_bin(step, sampling_ratio))).ceil() + 2    # pixels that a bin reads
+    reach, order = reach.amax(dim=0).sort(descending=True)                         # those alike are pooled together
+    pooled = [table[:0]]
+    for r, pixels in zip(order.split(ALIGNED_BOXES), reach[::ALIGNED_BOXES].long().tolist()):      # a GPU waits once
+        (wx, wy), (x, y) = bin_weights(low[:, r], step[:, r], sides[:, r], max(bins), pixels, sampling_ratio)
+        weight = wy[:, :rows, None, :, None] * wx[:, None, :columns, None]         # (r, rows, columns, pixels, pixels)
+        y = first[r, None, None] + width[r, None, None] * y
+        pixel = y[:, :rows, None, :, None] + x[:, None, :columns, None]
+        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight, pixel))
         pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
-    pooled = torch.cat([table[:0], *pooled]).view(-1, rows, columns, table.shape[1]).permute(0, 3, 1, 2)
+    pooled = torch.cat(pooled).view(-1, rows, columns, channels).permute(0, 3, 1, 2)
     return pooled[order.argsort()]
-
-
-def as_table(features: Tensor) -> Tensor:
-    """(B, c, height, width) -> (B * height * width, c), a row a pixel"""
-    return features.permute(0, 2, 3, 1).flatten(0, 2).contiguous()         # embedding_bag is slow where pixels lie apart
 
 
 def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float,
@@ -808,10 +808,7 @@ def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int
     sampling_ratio  samples per bin and axis; 0 for one a pixel of the map, rounded up
     """
     bins = (output_size, output_size) if isinstance(output_size, int) else output_size
-    image, (height, width) = boxes[:, 0].long(), features.shape[2:]
-    sides = torch.stack([torch.full_like(image, height), torch.full_like(image, width)])
-    return align(as_table(features), image * height * width, sides, boxes[:, 1:] * spatial_scale - 0.5, bins,
-                 sampling_ratio)
+    return align([features], torch.zeros_like(boxes[:, 0]).long(), boxes, spatial_scale, bins, sampling_ratio)
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
@@ -1151,13 +1148,8 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, scale: tuple = (1, 1)) -> Tens
 def clip_boxes(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Boxes (..., 4), cut at the border of the image, and (...) bool, True where something is left; the others are 0."""
     boxes = torch.stack([boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)], dim=-1).flatten(-2)
-    is_left = has_size(boxes)
+    is_left = (center_and_size(boxes)[1] > 0).all(dim=-1)
     return boxes.where(is_left[..., None], 0), is_left
-
-
-def has_size(boxes: Tensor) -> Tensor:
-    """(..., 4) -> (...) bool"""
-    return (center_and_size(boxes)[1] > 0).all(dim=-1)
 
 
 def assign(iou: Tensor, positive: float, negative: float, low_quality: float = math.inf) -> Tensor:
@@ -1178,31 +1170,26 @@ def assign(iou: Tensor, positive: float, negative: float, low_quality: float = m
 
 
 def draw_boxes(assigned: list[Tensor], targets: list[dict], count: int, share: float) -> tuple[Tensor, Tensor]:
-    """What a head learns from, drawn at random: of each image's boxes at most a `share` of `count` of those with an
-    object, and of NEGATIVE ones the rest.
+    """What a head learns from: of each image's boxes, drawn at random, those with an object, at most a `share` of
+    `count`, and NEGATIVE ones, the rest.
 
-    assigned    (A,) for each image, from `assign`;  targets  of each image, with its boxes (G, 4) and its generator
-    -> index (R,) of the boxes drawn among those of all images, and owner (R,), the object of each among those of all
-    images, or NEGATIVE
+    assigned    (A,) for each image, from `assign`;  targets  of each its boxes (G, 4) and, if any, its generator
+    -> index (R,) of the boxes among those of all images, first those with an object, and owner (R+,), which object of
+    all images these are to find
     """
-    owners, before = [], 0
+    orders, owners, n_boxes, n_objects = [], [], 0, 0
     for owner, target in zip(assigned, targets):
-        # each box draws a number; of those that may be drawn the highest are: with an object first, then NEGATIVE ones
-        noise = torch.rand(len(owner), generator=target.get("generator"), dtype=torch.double)
-        noise = noise.to(owner.device, non_blocking=True)
-        positive = highest(noise.where(owner >= 0, -1), int(count * share))
-        drawn = highest((noise + positive).where(positive | (owner == NEGATIVE), -1), count)
-        owners.append(torch.where(positive, owner + before, NEGATIVE).where(drawn, UNUSED))
-        before += len(target["boxes"])
-    owner = torch.cat(owners)
-    index = (owner != UNUSED).nonzero()[:, 0]
-    return index, owner[index]
-
-
-def highest(values: Tensor, count: int) -> Tensor:
-    """(n,) -> (n,) bool: the `count` highest, those below 0 excepted"""
-    least = values.topk(min(count, len(values))).values[-1:]
-    return (values >= least) & (values >= 0)
+        order = torch.randperm(len(owner), generator=target.get("generator")).to(owner.device, non_blocking=True)
+        owner = owner[order]
+        positive, negative = owner >= 0, owner == NEGATIVE
+        positive &= positive.cumsum(dim=0) <= int(count * share)
+        negative &= negative.cumsum(dim=0) <= count - positive.sum()
+        owners.append((owner + n_objects).where(positive, torch.where(negative, NEGATIVE, UNUSED)))
+        orders.append(order + n_boxes)
+        n_boxes, n_objects = n_boxes + len(owner), n_objects + len(target["boxes"])
+    order, owner = torch.cat(orders), torch.cat(owners)
+    positive, negative = (owner >= 0).nonzero()[:, 0], (owner == NEGATIVE).nonzero()[:, 0]
+    return order[torch.cat([positive, negative])], owner[positive]
 
 
 def roi_levels(boxes: Tensor, finest_side: float, n_levels: int = 4) -> Tensor:
@@ -1214,11 +1201,8 @@ def roi_levels(boxes: Tensor, finest_side: float, n_levels: int = 4) -> Tensor:
 def mask_targets(masks: list[Tensor], owner: Tensor, boxes: Tensor) -> Tensor:
     """Of the masks (G, h, w) of each image those of the objects `owner` (R,), numbered through all images, cut out by
     boxes (R, 4) -> (R, 28, 28), 1 inside"""
-    sides = torch.tensor([mask.shape for some in masks for mask in some]).view(-1, 2)                  # (objects, 2)
-    first = sides.prod(dim=1).cumsum(dim=0) - sides.prod(dim=1)
-    sides, first = (x.to(boxes.device, non_blocking=True)[owner] for x in (sides, first))
-    pixels = torch.cat([some.flatten() for some in masks])[:, None].to(boxes.dtype)                    # (n, 1)
-    cut = align(pixels, first, sides.T, boxes - 0.5, (2 * MASK_BINS, 2 * MASK_BINS))
+    maps = [mask[None, None] for some in masks for mask in some]
+    cut = align(maps, owner, F.pad(boxes, (1, 0)), 1.0, (2 * MASK_BINS, 2 * MASK_BINS))
     return (cut[:, 0] >= 0.5).to(boxes.dtype)
 
 
@@ -1341,14 +1325,8 @@ class MaskRCNN(nn.Module):
 
     def pool(self, maps: list[Tensor], rois: Tensor, bins: int) -> Tensor:
         """Maps of B images, boxes (R, 5) as for roi_align -> (R, c, bins, bins), each from the map that fits its size"""
-        image, level = rois[:, 0].long(), roi_levels(rois[:, 1:], FINEST_SIDE * self.strides[0])
-        sides = torch.tensor([x.shape[2:] for x in maps[:4]])                              # (4, 2)
-        area = sides.prod(dim=1)
-        begin = (len(maps[0]) * area).cumsum(dim=0) - len(maps[0]) * area                  # rows of the table before it
-        sides, area, begin = (x.to(rois.device, non_blocking=True)[level] for x in (sides, area, begin))
-        boxes = rois[:, 1:] / (self.strides[0] * 2 ** level[:, None]) - 0.5
-        table = torch.cat([as_table(x.float()) for x in maps[:4]])
-        return align(table, begin + image * area, sides.T, boxes, (bins, bins))
+        level = roi_levels(rois[:, 1:], FINEST_SIDE * self.strides[0])
+        return align(maps[:4], level, rois, 0.5 ** level[:, None] / self.strides[0], (bins, bins))
 
     def forward(self, images: Tensor, sizes: list, targets: list[dict]) -> dict[str, Tensor]:
         """The five losses of a batch.
@@ -1366,20 +1344,18 @@ class MaskRCNN(nn.Module):
         losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, areas,
                                  o.rpn_samples)
         proposals = self.propose(scores, deltas, anchors, sizes, 2 * o.proposals, o.proposals)
-        rois, owner = draw_rois(proposals, targets, o.roi_samples)                         # (R, 5), (R,)
-        found = (owner >= 0).nonzero()[:, 0]                                               # (R+,) those with an object
-        owner, true_masks = owner[found], [target["masks"] for target in targets]
+        rois, owner = draw_rois(proposals, targets, o.roi_samples)                         # (R, 5), (R+,)
+        found = rois[:len(owner)]                                                          # those with an object
         true_boxes, labels = (torch.cat([target[name] for target in targets])[owner] for name in ("boxes", "labels"))
 
         scores, deltas = self.box_head(self.pool(maps, rois, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
-        truth = torch.full_like(rois[:, 0], deltas.shape[1], dtype=torch.long)             # (R,), the last for nothing
-        truth[found] = labels
-        wanted = encode_boxes(true_boxes, rois[found, 1:], BOX_SCALE)                      # (R+, 4)
+        truth = F.pad(labels, (0, len(rois) - len(labels)), value=deltas.shape[1])         # (R,), the last for nothing
+        wanted = encode_boxes(true_boxes, found[:, 1:], BOX_SCALE)                         # (R+, 4)
         losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(truth))
-        losses["box"] = per_sample((deltas[found, labels] - wanted).abs().sum(), len(truth))
+        losses["box"] = per_sample((of_class(deltas[:len(owner)], labels) - wanted).abs().sum(), len(truth))
 
-        masks = of_class(self.mask_head(self.pool(maps, rois[found], MASK_BINS)), labels)  # (R+, 28, 28)
-        true_masks = mask_targets(true_masks, owner, rois[found, 1:])
+        masks = of_class(self.mask_head(self.pool(maps, found, MASK_BINS)), labels)        # (R+, 28, 28)
+        true_masks = mask_targets([target["masks"] for target in targets], owner, found[:, 1:])
         mask_loss = F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum")
         losses["mask"] = per_sample(mask_loss, true_masks.numel())
         return losses
@@ -1412,7 +1388,7 @@ def with_image(boxes: list[Tensor]) -> Tensor:
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """(R, classes, 28, 28), labels (R,) -> (R, 28, 28)"""
+    """(R, classes, ...), labels (R,) -> (R, ...)"""
     return masks[torch.arange(len(labels), device=labels.device), labels].float()
 
 
@@ -1435,21 +1411,21 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: li
         iou = box_iou(target["boxes"], anchors) * inside                                   # (G, A)
         assigned.append(assign(iou, 0.7, 0.3, low_quality=0.3).where(inside, UNUSED))
     index, owner = draw_boxes(assigned, targets, count, 0.5)
-    found = (owner >= 0).nonzero()[:, 0]
-    score_loss = F.binary_cross_entropy_with_logits(scores.flatten()[index], (owner >= 0).to(scores.dtype),
-                                                    reduction="sum")
-    true_boxes, index = torch.cat([target["boxes"] for target in targets])[owner[found]], index[found]
-    wanted = encode_boxes(true_boxes, anchors[index % len(anchors)])
-    box_loss = (deltas.flatten(0, 1)[index] - wanted).abs().sum()
-    return dict(rpn_score=per_sample(score_loss, len(owner)), rpn_box=per_sample(box_loss, len(owner)))
+    scores, found = scores.flatten()[index], index[:len(owner)]
+    truth = F.pad(torch.ones_like(scores[:len(owner)]), (0, len(scores) - len(owner)))     # with an object first
+    score_loss = F.binary_cross_entropy_with_logits(scores, truth, reduction="sum")
+    true_boxes = torch.cat([target["boxes"] for target in targets])[owner]
+    wanted = encode_boxes(true_boxes, anchors[found % len(anchors)])
+    box_loss = (deltas.flatten(0, 1)[found] - wanted).abs().sum()
+    return dict(rpn_score=per_sample(score_loss, len(index)), rpn_box=per_sample(box_loss, len(index)))
 
 
 def draw_rois(proposals: list[Tensor], targets: list[dict], count: int) -> tuple[Tensor, Tensor]:
-    """What the heads learn from: boxes (R, 5) as for roi_align, at most a quarter of `count` an image with an object,
-    and owner (R,), see draw_boxes.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
+    """What the heads learn from: boxes (R, 5) as for roi_align, first those with an object, a quarter of `count` an
+    image at most, and owner (R+,) as in draw_boxes.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
     boxes = [torch.cat([target["boxes"], some]) for target, some in zip(targets, proposals)]
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
-    assigned = [assign(box_iou(target["boxes"], some), 0.5, 0.5).where(has_size(some), UNUSED)
+    assigned = [assign(box_iou(target["boxes"], some), 0.5, 0.5).where(some.any(dim=1), UNUSED)
                 for target, some in zip(targets, boxes)]
     index, owner = draw_boxes(assigned, targets, count, 0.25)
     return with_image(boxes)[index], owner

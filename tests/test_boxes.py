@@ -125,7 +125,7 @@ def slow_roi_align(features, box, out, scale, ratio):
 
 @pytest.mark.parametrize("out, ratio", [((3, 2), 0), ((3, 2), 2), ((1, 1), 0), ((1, 1), 3)])
 def test_roi_align_against_a_loop(out, ratio, monkeypatch):
-    monkeypatch.setattr(dense, "ALIGNED", 1)
+    monkeypatch.setattr(dense, "ALIGNED_BOXES", 1)
     features = torch.randn(2, 3, 10, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got = roi_align(features, torch.tensor(ROIS, dtype=torch.float64), out, 1 / 8, ratio)
     want = torch.stack([slow_roi_align(features, box, out, 1 / 8, ratio) for box in ROIS])
