@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from data import (BadRecord, MEAN, UserError, decode, eval_loader, find_templates, fingerprint, has_area,
                   normalize, only_shapes, open_data, open_image, progress, read_file, say, sheet, to_tensor)
@@ -706,99 +707,60 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
-def suppress(sets: list[Tensor], iou_threshold: float) -> list[Tensor]:
-    """Non-maximum suppression in each of several sets of boxes (n, 4), the best first -> indices of those kept.
+def suppress(boxes: Tensor, scores: Tensor, counts: list[int], iou_threshold: float) -> list[Tensor]:
+    """Non-maximum suppression in several sets of boxes: the first counts[0] of (N, 4) boxes, the next counts[1] ...
 
-    Going down a set, a box is kept unless its IoU with one kept before exceeds the threshold.  Which box would strike
-    out which is found where the boxes are.  The decisions, each of which needs those before, are made on the CPU: a GPU
-    is waited for once, whatever the number of sets.
+    Going down the scores (N,) of a set, a box is kept unless its IoU with one kept before exceeds the threshold.  Which
+    box would strike out which is found where the boxes are.  The decisions, each of which needs those before, are made
+    on the CPU: a GPU is waited for once, whatever the number of sets.
+    -> of each set the indices, among all N, of the boxes kept, by falling score, of equals the first first
     """
-    most, device = max(map(len, sets)), sets[0].device
-    strikes = torch.zeros(len(sets), most, most, dtype=torch.bool, device=device)
-    for boxes, strike in zip(sets, strikes):
-        for i in range(0, len(boxes), NMS_BLOCK):              # a row a better box, a column a worse one
-            iou = box_iou(boxes[i:i + NMS_BLOCK], boxes[i:]).double()      # 0.3 in float32 exceeds the threshold 0.3
-            strike[i:i + len(iou), i:len(boxes)] = iou > iou_threshold
+    most, device, orders = max(counts), boxes.device, []
+    strikes = torch.zeros(len(counts), most, most, dtype=torch.bool, device=device)
+    for own, strike in zip(torch.arange(len(boxes), device=device).split(counts), strikes):
+        orders.append(own[scores[own].sort(descending=True, stable=True).indices])
+        best = boxes[orders[-1]]
+        for i in range(0, len(best), NMS_BLOCK):               # a row a better box, a column a worse one
+            iou = box_iou(best[i:i + NMS_BLOCK], best[i:]).double()        # 0.3 in float32 exceeds the threshold 0.3
+            strike[i:i + len(iou), i:len(best)] = iou > iou_threshold
     results = []
-    for boxes, rows in zip(sets, np.packbits(strikes.cpu().numpy(), axis=2, bitorder="little")):
+    for order, rows in zip(orders, np.packbits(strikes.cpu().numpy(), axis=2, bitorder="little")):
         fallen, kept = 0, []                                   # bit i of fallen: box i has been struck out
-        for i in range(len(boxes)):
+        for i in range(len(order)):
             if not fallen >> i & 1:
                 fallen |= int.from_bytes(rows[i], "little")
                 kept.append(i)
-        results.append(torch.tensor(kept, dtype=torch.long).to(device, non_blocking=True))
+        results.append(order[torch.tensor(kept, dtype=torch.long).to(device, non_blocking=True)])
     return results
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None = None) -> Tensor:
-    """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first.
-
-    Boxes of different groups (N,), such as classes, let each other be.
-    """
-    groups = torch.zeros_like(scores) if groups is None else groups
-    order = scores.sort(descending=True, stable=True).indices
-    order = order[groups[order].sort(stable=True).indices]     # group by group, the best first
-    sets = order.split(torch.unique_consecutive(groups[order], return_counts=True)[1].tolist() or [0])
-    kept = suppress([boxes[some] for some in sets], iou_threshold)
-    kept = torch.cat([some[those] for some, those in zip(sets, kept)]).sort().values
-    return kept[scores[kept].sort(descending=True, stable=True).indices]
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first."""
+    return suppress(boxes, scores, [len(boxes)], iou_threshold)[0]
 
 
-def bin_weights(low: Tensor, step: Tensor, length: Tensor, bins: int, pixels: int,
-                sampling_ratio: int) -> tuple[Tensor, Tensor]:
+def bin_weights(low: Tensor, step: Tensor, length: Tensor, bins: int, sampling_ratio: int,
+                largest: int) -> tuple[Tensor, Tensor]:
     """One axis of RoIAlign: the pixels that a bin reads, and what each adds to the mean of its samples.
 
     low, step, length   (...) of each box: where it begins, in coordinates where the center of the first pixel is 0; the
-                        side of a bin; the pixels of its map.  A bin reads `pixels` of them at most
-    -> weights and pixels, (..., bins, pixels) each
+                        side of a bin; the pixels of the map.  `largest` is the largest step, rounded up
+    -> weights and pixels, (..., bins, n) each
     """
     low, step, length = (x[..., None, None] for x in (low, step, length))
-    count = samples_a_bin(step, sampling_ratio)
+    count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
     bin = torch.arange(bins, device=low.device)[:, None]
-    k = torch.arange(sampling_ratio or pixels - 1, device=low.device)
-    at = low + (bin + (k + 0.5) / count) * step                                    # (..., bins, samples)
-    is_read = (k < (sampling_ratio or step)) & (at >= -1) & (at <= length)         # a sample farther out is zero
+    k = torch.arange(sampling_ratio or largest, device=low.device)
+    at = low + (bin + (k + 0.5) / count.clamp(min=1)) * step                       # (..., bins, samples)
+    share = ((k < count) & (at >= -1) & (at <= length)) / count.clamp(min=1)       # a sample farther out reads zero
     at = at.clamp(min=0).minimum(length - 1)
-    pixel = at.amin(dim=-1, keepdim=True).floor() + torch.arange(pixels, device=low.device)        # (..., bins, pixels)
-    near = (1 - (at[..., None] - pixel[..., None, :]).abs()).clamp(min=0)          # (..., bins, samples, pixels)
-    return ((is_read / count)[..., None] * near).sum(dim=-2), pixel.minimum(length - 1).long()
+    pixel = at.amin(dim=-1, keepdim=True).floor() + torch.arange(largest + 2, device=low.device)   # (..., bins, n)
+    near = (1 - (at[..., None] - pixel[..., None, :]).abs()).clamp(min=0)          # (..., bins, samples, n)
+    return (share[..., None] * near).sum(dim=-2), pixel.minimum(length - 1).long()
 
 
-def samples_a_bin(step: Tensor, sampling_ratio: int) -> Tensor:
-    return torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=1)
-
-
-def align(maps: list[Tensor], which: Tensor, boxes: Tensor, scale: float | Tensor, bins: tuple[int, int],
-          sampling_ratio: int = 0) -> Tensor:
-    """roi_align where each box says `which` (R,) of several maps (B, c, ., .) it is read from, scaled by a number each.
-
-    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] map[y, x].
-    """
-    (rows, columns), channels = bins, maps[0].shape[1]
-    table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps]).to(boxes.dtype)         # a row a pixel
-    begin = np.cumsum([0, *(x.numel() // channels for x in maps[:-1])])
-    layout = torch.tensor([[x.shape[3], x.shape[2], first] for x, first in zip(maps, begin)])      # (maps, 3)
-    width, height, first = layout.to(boxes.device, non_blocking=True)[which].T     # (R,) each
-    first = first + boxes[:, 0].long() * width * height                            # in the table, of the box's image
-
-    low, high = (boxes[:, 1:].detach() * scale - 0.5).T.unflatten(0, (2, 2))       # (2, R) each: x, y
-    step, sides = torch.stack([(high - low)[0] / columns, (high - low)[1] / rows]), torch.stack([width, height])
-    reach = (step.abs() * (1 - 1 / samples_a_bin(step, sampling_ratio))).ceil() + 2    # pixels that a bin reads
-    reach, order = reach.amax(dim=0).sort(descending=True)                         # those alike are pooled together
-    pooled = [table[:0]]
-    for r, pixels in zip(order.split(ALIGNED_BOXES), reach[::ALIGNED_BOXES].long().tolist()):      # a GPU waits once
-        (wx, wy), (x, y) = bin_weights(low[:, r], step[:, r], sides[:, r], max(bins), pixels, sampling_ratio)
-        weight = wy[:, :rows, None, :, None] * wx[:, None, :columns, None]         # (r, rows, columns, pixels, pixels)
-        y = first[r, None, None] + width[r, None, None] * y
-        pixel = y[:, :rows, None, :, None] + x[:, None, :columns, None]
-        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight, pixel))
-        pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
-    pooled = torch.cat(pooled).view(-1, rows, columns, channels).permute(0, 3, 1, 2)
-    return pooled[order.argsort()]
-
-
-def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float,
-              sampling_ratio: int = 0) -> Tensor:
+def roi_align(features: Tensor | list[Tensor], boxes: Tensor, output_size: int | tuple[int, int],
+              spatial_scale: float | Tensor, sampling_ratio: int = 0, level: Tensor | None = None) -> Tensor:
     """Pool each box to a grid of bins, averaging bilinear samples (He et al. 2017, Mask R-CNN; half-pixel shift).
 
     features        (B, c, height, width); the result (R, c, rows, columns) has a gradient with respect to it
@@ -806,9 +768,33 @@ def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int
     output_size     (rows, columns), or both as one number
     spatial_scale   size of the map over size of the image
     sampling_ratio  samples per bin and axis; 0 for one a pixel of the map, rounded up
+    level           (R,) from which of several maps, which `features` lists then, each box is read; spatial_scale may
+                    be (R, 1) then
+
+    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] features[y, x].
     """
-    bins = (output_size, output_size) if isinstance(output_size, int) else output_size
-    return align([features], torch.zeros_like(boxes[:, 0]).long(), boxes, spatial_scale, bins, sampling_ratio)
+    rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
+    maps, level = ([features], torch.zeros_like(boxes[:, 0]).long()) if level is None else (features, level)
+    tables = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps]                   # a row a pixel, of all images
+    table, begin = torch.cat(tables).to(boxes.dtype), np.cumsum([0, *map(len, tables)])
+    layout = torch.tensor([(x.shape[3], x.shape[2], first) for x, first in zip(maps, begin)])
+    width, height, first = layout.to(boxes.device, non_blocking=True)[level].T     # (R,) each
+    first = first + boxes[:, 0].long() * width * height
+
+    low, high = (boxes[:, 1:].detach() * spatial_scale - 0.5).T.unflatten(0, (2, 2))       # (2, R) each: x, y
+    step = torch.stack([(high - low)[0] / columns, (high - low)[1] / rows])
+    steps, order = step.abs().amax(dim=0).sort(descending=True)                    # those alike read as many pixels
+    pooled = [table[:0]]
+    for r, largest in zip(order.split(ALIGNED_BOXES), steps[::ALIGNED_BOXES].tolist()):    # waits for a GPU once
+        (wx, wy), (x, y) = bin_weights(low[:, r], step[:, r], torch.stack([width, height])[:, r], max(rows, columns),
+                                       sampling_ratio, max(math.ceil(largest), 1))
+        weight = wy[:, :rows, None, :, None] * wx[:, None, :columns, None]         # (r, rows, columns, n, n)
+        y = first[r, None, None] + width[r, None, None] * y
+        pixel = y[:, :rows, None, :, None] + x[:, None, :columns, None]
+        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight, pixel))
+        pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
+    pooled = torch.cat(pooled).view(-1, rows, columns, table.shape[1]).permute(0, 3, 1, 2)
+    return pooled[order.argsort()]
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
@@ -1147,7 +1133,8 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, scale: tuple = (1, 1)) -> Tens
 
 def clip_boxes(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Boxes (..., 4), cut at the border of the image, and (...) bool, True where something is left; the others are 0."""
-    boxes = torch.stack([boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)], dim=-1).flatten(-2)
+    limit = torch.tensor([width, height, width, height]).to(boxes.device, non_blocking=True)
+    boxes = boxes.clamp(min=0).minimum(limit)
     is_left = (center_and_size(boxes)[1] > 0).all(dim=-1)
     return boxes.where(is_left[..., None], 0), is_left
 
@@ -1169,27 +1156,22 @@ def assign(iou: Tensor, positive: float, negative: float, low_quality: float = m
     return torch.where(last > 0, last - 1, assigned)
 
 
-def draw_boxes(assigned: list[Tensor], targets: list[dict], count: int, share: float) -> tuple[Tensor, Tensor]:
+def draw_boxes(assigned: Tensor, targets: list[dict], count: int, share: float) -> tuple[Tensor, ...]:
     """What a head learns from: of each image's boxes, drawn at random, those with an object, at most a `share` of
     `count`, and NEGATIVE ones, the rest.
 
-    assigned    (A,) for each image, from `assign`;  targets  of each its boxes (G, 4) and, if any, its generator
-    -> index (R,) of the boxes among those of all images, first those with an object, and owner (R+,), which object of
-    all images these are to find
+    assigned    (B, A), from `assign`;  targets  of each image, with its generator if it has one
+    -> image (R,) and index (R,), among its A, of the boxes drawn, first those with an object; owner (R+,), these objects
     """
-    orders, owners, n_boxes, n_objects = [], [], 0, 0
-    for owner, target in zip(assigned, targets):
-        order = torch.randperm(len(owner), generator=target.get("generator")).to(owner.device, non_blocking=True)
-        owner = owner[order]
-        positive, negative = owner >= 0, owner == NEGATIVE
-        positive &= positive.cumsum(dim=0) <= int(count * share)
-        negative &= negative.cumsum(dim=0) <= count - positive.sum()
-        owners.append((owner + n_objects).where(positive, torch.where(negative, NEGATIVE, UNUSED)))
-        orders.append(order + n_boxes)
-        n_boxes, n_objects = n_boxes + len(owner), n_objects + len(target["boxes"])
-    order, owner = torch.cat(orders), torch.cat(owners)
-    positive, negative = (owner >= 0).nonzero()[:, 0], (owner == NEGATIVE).nonzero()[:, 0]
-    return order[torch.cat([positive, negative])], owner[positive]
+    orders = [torch.randperm(assigned.shape[1], generator=target.get("generator")) for target in targets]
+    order = torch.stack(orders).to(assigned.device, non_blocking=True)
+    owner = assigned.gather(1, order)
+    positive, negative = owner >= 0, owner == NEGATIVE
+    positive &= positive.cumsum(dim=1) <= int(count * share)
+    negative &= negative.cumsum(dim=1) <= count - positive.sum(dim=1, keepdim=True)
+    found, others = positive.nonzero(), negative.nonzero()                                 # (R+, 2), (R-, 2)
+    image, place = torch.cat([found, others]).T
+    return image, order[image, place], owner[image, place][:len(found)]
 
 
 def roi_levels(boxes: Tensor, finest_side: float, n_levels: int = 4) -> Tensor:
@@ -1198,11 +1180,11 @@ def roi_levels(boxes: Tensor, finest_side: float, n_levels: int = 4) -> Tensor:
     return (side / finest_side + 1e-6).log2().floor().clamp(0, n_levels - 1).long()
 
 
-def mask_targets(masks: list[Tensor], owner: Tensor, boxes: Tensor) -> Tensor:
-    """Of the masks (G, h, w) of each image those of the objects `owner` (R,), numbered through all images, cut out by
-    boxes (R, 4) -> (R, 28, 28), 1 inside"""
-    maps = [mask[None, None] for some in masks for mask in some]
-    cut = align(maps, owner, F.pad(boxes, (1, 0)), 1.0, (2 * MASK_BINS, 2 * MASK_BINS))
+def mask_targets(masks: list[Tensor], image: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
+    """Of the masks (G, h, w) of each image the one of `owner` (R,) in `image` (R,), cut out by boxes (R, 4)
+    -> (R, 28, 28), 1 inside"""
+    rois = torch.cat([owner[:, None], boxes], dim=1)
+    cut = roi_align([some[:, None] for some in masks], rois, 2 * MASK_BINS, 1.0, level=image)
     return (cut[:, 0] >= 0.5).to(boxes.dtype)
 
 
@@ -1307,26 +1289,25 @@ class MaskRCNN(nn.Module):
         The best `before` of each level are thinned out among themselves, so that none overlap by an IoU over 0.7.
         Boxes of which nothing lies in the image are all 0 and come last.
         """
-        best, boxes = [], []                                   # by level and image, (n,) and (n, 4), the best first
+        best, boxes = [], []
         for score, delta, anchor in zip(scores, deltas, anchors):
             top, index = score.topk(min(before, score.shape[1]), dim=1)                    # (B, n) each
-            decoded = decode_boxes(delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index])
-            for some, box, size in zip(top, decoded, sizes):
-                box, is_left = clip_boxes(box, *size)
-                best.append(some.where(is_left, -math.inf))
-                boxes.append(box)
-        kept = suppress(boxes, 0.7)
-        best, boxes = ([some[those] for some, those in zip(values, kept)] for values in (best, boxes))
-        proposals = []
-        for i in range(len(sizes)):
-            order = torch.cat(best[i::len(sizes)]).sort(descending=True, stable=True).indices
-            proposals.append(torch.cat(boxes[i::len(sizes)])[order[:keep]])
+            best.append(top)
+            boxes.append(decode_boxes(delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index]))
+        counts = [top.shape[1] for top in best]
+        clipped = [clip_boxes(some, *size) for some, size in zip(torch.cat(boxes, dim=1), sizes)]
+        boxes, is_left = (torch.cat(parts) for parts in zip(*clipped))                     # (N, 4), (N,) of all images
+        best = torch.cat(best, dim=1).flatten().where(is_left, -math.inf)
+        kept, proposals = suppress(boxes, best, counts * len(sizes), 0.7), []
+        for i in range(0, len(kept), len(counts)):
+            own = torch.cat(kept[i:i + len(counts)])
+            proposals.append(boxes[own[best[own].sort(descending=True, stable=True).indices[:keep]]])
         return proposals
 
     def pool(self, maps: list[Tensor], rois: Tensor, bins: int) -> Tensor:
         """Maps of B images, boxes (R, 5) as for roi_align -> (R, c, bins, bins), each from the map that fits its size"""
         level = roi_levels(rois[:, 1:], FINEST_SIDE * self.strides[0])
-        return align(maps[:4], level, rois, 0.5 ** level[:, None] / self.strides[0], (bins, bins))
+        return roi_align(maps[:4], rois, bins, 0.5 ** level[:, None] / self.strides[0], level=level)
 
     def forward(self, images: Tensor, sizes: list, targets: list[dict]) -> dict[str, Tensor]:
         """The five losses of a batch.
@@ -1344,47 +1325,41 @@ class MaskRCNN(nn.Module):
         losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, areas,
                                  o.rpn_samples)
         proposals = self.propose(scores, deltas, anchors, sizes, 2 * o.proposals, o.proposals)
-        rois, owner = draw_rois(proposals, targets, o.roi_samples)                         # (R, 5), (R+,)
-        found = rois[:len(owner)]                                                          # those with an object
-        true_boxes, labels = (torch.cat([target[name] for target in targets])[owner] for name in ("boxes", "labels"))
+        image, boxes, owner = draw_rois(proposals, targets, o.roi_samples)                 # (R,), (R, 4), (R+,)
+        rois, n = torch.cat([image[:, None], boxes], dim=1), len(owner)                    # the first n have an object
+        true_boxes, labels = (pad_sequence([target[name] for target in targets], batch_first=True)[image[:n], owner]
+                              for name in ("boxes", "labels"))
 
         scores, deltas = self.box_head(self.pool(maps, rois, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
-        truth = F.pad(labels, (0, len(rois) - len(labels)), value=deltas.shape[1])         # (R,), the last for nothing
-        wanted = encode_boxes(true_boxes, found[:, 1:], BOX_SCALE)                         # (R+, 4)
-        losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(truth))
-        losses["box"] = per_sample((of_class(deltas[:len(owner)], labels) - wanted).abs().sum(), len(truth))
+        truth = F.pad(labels, (0, len(rois) - n), value=deltas.shape[1])                   # (R,), the last for nothing
+        wanted = encode_boxes(true_boxes, boxes[:n], BOX_SCALE)                            # (R+, 4)
+        losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(rois))
+        losses["box"] = per_sample((of_class(deltas[:n], labels) - wanted).abs().sum(), len(rois))
 
-        masks = of_class(self.mask_head(self.pool(maps, found, MASK_BINS)), labels)        # (R+, 28, 28)
-        true_masks = mask_targets([target["masks"] for target in targets], owner, found[:, 1:])
+        masks = of_class(self.mask_head(self.pool(maps, rois[:n], MASK_BINS)), labels)     # (R+, 28, 28)
+        true_masks = mask_targets([target["masks"] for target in targets], image[:n], owner, boxes[:n])
         mask_loss = F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum")
         losses["mask"] = per_sample(mask_loss, true_masks.numel())
         return losses
 
     @torch.no_grad()
-    def detect(self, images: Tensor, sizes: list) -> list[dict]:
-        """Images as in forward -> of each at most 100 objects, the best first: boxes (R, 4), labels (R,), scores (R,),
-        and masks (R, 28, 28), probabilities over the box."""
-        maps, *rpn = self.see(images)
-        proposals = self.propose(*rpn, sizes, self.options.proposals, self.options.proposals)
-        scores, deltas = self.box_head(self.pool(maps, with_image(proposals), BOX_BINS))
+    def detect(self, image: Tensor, size: tuple[int, int]) -> dict:
+        """An image (1, 3, height, width), what is in it (h, w) -> at most 100 objects, the best first: boxes (R, 4),
+        labels (R,), scores (R,), and masks (R, 28, 28), probabilities over the box."""
+        o, (maps, *rpn) = self.options, self.see(image)
+        boxes = self.propose(*rpn, [size], o.proposals, o.proposals)[0]                    # (P, 4)
+        scores, deltas = self.box_head(self.pool(maps, F.pad(boxes, (1, 0)), BOX_BINS))
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
-        objects, counts = [], [len(boxes) for boxes in proposals]
-        for boxes, score, delta, size in zip(proposals, scores.split(counts), deltas.split(counts), sizes):
-            score = score.softmax(dim=1)[:, :-1]                                           # (P, classes)
-            boxes, is_left = clip_boxes(decode_boxes(delta, boxes[:, None], BOX_SCALE), *size)
-            place, label = ((score > self.options.score_threshold) & is_left).nonzero(as_tuple=True)
-            boxes, score = boxes[place, label], score[place, label]
-            best = nms(boxes, score, 0.5, label)[:MAX_DETECTIONS[-1]]
-            objects.append(dict(boxes=boxes[best], labels=label[best], scores=score[best]))
-        boxes, labels = ([found[key] for found in objects] for key in ("boxes", "labels"))
-        masks = self.mask_head(self.pool(maps, with_image(boxes), MASK_BINS))
-        masks = of_class(masks, torch.cat(labels)).sigmoid()
-        return [dict(found, masks=some) for found, some in zip(objects, masks.split([len(b) for b in boxes]))]
-
-
-def with_image(boxes: list[Tensor]) -> Tensor:
-    """Boxes (., 4) of each image -> (R, 5), with the number of the image before them"""
-    return torch.cat([F.pad(some, (1, 0), value=i) for i, some in enumerate(boxes)])
+        scores = scores.softmax(dim=1)[:, :-1]                                             # (P, classes)
+        boxes, is_left = clip_boxes(decode_boxes(deltas, boxes[:, None], BOX_SCALE), *size)
+        is_found = (scores > o.score_threshold) & is_left                                  # (P, classes)
+        labels, place = is_found.T.nonzero(as_tuple=True)                                  # class by class
+        boxes, scores = boxes[place, labels], scores[place, labels]
+        kept = torch.cat(suppress(boxes, scores, is_found.sum(dim=0).tolist(), 0.5))
+        best = kept[scores[kept].sort(descending=True, stable=True).indices[:MAX_DETECTIONS[-1]]]
+        boxes, labels, scores = boxes[best], labels[best], scores[best]
+        masks = of_class(self.mask_head(self.pool(maps, F.pad(boxes, (1, 0)), MASK_BINS)), labels).sigmoid()
+        return dict(boxes=boxes, labels=labels, scores=scores, masks=masks)
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
@@ -1410,25 +1385,26 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: li
         inside = (x < width) & (y < height)
         iou = box_iou(target["boxes"], anchors) * inside                                   # (G, A)
         assigned.append(assign(iou, 0.7, 0.3, low_quality=0.3).where(inside, UNUSED))
-    index, owner = draw_boxes(assigned, targets, count, 0.5)
-    scores, found = scores.flatten()[index], index[:len(owner)]
-    truth = F.pad(torch.ones_like(scores[:len(owner)]), (0, len(scores) - len(owner)))     # with an object first
+    image, index, owner = draw_boxes(torch.stack(assigned), targets, count, 0.5)           # (R,), (R,), (R+,)
+    scores, n = scores[image, index], len(owner)                                           # the first n have an object
+    truth = F.pad(torch.ones_like(scores[:n]), (0, len(scores) - n))
     score_loss = F.binary_cross_entropy_with_logits(scores, truth, reduction="sum")
-    true_boxes = torch.cat([target["boxes"] for target in targets])[owner]
-    wanted = encode_boxes(true_boxes, anchors[found % len(anchors)])
-    box_loss = (deltas.flatten(0, 1)[found] - wanted).abs().sum()
-    return dict(rpn_score=per_sample(score_loss, len(index)), rpn_box=per_sample(box_loss, len(index)))
+    image, index = image[:n], index[:n]
+    true_boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)[image, owner]
+    box_loss = (deltas[image, index] - encode_boxes(true_boxes, anchors[index])).abs().sum()
+    return dict(rpn_score=per_sample(score_loss, len(scores)), rpn_box=per_sample(box_loss, len(scores)))
 
 
-def draw_rois(proposals: list[Tensor], targets: list[dict], count: int) -> tuple[Tensor, Tensor]:
-    """What the heads learn from: boxes (R, 5) as for roi_align, first those with an object, a quarter of `count` an
-    image at most, and owner (R+,) as in draw_boxes.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
+def draw_rois(proposals: list[Tensor], targets: list[dict], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the heads learn from: image (R,), boxes (R, 4), first those with an object, a quarter of `count` an image at
+    most, and owner (R+,), their objects.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
     boxes = [torch.cat([target["boxes"], some]) for target, some in zip(targets, proposals)]
+    boxes = pad_sequence(boxes, batch_first=True)                                          # (B, A, 4)
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
-    assigned = [assign(box_iou(target["boxes"], some), 0.5, 0.5).where(some.any(dim=1), UNUSED)
-                for target, some in zip(targets, boxes)]
-    index, owner = draw_boxes(assigned, targets, count, 0.25)
-    return with_image(boxes)[index], owner
+    assigned = torch.stack([assign(box_iou(target["boxes"], some), 0.5, 0.5) for target, some in zip(targets, boxes)])
+    assigned = assigned.where(boxes.any(dim=2), UNUSED)                                    # neither filled in nor empty
+    image, index, owner = draw_boxes(assigned, targets, count, 0.25)
+    return image, boxes[image, index], owner
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -1577,7 +1553,7 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
         h, w = pixels.shape[1:]
         canvas = on_canvas([pixels], rounded_up((h, w), net.strides[3]), runtime.device)
         with runtime.autocast():
-            objects = net.detect(canvas, [(h, w)])[0]
+            objects = net.detect(canvas, (h, w))
         records = as_records(objects, height / h, width / w, (height, width))
         images.append(dict(id=int(i), height=height, width=width))
         annotations += [dict(record, image_id=int(i)) for record in truth]
