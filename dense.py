@@ -698,45 +698,40 @@ ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes a (N, 4) with boxes b (M, 4) -> (N, M); 0 for boxes without area."""
-    (x1, y1, x2, y2), (u1, v1, u2, v2) = a.T[:, :, None], b.T.contiguous()          # (N, 1) each, (M,) each
-    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)           # (N, M)
+    """Intersection over union of boxes a (..., N, 4) with boxes b (..., M, 4) -> (..., N, M); 0 for boxes without area."""
+    x1, y1, x2, y2 = a.movedim(-1, 0)[..., None]                                   # (..., N, 1) each
+    u1, v1, u2, v2 = b.movedim(-1, 0).contiguous()[..., None, :]                   # (..., 1, M) each
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)           # (..., N, M)
     height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)
     shared = width * height
     union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared
     return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
-def suppress(boxes: Tensor, scores: Tensor, counts: list[int], iou_threshold: float) -> list[Tensor]:
-    """Non-maximum suppression in several sets of boxes: the first counts[0] of (N, 4) boxes, the next counts[1] ...
+def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression in S sets of boxes (S, n, 4) with scores (S, n) -> (S, n) bool, True for a box kept.
 
-    Going down the scores (N,) of a set, a box is kept unless its IoU with one kept before exceeds the threshold.  Which
-    box would strike out which is found where the boxes are.  The decisions, each of which needs those before, are made
-    on the CPU: a GPU is waited for once, whatever the number of sets.
-    -> of each set the indices, among all N, of the boxes kept, by falling score, of equals the first first
+    Going down the scores of a set, of equals the first first, a box is kept unless its IoU with one kept before exceeds
+    the threshold.  Which box would strike out which is found where the boxes are.  The decisions, each of which needs
+    those before, are made on the CPU: a GPU is waited for twice, whatever the number of sets.  Boxes of score -inf, which
+    fill up a set, are not kept.
     """
-    most, device, orders = max(counts), boxes.device, []
-    strikes = torch.zeros(len(counts), most, most, dtype=torch.bool, device=device)
-    for own, strike in zip(torch.arange(len(boxes), device=device).split(counts), strikes):
-        orders.append(own[scores[own].sort(descending=True, stable=True).indices])
-        best = boxes[orders[-1]]
-        for i in range(0, len(best), NMS_BLOCK):               # a row a better box, a column a worse one
-            iou = box_iou(best[i:i + NMS_BLOCK], best[i:]).double()        # 0.3 in float32 exceeds the threshold 0.3
-            strike[i:i + len(iou), i:len(best)] = iou > iou_threshold
-    results = []
-    for order, rows in zip(orders, np.packbits(strikes.cpu().numpy(), axis=2, bitorder="little")):
-        fallen, kept = 0, []                                   # bit i of fallen: box i has been struck out
-        for i in range(len(order)):
-            if not fallen >> i & 1:
-                fallen |= int.from_bytes(rows[i], "little")
-                kept.append(i)
-        results.append(order[torch.tensor(kept, dtype=torch.long).to(device, non_blocking=True)])
-    return results
+    is_open = scores > -math.inf
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :is_open.sum(dim=1).max()]
+    best = boxes.take_along_dim(order[..., None], dim=1)                           # (S, most, 4)
+    strikes = [box_iou(block, best).double() > iou_threshold   # in float32 0.3 exceeds the threshold 0.3
+               for block in best.split(NMS_BLOCK, dim=1)]
+    strikes, is_kept = torch.cat(strikes, dim=1).cpu().numpy(), np.ones(order.shape, dtype=bool)
+    for i in range(order.shape[1]):
+        is_kept[:, i + 1:] &= ~(is_kept[:, i, None] & strikes[:, i, i + 1:])
+    is_kept = torch.from_numpy(is_kept).to(boxes.device, non_blocking=True)
+    return is_open & torch.zeros_like(is_open).scatter(1, order, is_kept)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first."""
-    return suppress(boxes, scores, [len(boxes)], iou_threshold)[0]
+    kept = suppress(boxes[None], scores[None], iou_threshold)[0].nonzero()[:, 0]
+    return kept[scores[kept].argsort(descending=True, stable=True)]
 
 
 def bin_weights(low: Tensor, step: Tensor, length: Tensor, bins: int, sampling_ratio: int,
@@ -748,49 +743,45 @@ def bin_weights(low: Tensor, step: Tensor, length: Tensor, bins: int, sampling_r
     -> weights and pixels, (..., bins, n) each
     """
     low, step, length = (x[..., None, None] for x in (low, step, length))
-    count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
+    count = (torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil()).clamp(min=1)
     bin = torch.arange(bins, device=low.device)[:, None]
     k = torch.arange(sampling_ratio or largest, device=low.device)
-    at = low + (bin + (k + 0.5) / count.clamp(min=1)) * step                       # (..., bins, samples)
-    share = ((k < count) & (at >= -1) & (at <= length)) / count.clamp(min=1)       # a sample farther out reads zero
+    at = low + (bin + (k + 0.5) / count) * step                                    # (..., bins, samples)
+    is_read = (k < (sampling_ratio or step)) & (at >= -1) & (at <= length)         # a sample farther out is zero
     at = at.clamp(min=0).minimum(length - 1)
     pixel = at.amin(dim=-1, keepdim=True).floor() + torch.arange(largest + 2, device=low.device)   # (..., bins, n)
     near = (1 - (at[..., None] - pixel[..., None, :]).abs()).clamp(min=0)          # (..., bins, samples, n)
-    return (share[..., None] * near).sum(dim=-2), pixel.minimum(length - 1).long()
+    return ((is_read / count)[..., None] * near).sum(dim=-2), pixel.minimum(length - 1).long()
 
 
 def roi_align(features: Tensor | list[Tensor], boxes: Tensor, output_size: int | tuple[int, int],
-              spatial_scale: float | Tensor, sampling_ratio: int = 0, level: Tensor | None = None) -> Tensor:
+              spatial_scale: float | Tensor, sampling_ratio: int = 0) -> Tensor:
     """Pool each box to a grid of bins, averaging bilinear samples (He et al. 2017, Mask R-CNN; half-pixel shift).
 
-    features        (B, c, height, width); the result (R, c, rows, columns) has a gradient with respect to it
-    boxes           (R, 5) image index, x1, y1, x2, y2 in pixels of the image
+    features        (B, c, height, width), or a list of maps (c, ., .) of any sizes; the result (R, c, rows, columns) has
+                    a gradient with respect to them
+    boxes           (R, 5) index of the map, x1, y1, x2, y2 in pixels of the image
     output_size     (rows, columns), or both as one number
-    spatial_scale   size of the map over size of the image
+    spatial_scale   size of the map over size of the image; or (R, 1)
     sampling_ratio  samples per bin and axis; 0 for one a pixel of the map, rounded up
-    level           (R,) from which of several maps, which `features` lists then, each box is read; spatial_scale may
-                    be (R, 1) then
 
-    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] features[y, x].
+    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] map[y, x].
     """
     rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
-    maps, level = ([features], torch.zeros_like(boxes[:, 0]).long()) if level is None else (features, level)
-    tables = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps]                   # a row a pixel, of all images
+    tables = [x.permute(1, 2, 0).flatten(0, 1) for x in features]                  # a row a pixel
     table, begin = torch.cat(tables).to(boxes.dtype), np.cumsum([0, *map(len, tables)])
-    layout = torch.tensor([(x.shape[3], x.shape[2], first) for x, first in zip(maps, begin)])
-    width, height, first = layout.to(boxes.device, non_blocking=True)[level].T     # (R,) each
-    first = first + boxes[:, 0].long() * width * height
-
+    layout = torch.tensor([(x.shape[2], x.shape[1], first) for x, first in zip(features, begin)])
+    layout = layout.to(boxes.device, non_blocking=True)[boxes[:, 0].long()].T      # (3, R) width, height, first pixel
     low, high = (boxes[:, 1:].detach() * spatial_scale - 0.5).T.unflatten(0, (2, 2))       # (2, R) each: x, y
     step = torch.stack([(high - low)[0] / columns, (high - low)[1] / rows])
     steps, order = step.abs().amax(dim=0).sort(descending=True)                    # those alike read as many pixels
     pooled = [table[:0]]
     for r, largest in zip(order.split(ALIGNED_BOXES), steps[::ALIGNED_BOXES].tolist()):    # waits for a GPU once
-        (wx, wy), (x, y) = bin_weights(low[:, r], step[:, r], torch.stack([width, height])[:, r], max(rows, columns),
-                                       sampling_ratio, max(math.ceil(largest), 1))
+        (wx, wy), (x, y) = bin_weights(low[:, r], step[:, r], layout[:2, r], max(rows, columns), sampling_ratio,
+                                       max(math.ceil(largest), 1))                 # (2, r, bins, n) each
+        width, _, first = layout[:, r, None, None]
         weight = wy[:, :rows, None, :, None] * wx[:, None, :columns, None]         # (r, rows, columns, n, n)
-        y = first[r, None, None] + width[r, None, None] * y
-        pixel = y[:, :rows, None, :, None] + x[:, None, :columns, None]
+        pixel = (first + width * y)[:, :rows, None, :, None] + x[:, None, :columns, None]
         weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight, pixel))
         pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
     pooled = torch.cat(pooled).view(-1, rows, columns, table.shape[1]).permute(0, 3, 1, 2)
@@ -1131,61 +1122,59 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, scale: tuple = (1, 1)) -> Tens
     return torch.cat([center - half, center + half], dim=-1)
 
 
-def clip_boxes(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Boxes (..., 4), cut at the border of the image, and (...) bool, True where something is left; the others are 0."""
-    limit = torch.tensor([width, height, width, height]).to(boxes.device, non_blocking=True)
-    boxes = boxes.clamp(min=0).minimum(limit)
-    is_left = (center_and_size(boxes)[1] > 0).all(dim=-1)
-    return boxes.where(is_left[..., None], 0), is_left
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (B, n, 4), cut at the border of images of `sizes` (B, 2) height, width, and (B, n) bool, True where
+    something is left."""
+    boxes = boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[:, None])
+    return boxes, (center_and_size(boxes)[1] > 0).all(dim=-1)
 
 
 def assign(iou: Tensor, positive: float, negative: float, low_quality: float = math.inf) -> Tensor:
-    """Which object each of A boxes is to find: IoU (G, A) -> (A,) index of the object, or NEGATIVE or UNUSED.
+    """Which object each of A boxes is to find: IoU (..., G, A) -> (..., A) index of the object, or NEGATIVE or UNUSED.
 
     A box is to find the object that it overlaps most if their IoU is at least `positive`, none if it is below
     `negative`, and is not used in between.  But an object whose best IoU is at least `low_quality` gets all boxes that
     reach this best, so that it does not go without.
     """
-    if len(iou) == 0:
-        return torch.full(iou.shape[1:], NEGATIVE, device=iou.device)
-    best, owner = iou.max(dim=0)                                                           # (A,) each
+    iou = F.pad(iou, (0, 0, 0, 1))                                                         # an object without overlap
+    best, owner = iou.max(dim=-2)                                                          # (..., A) each
     assigned = torch.where(best >= positive, owner, torch.where(best < negative, NEGATIVE, UNUSED))
-    most = iou.amax(dim=1, keepdim=True)                                                   # (G, 1)
-    number = torch.arange(1, len(iou) + 1, device=iou.device)[:, None]
-    last = (number * ((iou == most) & (most >= low_quality))).amax(dim=0)                  # the last of those that ask
+    most = iou.amax(dim=-1, keepdim=True)                                                  # (..., G, 1)
+    number = torch.arange(1, iou.shape[-2] + 1, device=iou.device)[:, None]
+    last = (number * ((iou == most) & (most >= low_quality))).amax(dim=-2)                 # the last of those that ask
     return torch.where(last > 0, last - 1, assigned)
 
 
-def draw_boxes(assigned: Tensor, targets: list[dict], count: int, share: float) -> tuple[Tensor, ...]:
+def draw_boxes(assigned: Tensor, generators: list, count: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """What a head learns from: of each image's boxes, drawn at random, those with an object, at most a `share` of
     `count`, and NEGATIVE ones, the rest.
 
-    assigned    (B, A), from `assign`;  targets  of each image, with its generator if it has one
+    assigned    (B, A), from `assign`;  generators  of each image, on the CPU
     -> image (R,) and index (R,), among its A, of the boxes drawn, first those with an object; owner (R+,), these objects
     """
-    orders = [torch.randperm(assigned.shape[1], generator=target.get("generator")) for target in targets]
-    order = torch.stack(orders).to(assigned.device, non_blocking=True)
+    order = torch.stack([torch.randperm(assigned.shape[1], generator=generator) for generator in generators])
+    order = order.to(assigned.device, non_blocking=True)
     owner = assigned.gather(1, order)
     positive, negative = owner >= 0, owner == NEGATIVE
-    positive &= positive.cumsum(dim=1) <= int(count * share)
+    positive &= positive.cumsum(dim=1) <= count * share
     negative &= negative.cumsum(dim=1) <= count - positive.sum(dim=1, keepdim=True)
     found, others = positive.nonzero(), negative.nonzero()                                 # (R+, 2), (R-, 2)
     image, place = torch.cat([found, others]).T
     return image, order[image, place], owner[image, place][:len(found)]
 
 
-def roi_levels(boxes: Tensor, finest_side: float, n_levels: int = 4) -> Tensor:
+def roi_levels(boxes: Tensor, finest_side: float) -> Tensor:
     """(R, 4) -> (R,) the map to read each box from: 0 for sides under 2 * finest_side, one more for each doubling."""
     side = center_and_size(boxes)[1].prod(dim=1).sqrt()
-    return (side / finest_side + 1e-6).log2().floor().clamp(0, n_levels - 1).long()
+    return (side / finest_side + 1e-6).log2().floor().clamp(0, 3).long()
 
 
 def mask_targets(masks: list[Tensor], image: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
     """Of the masks (G, h, w) of each image the one of `owner` (R,) in `image` (R,), cut out by boxes (R, 4)
     -> (R, 28, 28), 1 inside"""
-    rois = torch.cat([owner[:, None], boxes], dim=1)
-    cut = roi_align([some[:, None] for some in masks], rois, 2 * MASK_BINS, 1.0, level=image)
-    return (cut[:, 0] >= 0.5).to(boxes.dtype)
+    first = torch.tensor(np.cumsum([0, *map(len, masks)])).to(boxes.device, non_blocking=True)[image]
+    rois = torch.cat([(first + owner)[:, None], boxes], dim=1)
+    return (roi_align([mask[None] for some in masks for mask in some], rois, 2 * MASK_BINS, 1.0)[:, 0] >= 0.5).float()
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -1282,83 +1271,79 @@ class MaskRCNN(nn.Module):
         return maps, scores, deltas, [make_anchors(*x.shape[2:], s, x.device) for x, s in zip(maps, self.strides)]
 
     @torch.no_grad()
-    def propose(self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: list, before: int,
-                keep: int) -> list[Tensor]:
-        """What the RPN says, by level -> for each image at most `keep` boxes (P, 4), the best first.
+    def propose(self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Tensor, before: int,
+                keep: int) -> Tensor:
+        """What the RPN says, by level -> for each image `keep` boxes (B, P, 4), the best first, at the end 0.
 
         The best `before` of each level are thinned out among themselves, so that none overlap by an IoU over 0.7.
-        Boxes of which nothing lies in the image are all 0 and come last.
         """
         best, boxes = [], []
         for score, delta, anchor in zip(scores, deltas, anchors):
-            top, index = score.topk(min(before, score.shape[1]), dim=1)                    # (B, n) each
+            top, index = F.pad(score, (0, before), value=-math.inf).topk(before, dim=1)    # (B, before) each, filled up
+            index = index % score.shape[1]
             best.append(top)
-            boxes.append(decode_boxes(delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index]))
-        counts = [top.shape[1] for top in best]
-        clipped = [clip_boxes(some, *size) for some, size in zip(torch.cat(boxes, dim=1), sizes)]
-        boxes, is_left = (torch.cat(parts) for parts in zip(*clipped))                     # (N, 4), (N,) of all images
-        best = torch.cat(best, dim=1).flatten().where(is_left, -math.inf)
-        kept, proposals = suppress(boxes, best, counts * len(sizes), 0.7), []
-        for i in range(0, len(kept), len(counts)):
-            own = torch.cat(kept[i:i + len(counts)])
-            proposals.append(boxes[own[best[own].sort(descending=True, stable=True).indices[:keep]]])
-        return proposals
+            boxes.append(decode_boxes(delta.take_along_dim(index[..., None], dim=1), anchor[index]))
+        boxes, is_left = clip_boxes(torch.cat(boxes, dim=1), sizes)                        # (B, levels * before, 4)
+        best = torch.cat(best, dim=1).where(is_left, -math.inf)
+        is_kept = suppress(boxes.view(-1, before, 4), best.view(-1, before), 0.7).view_as(best)
+        best, index = best.where(is_kept, -math.inf).topk(min(keep, best.shape[1]), dim=1)
+        return boxes.take_along_dim(index[..., None], dim=1).where(best[..., None] > -math.inf, 0)
 
-    def pool(self, maps: list[Tensor], rois: Tensor, bins: int) -> Tensor:
-        """Maps of B images, boxes (R, 5) as for roi_align -> (R, c, bins, bins), each from the map that fits its size"""
-        level = roi_levels(rois[:, 1:], FINEST_SIDE * self.strides[0])
-        return roi_align(maps[:4], rois, bins, 0.5 ** level[:, None] / self.strides[0], level=level)
+    def pool(self, maps: list[Tensor], image: Tensor, boxes: Tensor, bins: int) -> Tensor:
+        """Maps (B, c, ., .), boxes (R, 4) of the images `image` (R,) -> (R, c, bins, bins), each read from the map that
+        fits its size"""
+        level = roi_levels(boxes, FINEST_SIDE * self.strides[0])
+        rois = torch.cat([(len(maps[0]) * level + image)[:, None], boxes], dim=1)
+        return roi_align([x for level in maps[:4] for x in level], rois, bins, 0.5 ** level[:, None] / self.strides[0])
 
-    def forward(self, images: Tensor, sizes: list, targets: list[dict]) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, sizes: Tensor, targets: dict) -> dict[str, Tensor]:
         """The five losses of a batch.
 
-        images   (B, 3, height, width), padded to multiples of 2p;  sizes  [(h, w)] of what is in them
-        targets  of each image: boxes (G, 4), labels (G,) and masks (G, h, w) bool of its objects, and a generator for
-                 what is drawn in it
+        images   (B, 3, height, width), padded to multiples of 2p;  sizes  (B, 2) height and width of what is in them
+        targets  boxes (B, G, 4) and labels (B, G) of the objects of each image, filled up with 0; a list of the masks
+                 (., h, w) bool of each image's, and of the generators of what is drawn in it
 
             rpn_score, rpn_box   something or nothing, and L1 of where: mean over the sampled anchors
             label, box           cross-entropy of the class, and L1 of the better box: mean over the sampled boxes
             mask                 cross-entropy of the true class's mask: mean over the pixels of boxes with an object
         """
         o, (maps, scores, deltas, anchors) = self.options, self.see(images)
-        areas = [rounded_up(size, self.strides[3]) for size in sizes]
-        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, areas,
-                                 o.rpn_samples)
+        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets,
+                                 rounded_up(sizes, self.strides[3]), o.rpn_samples)
         proposals = self.propose(scores, deltas, anchors, sizes, 2 * o.proposals, o.proposals)
         image, boxes, owner = draw_rois(proposals, targets, o.roi_samples)                 # (R,), (R, 4), (R+,)
-        rois, n = torch.cat([image[:, None], boxes], dim=1), len(owner)                    # the first n have an object
-        true_boxes, labels = (pad_sequence([target[name] for target in targets], batch_first=True)[image[:n], owner]
-                              for name in ("boxes", "labels"))
+        scores, deltas = self.box_head(self.pool(maps, image, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
+        image, boxes, deltas = (x[:len(owner)] for x in (image, boxes, deltas))            # those with an object
+        true_boxes, labels = (targets[name][image, owner] for name in ("boxes", "labels"))
+        truth = F.pad(labels, (0, len(scores) - len(labels)), value=scores.shape[1] - 1)   # (R,), the last for nothing
+        wanted = encode_boxes(true_boxes, boxes, BOX_SCALE)                                # (R+, 4)
+        losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(scores))
+        losses["box"] = per_sample((of_class(deltas, labels) - wanted).abs().sum(), len(scores))
 
-        scores, deltas = self.box_head(self.pool(maps, rois, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
-        truth = F.pad(labels, (0, len(rois) - n), value=deltas.shape[1])                   # (R,), the last for nothing
-        wanted = encode_boxes(true_boxes, boxes[:n], BOX_SCALE)                            # (R+, 4)
-        losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(rois))
-        losses["box"] = per_sample((of_class(deltas[:n], labels) - wanted).abs().sum(), len(rois))
-
-        masks = of_class(self.mask_head(self.pool(maps, rois[:n], MASK_BINS)), labels)     # (R+, 28, 28)
-        true_masks = mask_targets([target["masks"] for target in targets], image[:n], owner, boxes[:n])
+        masks = of_class(self.mask_head(self.pool(maps, image, boxes, MASK_BINS)), labels)     # (R+, 28, 28)
+        true_masks = mask_targets(targets["masks"], image, owner, boxes)
         mask_loss = F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum")
         losses["mask"] = per_sample(mask_loss, true_masks.numel())
         return losses
 
     @torch.no_grad()
-    def detect(self, image: Tensor, size: tuple[int, int]) -> dict:
-        """An image (1, 3, height, width), what is in it (h, w) -> at most 100 objects, the best first: boxes (R, 4),
+    def detect(self, image: Tensor, size: Tensor) -> dict:
+        """An image (1, 3, height, width), (1, 2) what is in it -> at most 100 objects, the best first: boxes (R, 4),
         labels (R,), scores (R,), and masks (R, 28, 28), probabilities over the box."""
         o, (maps, *rpn) = self.options, self.see(image)
-        boxes = self.propose(*rpn, [size], o.proposals, o.proposals)[0]                    # (P, 4)
-        scores, deltas = self.box_head(self.pool(maps, F.pad(boxes, (1, 0)), BOX_BINS))
+        boxes = self.propose(*rpn, size, o.proposals, o.proposals)[0]
+        boxes = boxes[boxes.any(dim=1)]                                                    # (P, 4)
+        scores, deltas = self.box_head(self.pool(maps, boxes.new_zeros(len(boxes)), boxes, BOX_BINS))
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
-        scores = scores.softmax(dim=1)[:, :-1]                                             # (P, classes)
-        boxes, is_left = clip_boxes(decode_boxes(deltas, boxes[:, None], BOX_SCALE), *size)
-        is_found = (scores > o.score_threshold) & is_left                                  # (P, classes)
-        labels, place = is_found.T.nonzero(as_tuple=True)                                  # class by class
+        boxes, is_left = clip_boxes(decode_boxes(deltas, boxes[:, None], BOX_SCALE), size)             # (P, classes, 4)
+        scores = scores.softmax(dim=1)[:, :-1]
+        found = scores.where((scores > o.score_threshold) & is_left, -math.inf)            # (P, classes)
+        labels, place = suppress(boxes.transpose(0, 1), found.T, 0.5).nonzero(as_tuple=True)
+        best = scores[place, labels].argsort(descending=True, stable=True)[:MAX_DETECTIONS[-1]]
+        labels, place = labels[best], place[best]
         boxes, scores = boxes[place, labels], scores[place, labels]
-        kept = torch.cat(suppress(boxes, scores, is_found.sum(dim=0).tolist(), 0.5))
-        best = kept[scores[kept].sort(descending=True, stable=True).indices[:MAX_DETECTIONS[-1]]]
-        boxes, labels, scores = boxes[best], labels[best], scores[best]
-        masks = of_class(self.mask_head(self.pool(maps, F.pad(boxes, (1, 0)), MASK_BINS)), labels).sigmoid()
+        masks = self.mask_head(self.pool(maps, boxes.new_zeros(len(boxes)), boxes, MASK_BINS))
+        masks = of_class(masks, labels).sigmoid()
         return dict(boxes=boxes, labels=labels, scores=scores, masks=masks)
 
 
@@ -1372,38 +1357,32 @@ def per_sample(total: Tensor, count: int) -> Tensor:
     return total / mean_over_processes(total.new_full((), count)).clamp(min=1)
 
 
-def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], areas: list,
-                    count: int) -> dict:
+def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: dict, areas: Tensor, count: int) -> dict:
     """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), `count` of which are drawn an image.
 
-    # paper: silent on padding; here: anchors centered beyond an image's own area (height, width) take no part, as in
+    # paper: silent on padding; here: anchors centered beyond an image's own area (B, 2) take no part, as in
     # mmdetection, because what is learned from an image must not depend on the larger ones beside it
     """
     x, y = center_and_size(anchors)[0].round().T                                           # (A,) each
-    assigned = []
-    for target, (height, width) in zip(targets, areas):
-        inside = (x < width) & (y < height)
-        iou = box_iou(target["boxes"], anchors) * inside                                   # (G, A)
-        assigned.append(assign(iou, 0.7, 0.3, low_quality=0.3).where(inside, UNUSED))
-    image, index, owner = draw_boxes(torch.stack(assigned), targets, count, 0.5)           # (R,), (R,), (R+,)
+    inside = (x < areas[:, 1:]) & (y < areas[:, :1])                                       # (B, A)
+    iou = box_iou(targets["boxes"], anchors) * inside[:, None]                             # (B, G, A)
+    assigned = assign(iou, 0.7, 0.3, low_quality=0.3).where(inside, UNUSED)
+    image, index, owner = draw_boxes(assigned, targets["generators"], count, 0.5)          # (R,), (R,), (R+,)
     scores, n = scores[image, index], len(owner)                                           # the first n have an object
-    truth = F.pad(torch.ones_like(scores[:n]), (0, len(scores) - n))
-    score_loss = F.binary_cross_entropy_with_logits(scores, truth, reduction="sum")
+    score_loss = F.softplus(-scores[:n]).sum() + F.softplus(scores[n:]).sum()              # -log p, -log(1 - p)
     image, index = image[:n], index[:n]
-    true_boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)[image, owner]
-    box_loss = (deltas[image, index] - encode_boxes(true_boxes, anchors[index])).abs().sum()
+    wanted = encode_boxes(targets["boxes"][image, owner], anchors[index])
+    box_loss = (deltas[image, index] - wanted).abs().sum()
     return dict(rpn_score=per_sample(score_loss, len(scores)), rpn_box=per_sample(box_loss, len(scores)))
 
 
-def draw_rois(proposals: list[Tensor], targets: list[dict], count: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw_rois(proposals: Tensor, targets: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the heads learn from: image (R,), boxes (R, 4), first those with an object, a quarter of `count` an image at
-    most, and owner (R+,), their objects.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
-    boxes = [torch.cat([target["boxes"], some]) for target, some in zip(targets, proposals)]
-    boxes = pad_sequence(boxes, batch_first=True)                                          # (B, A, 4)
+    most, and owner (R+,), their objects.  The true boxes (B, G, 4) stand in line with the proposals (B, P, 4)."""
+    boxes = torch.cat([targets["boxes"], proposals], dim=1)
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
-    assigned = torch.stack([assign(box_iou(target["boxes"], some), 0.5, 0.5) for target, some in zip(targets, boxes)])
-    assigned = assigned.where(boxes.any(dim=2), UNUSED)                                    # neither filled in nor empty
-    image, index, owner = draw_boxes(assigned, targets, count, 0.25)
+    assigned = assign(box_iou(targets["boxes"], boxes), 0.5, 0.5).where(boxes.any(dim=2), UNUSED)
+    image, index, owner = draw_boxes(assigned, targets["generators"], count, 0.25)
     return image, boxes[image, index], owner
 
 
@@ -1509,9 +1488,8 @@ class EvalObjects(TrainObjects):
         return dict(images=to_tensor(resized).numpy(), full_size=image.size[::-1], truth=truth)
 
 
-def rounded_up(size, multiple: int) -> list[int]:
-    """The sides of an image, each rounded up to a multiple."""
-    return [-(-side // multiple) * multiple for side in size]
+def rounded_up(sizes: Tensor, multiple: int) -> Tensor:
+    return -(-sizes // multiple) * multiple
 
 
 def on_canvas(images: list[np.ndarray], size: list[int], device) -> Tensor:
@@ -1528,13 +1506,15 @@ def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNO
     # paper: silent on the canvas; here: the largest sides of all processes' images, where mmdetection takes those of a
     # process's, because then any number of processes sees the same: attention reaches the padding too
     """
-    targets = [{name: torch.from_numpy(batch[name][i]).to(device, non_blocking=True)
-                for name in ("boxes", "labels", "masks")} for i in range(len(batch["images"]))]
-    for target, i in zip(targets, batch["index"].tolist()):
-        target["generator"] = torch.Generator().manual_seed(hash((options.seed, step, i)))
-    sizes = [image.shape[1:] for image in batch["images"]]
-    largest = gather(torch.tensor(sizes).to(device, non_blocking=True)).amax(dim=0).tolist()
-    return net(on_canvas(batch["images"], rounded_up(largest, multiple), device), sizes, targets)
+    boxes, labels = (pad_sequence([torch.from_numpy(x) for x in batch[name]], batch_first=True)
+                     for name in ("boxes", "labels"))
+    targets = dict(boxes=boxes.to(device, non_blocking=True), labels=labels.to(device, non_blocking=True),
+                   masks=[torch.from_numpy(masks).to(device, non_blocking=True) for masks in batch["masks"]],
+                   generators=[torch.Generator().manual_seed(hash((options.seed, step, i)))
+                               for i in batch["index"].tolist()])
+    sizes = torch.tensor([image.shape[1:] for image in batch["images"]]).to(device, non_blocking=True)
+    largest = rounded_up(gather(sizes).amax(dim=0), multiple).tolist()
+    return net(on_canvas(batch["images"], largest, device), sizes, targets)
 
 
 # ---- test -----------------------------------------------------------------------------------------------------------
@@ -1551,9 +1531,10 @@ def evaluate_detector(net: MaskRCNN, names: list[str], options: MaskRCNNOptions,
     for batch in each_test_image(data, transform, options, runtime, bad):
         pixels, (height, width), i, truth = (batch[key][0] for key in ("images", "full_size", "index", "truth"))
         h, w = pixels.shape[1:]
-        canvas = on_canvas([pixels], rounded_up((h, w), net.strides[3]), runtime.device)
+        sizes = torch.tensor([(h, w)])
+        canvas = on_canvas([pixels], rounded_up(sizes[0], net.strides[3]).tolist(), runtime.device)
         with runtime.autocast():
-            objects = net.detect(canvas, (h, w))
+            objects = net.detect(canvas, sizes.to(runtime.device))
         records = as_records(objects, height / h, width / w, (height, width))
         images.append(dict(id=int(i), height=height, width=width))
         annotations += [dict(record, image_id=int(i)) for record in truth]
