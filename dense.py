@@ -1172,9 +1172,10 @@ def roi_levels(boxes: Tensor, finest_side: float) -> Tensor:
 def mask_targets(masks: list[Tensor], image: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
     """Of the masks (G, h, w) of each image the one of `owner` (R,) in `image` (R,), cut out by boxes (R, 4)
     -> (R, 28, 28), 1 inside"""
-    first = torch.tensor(np.cumsum([0, *map(len, masks)])).to(boxes.device, non_blocking=True)[image]
+    maps = [boxes.new_zeros(1, 1, 1), *(mask[None] for some in masks for mask in some)]    # never none
+    first = torch.tensor(np.cumsum([1, *map(len, masks)])).to(boxes.device, non_blocking=True)[image]
     rois = torch.cat([(first + owner)[:, None], boxes], dim=1)
-    return (roi_align([mask[None] for some in masks for mask in some], rois, 2 * MASK_BINS, 1.0)[:, 0] >= 0.5).float()
+    return (roi_align(maps, rois, 2 * MASK_BINS, 1.0)[:, 0] >= 0.5).float()
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------

@@ -237,7 +237,6 @@ def pretended_gpu(processes: int = 1):
         for owner, name, value in (
                 (torch.cuda, "is_available", lambda: True), (torch.cuda, "_lazy_init", lambda: None),
                 (torch.cuda, "set_device", lambda device: None), (train.Guard, "readable", marking),
-                (dense, "generator_of", lambda device, *seed: torch.Generator().manual_seed(hash(seed))),
                 (data.DataLoader, "__iter__", as_if_pinned),
                 (torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", grouped)):
             stack.enter_context(mock.patch.object(owner, name, value))
