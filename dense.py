@@ -693,12 +693,18 @@ def upernet(argv=None):
 # x2 - x1 is its width, and the center of the first pixel is at 0.5.
 # ---------------------------------------------------------------------------------------------------------------------
 
+OUT = -math.inf                # the score of what fills up a set of boxes
 NMS_BLOCK = 128                # boxes compared with all others at a time, and
 ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two bound the memory
 
 
+def send(x: Tensor, device) -> Tensor:
+    """x on the device; what the CPU does next waits neither for the copy nor for what the device does before."""
+    return x.to(device, non_blocking=True)
+
+
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes a (..., N, 4) with boxes b (..., M, 4) -> (..., N, M); 0 for boxes without area."""
+    """Intersection over union of boxes a (..., N, 4) with b (..., M, 4) -> (..., N, M); 0 for boxes without area."""
     x1, y1, x2, y2 = a.movedim(-1, 0)[..., None]                                   # (..., N, 1) each
     u1, v1, u2, v2 = b.movedim(-1, 0).contiguous()[..., None, :]                   # (..., 1, M) each
     width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)           # (..., N, M)
@@ -712,11 +718,10 @@ def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Non-maximum suppression in S sets of boxes (S, n, 4) with scores (S, n) -> (S, n) bool, True for a box kept.
 
     Going down the scores of a set, of equals the first first, a box is kept unless its IoU with one kept before exceeds
-    the threshold.  Which box would strike out which is found where the boxes are.  The decisions, each of which needs
-    those before, are made on the CPU: a GPU is waited for twice, whatever the number of sets.  Boxes of score -inf, which
-    fill up a set, are not kept.
+    the threshold.  What fills up a set, with the score OUT, is not kept.  Which box would strike out which is found
+    where the boxes are; the decisions, each of which needs those before, are made on the CPU.
     """
-    is_open = scores > -math.inf
+    is_open = scores > OUT
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :is_open.sum(dim=1).max()]
     best = boxes.take_along_dim(order[..., None], dim=1)                           # (S, most, 4)
     strikes = [box_iou(block, best).double() > iou_threshold   # in float32 0.3 exceeds the threshold 0.3
@@ -724,7 +729,7 @@ def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     strikes, is_kept = torch.cat(strikes, dim=1).cpu().numpy(), np.ones(order.shape, dtype=bool)
     for i in range(order.shape[1]):
         is_kept[:, i + 1:] &= ~(is_kept[:, i, None] & strikes[:, i, i + 1:])
-    is_kept = torch.from_numpy(is_kept).to(boxes.device, non_blocking=True)
+    is_kept = send(torch.from_numpy(is_kept), boxes.device)
     return is_open & torch.zeros_like(is_open).scatter(1, order, is_kept)
 
 
@@ -758,9 +763,9 @@ def roi_align(features: Tensor | list[Tensor], boxes: Tensor, output_size: int |
               spatial_scale: float | Tensor, sampling_ratio: int = 0) -> Tensor:
     """Pool each box to a grid of bins, averaging bilinear samples (He et al. 2017, Mask R-CNN; half-pixel shift).
 
-    features        (B, c, height, width), or a list of maps (c, ., .) of any sizes; the result (R, c, rows, columns) has
-                    a gradient with respect to them
-    boxes           (R, 5) index of the map, x1, y1, x2, y2 in pixels of the image
+    features        (B, c, height, width), or a list of maps (c, ., .) of any sizes; the result (R, c, rows, columns)
+                    has a gradient with respect to them
+    boxes           (R, 5) index of the image, or of the map, x1, y1, x2, y2 in pixels of the image
     output_size     (rows, columns), or both as one number
     spatial_scale   size of the map over size of the image; or (R, 1)
     sampling_ratio  samples per bin and axis; 0 for one a pixel of the map, rounded up
@@ -771,7 +776,7 @@ def roi_align(features: Tensor | list[Tensor], boxes: Tensor, output_size: int |
     tables = [x.permute(1, 2, 0).flatten(0, 1) for x in features]                  # a row a pixel
     table, begin = torch.cat(tables).to(boxes.dtype), np.cumsum([0, *map(len, tables)])
     layout = torch.tensor([(x.shape[2], x.shape[1], first) for x, first in zip(features, begin)])
-    layout = layout.to(boxes.device, non_blocking=True)[boxes[:, 0].long()].T      # (3, R) width, height, first pixel
+    layout = send(layout, boxes.device)[boxes[:, 0].long()].T                      # (3, R) width, height, first pixel
     low, high = (boxes[:, 1:].detach() * spatial_scale - 0.5).T.unflatten(0, (2, 2))       # (2, R) each: x, y
     step = torch.stack([(high - low)[0] / columns, (high - low)[1] / rows])
     steps, order = step.abs().amax(dim=0).sort(descending=True)                    # those alike read as many pixels
@@ -1095,7 +1100,7 @@ NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are t
 
 def make_anchors(rows: int, columns: int, stride: float, device=None) -> Tensor:
     """(rows * columns * 3, 4) boxes around the upper left corners of a map's cells: row by row, three ratios each."""
-    ratio = torch.tensor(ANCHOR_RATIOS).to(device, non_blocking=True)
+    ratio = send(torch.tensor(ANCHOR_RATIOS), device)
     half = ANCHOR_SIDE * stride / 2 * torch.stack([ratio ** -0.5, ratio ** 0.5], dim=1)              # (3, 2)
     y_x = stride * torch.cartesian_prod(*(torch.arange(n, device=device) for n in (rows, columns)))      # (cells, 2)
     return (y_x.flip(1).repeat(1, 2)[:, None] + torch.cat([-half, half], dim=1)).reshape(-1, 4)
@@ -1145,15 +1150,16 @@ def assign(iou: Tensor, positive: float, negative: float, low_quality: float = m
     return torch.where(last > 0, last - 1, assigned)
 
 
-def draw_boxes(assigned: Tensor, generators: list, count: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
+def draw_boxes(assigned: Tensor, generators: list, count: int, share: float) -> tuple:
     """What a head learns from: of each image's boxes, drawn at random, those with an object, at most a `share` of
     `count`, and NEGATIVE ones, the rest.
 
     assigned    (B, A), from `assign`;  generators  of each image, on the CPU
-    -> image (R,) and index (R,), among its A, of the boxes drawn, first those with an object; owner (R+,), these objects
+    -> image (R,) and index (R,), among its A, of the boxes drawn, first those with an object; owner (R+,), which
     """
-    order = torch.stack([torch.randperm(assigned.shape[1], generator=generator) for generator in generators])
-    order = order.to(assigned.device, non_blocking=True)
+    # of torch.rand, unlike randperm, the first numbers do not depend on how many follow: on what fills up the batch
+    noise = torch.stack([torch.rand(assigned.shape[1], generator=generator) for generator in generators])
+    order = send(noise, assigned.device).argsort(dim=1)
     owner = assigned.gather(1, order)
     positive, negative = owner >= 0, owner == NEGATIVE
     positive &= positive.cumsum(dim=1) <= count * share
@@ -1173,7 +1179,7 @@ def mask_targets(masks: list[Tensor], image: Tensor, owner: Tensor, boxes: Tenso
     """Of the masks (G, h, w) of each image the one of `owner` (R,) in `image` (R,), cut out by boxes (R, 4)
     -> (R, 28, 28), 1 inside"""
     maps = [boxes.new_zeros(1, 1, 1), *(mask[None] for some in masks for mask in some)]    # never none
-    first = torch.tensor(np.cumsum([1, *map(len, masks)])).to(boxes.device, non_blocking=True)[image]
+    first = send(torch.tensor(np.cumsum([1, *map(len, masks)])), boxes.device)[image]
     rois = torch.cat([(first + owner)[:, None], boxes], dim=1)
     return (roi_align(maps, rois, 2 * MASK_BINS, 1.0)[:, 0] >= 0.5).float()
 
@@ -1280,22 +1286,22 @@ class MaskRCNN(nn.Module):
         """
         best, boxes = [], []
         for score, delta, anchor in zip(scores, deltas, anchors):
-            top, index = F.pad(score, (0, before), value=-math.inf).topk(before, dim=1)    # (B, before) each, filled up
+            top, index = F.pad(score, (0, before), value=OUT).topk(before, dim=1)      # (B, before) each, filled up
             index = index % score.shape[1]
             best.append(top)
             boxes.append(decode_boxes(delta.take_along_dim(index[..., None], dim=1), anchor[index]))
         boxes, is_left = clip_boxes(torch.cat(boxes, dim=1), sizes)                        # (B, levels * before, 4)
-        best = torch.cat(best, dim=1).where(is_left, -math.inf)
+        best = torch.cat(best, dim=1).where(is_left, OUT)
         is_kept = suppress(boxes.view(-1, before, 4), best.view(-1, before), 0.7).view_as(best)
-        best, index = best.where(is_kept, -math.inf).topk(min(keep, best.shape[1]), dim=1)
-        return boxes.take_along_dim(index[..., None], dim=1).where(best[..., None] > -math.inf, 0)
+        best, index = best.where(is_kept, OUT).topk(min(keep, best.shape[1]), dim=1)
+        return boxes.take_along_dim(index[..., None], dim=1).where(best[..., None] > OUT, 0)
 
-    def pool(self, maps: list[Tensor], image: Tensor, boxes: Tensor, bins: int) -> Tensor:
-        """Maps (B, c, ., .), boxes (R, 4) of the images `image` (R,) -> (R, c, bins, bins), each read from the map that
+    def pool(self, maps: list[Tensor], image: Tensor | int, boxes: Tensor, bins: int) -> Tensor:
+        """Maps (B, c, ., .), boxes (R, 4) of the image `image` (R,) -> (R, c, bins, bins), each read from the map that
         fits its size"""
         level = roi_levels(boxes, FINEST_SIDE * self.strides[0])
         rois = torch.cat([(len(maps[0]) * level + image)[:, None], boxes], dim=1)
-        return roi_align([x for level in maps[:4] for x in level], rois, bins, 0.5 ** level[:, None] / self.strides[0])
+        return roi_align([one for x in maps[:4] for one in x], rois, bins, 0.5 ** level[:, None] / self.strides[0])
 
     def forward(self, images: Tensor, sizes: Tensor, targets: dict) -> dict[str, Tensor]:
         """The five losses of a batch.
@@ -1334,17 +1340,16 @@ class MaskRCNN(nn.Module):
         o, (maps, *rpn) = self.options, self.see(image)
         boxes = self.propose(*rpn, size, o.proposals, o.proposals)[0]
         boxes = boxes[boxes.any(dim=1)]                                                    # (P, 4)
-        scores, deltas = self.box_head(self.pool(maps, boxes.new_zeros(len(boxes)), boxes, BOX_BINS))
+        scores, deltas = self.box_head(self.pool(maps, 0, boxes, BOX_BINS))
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
         boxes, is_left = clip_boxes(decode_boxes(deltas, boxes[:, None], BOX_SCALE), size)             # (P, classes, 4)
         scores = scores.softmax(dim=1)[:, :-1]
-        found = scores.where((scores > o.score_threshold) & is_left, -math.inf)            # (P, classes)
+        found = scores.where((scores > o.score_threshold) & is_left, OUT)                  # (P, classes)
         labels, place = suppress(boxes.transpose(0, 1), found.T, 0.5).nonzero(as_tuple=True)
         best = scores[place, labels].argsort(descending=True, stable=True)[:MAX_DETECTIONS[-1]]
         labels, place = labels[best], place[best]
         boxes, scores = boxes[place, labels], scores[place, labels]
-        masks = self.mask_head(self.pool(maps, boxes.new_zeros(len(boxes)), boxes, MASK_BINS))
-        masks = of_class(masks, labels).sigmoid()
+        masks = of_class(self.mask_head(self.pool(maps, 0, boxes, MASK_BINS)), labels).sigmoid()
         return dict(boxes=boxes, labels=labels, scores=scores, masks=masks)
 
 
@@ -1377,10 +1382,10 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: di
     return dict(rpn_score=per_sample(score_loss, len(scores)), rpn_box=per_sample(box_loss, len(scores)))
 
 
-def draw_rois(proposals: Tensor, targets: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw_rois(proposals: Tensor, targets: dict, count: int) -> tuple:
     """What the heads learn from: image (R,), boxes (R, 4), first those with an object, a quarter of `count` an image at
     most, and owner (R+,), their objects.  The true boxes (B, G, 4) stand in line with the proposals (B, P, 4)."""
-    boxes = torch.cat([targets["boxes"], proposals], dim=1)
+    boxes = torch.cat([proposals, targets["boxes"]], dim=1)                                # (B, A, 4)
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
     assigned = assign(box_iou(targets["boxes"], boxes), 0.5, 0.5).where(boxes.any(dim=2), UNUSED)
     image, index, owner = draw_boxes(assigned, targets["generators"], count, 0.25)
@@ -1498,7 +1503,7 @@ def on_canvas(images: list[np.ndarray], size: list[int], device) -> Tensor:
     canvas = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].repeat(len(images), 1, *size)
     for place, image in zip(canvas, images):
         place[:, :image.shape[1], :image.shape[2]] = torch.from_numpy(image)
-    return normalize(canvas.to(device, non_blocking=True))
+    return normalize(send(canvas, device))
 
 
 def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNOptions, multiple: int) -> dict:
@@ -1507,13 +1512,12 @@ def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNO
     # paper: silent on the canvas; here: the largest sides of all processes' images, where mmdetection takes those of a
     # process's, because then any number of processes sees the same: attention reaches the padding too
     """
-    boxes, labels = (pad_sequence([torch.from_numpy(x) for x in batch[name]], batch_first=True)
-                     for name in ("boxes", "labels"))
-    targets = dict(boxes=boxes.to(device, non_blocking=True), labels=labels.to(device, non_blocking=True),
-                   masks=[torch.from_numpy(masks).to(device, non_blocking=True) for masks in batch["masks"]],
-                   generators=[torch.Generator().manual_seed(hash((options.seed, step, i)))
-                               for i in batch["index"].tolist()])
-    sizes = torch.tensor([image.shape[1:] for image in batch["images"]]).to(device, non_blocking=True)
+    targets = {name: send(pad_sequence([torch.from_numpy(x) for x in batch[name]], batch_first=True), device)
+               for name in ("boxes", "labels")}
+    targets["masks"] = [send(torch.from_numpy(masks), device) for masks in batch["masks"]]
+    targets["generators"] = [torch.Generator().manual_seed(hash((options.seed, step, i)))
+                             for i in batch["index"].tolist()]
+    sizes = send(torch.tensor([image.shape[1:] for image in batch["images"]]), device)
     largest = rounded_up(gather(sizes).amax(dim=0), multiple).tolist()
     return net(on_canvas(batch["images"], largest, device), sizes, targets)
 
