@@ -48,6 +48,11 @@ MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 
 BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
 
 
+def send(x: Tensor, device) -> Tensor:
+    """x on the device; what the CPU does next waits neither for the copy nor for what the device does before."""
+    return x.to(device, non_blocking=True)
+
+
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, c, h, w) -> (B, c, *size), bilinear."""
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
@@ -675,7 +680,7 @@ def upernet(argv=None):
     announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)
 
     def losses_of(net: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
-        images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
+        images, labels = (send(batch[name], runtime.device) for name in ("images", "labels"))
         scores, auxiliary = net(normalize(images))
         return dict(segmentation=pixel_cross_entropy(scores, labels),
                     auxiliary=0.4 * pixel_cross_entropy(auxiliary, labels))        # mmsegmentation's weight
@@ -696,11 +701,6 @@ def upernet(argv=None):
 OUT = -math.inf                # the score of what fills up a set of boxes
 NMS_BLOCK = 128                # boxes compared with all others at a time, and
 ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two bound the memory
-
-
-def send(x: Tensor, device) -> Tensor:
-    """x on the device; what the CPU does next waits neither for the copy nor for what the device does before."""
-    return x.to(device, non_blocking=True)
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -726,7 +726,7 @@ def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     best = boxes.take_along_dim(order[..., None], dim=1)                           # (S, most, 4)
     strikes = [box_iou(block, best).double() > iou_threshold   # in float32 0.3 exceeds the threshold 0.3
                for block in best.split(NMS_BLOCK, dim=1)]
-    strikes, is_kept = torch.cat(strikes, dim=1).cpu().numpy(), np.ones(order.shape, dtype=bool)
+    strikes, is_kept = torch.cat(strikes, dim=1).cpu().numpy(), np.ones(order.shape, bool)
     for i in range(order.shape[1]):
         is_kept[:, i + 1:] &= ~(is_kept[:, i, None] & strikes[:, i, i + 1:])
     is_kept = send(torch.from_numpy(is_kept), boxes.device)
@@ -744,7 +744,7 @@ def bin_weights(low: Tensor, step: Tensor, length: Tensor, bins: int, sampling_r
     """One axis of RoIAlign: the pixels that a bin reads, and what each adds to the mean of its samples.
 
     low, step, length   (...) of each box: where it begins, in coordinates where the center of the first pixel is 0; the
-                        side of a bin; the pixels of the map.  `largest` is the largest step, rounded up
+                        side of a bin; the pixels of the map.  The largest step, rounded up, is `largest`
     -> weights and pixels, (..., bins, n) each
     """
     low, step, length = (x[..., None, None] for x in (low, step, length))
@@ -1127,7 +1127,7 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, scale: tuple = (1, 1)) -> Tens
     return torch.cat([center - half, center + half], dim=-1)
 
 
-def clip_boxes(boxes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> tuple:
     """Boxes (B, n, 4), cut at the border of images of `sizes` (B, 2) height, width, and (B, n) bool, True where
     something is left."""
     boxes = boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[:, None])
@@ -1155,7 +1155,7 @@ def draw_boxes(assigned: Tensor, generators: list, count: int, share: float) -> 
     `count`, and NEGATIVE ones, the rest.
 
     assigned    (B, A), from `assign`;  generators  of each image, on the CPU
-    -> image (R,) and index (R,), among its A, of the boxes drawn, first those with an object; owner (R+,), which
+    -> image (R,) and index (R,), among its A, of the boxes drawn, first those with an object; owner (R+,) of these
     """
     # of torch.rand, unlike randperm, the first numbers do not depend on how many follow: on what fills up the batch
     noise = torch.stack([torch.rand(assigned.shape[1], generator=generator) for generator in generators])
@@ -1324,14 +1324,12 @@ class MaskRCNN(nn.Module):
         true_boxes, labels = (targets[name][image, owner] for name in ("boxes", "labels"))
         truth = F.pad(labels, (0, len(scores) - len(labels)), value=scores.shape[1] - 1)   # (R,), the last for nothing
         wanted = encode_boxes(true_boxes, boxes, BOX_SCALE)                                # (R+, 4)
-        losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(scores))
-        losses["box"] = per_sample((of_class(deltas, labels) - wanted).abs().sum(), len(scores))
-
         masks = of_class(self.mask_head(self.pool(maps, image, boxes, MASK_BINS)), labels)     # (R+, 28, 28)
         true_masks = mask_targets(targets["masks"], image, owner, boxes)
-        mask_loss = F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum")
-        losses["mask"] = per_sample(mask_loss, true_masks.numel())
-        return losses
+        return losses | dict(
+            label=per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(scores)),
+            box=per_sample((of_class(deltas, labels) - wanted).abs().sum(), len(scores)),
+            mask=per_sample(F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum"), masks.numel()))
 
     @torch.no_grad()
     def detect(self, image: Tensor, size: Tensor) -> dict:
