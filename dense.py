@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from data import (BadRecord, MEAN, UserError, decode, eval_loader, find_templates, fingerprint, has_area,
                   look_at_labels, normalize, only_shapes, open_data, open_image, progress, read_file, say, sheet,
@@ -46,6 +47,11 @@ from train import (RunOptions, Start, find_resumable, first_look, gather_objects
 IGNORED = 255
 MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model
 BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
+
+
+def send(x: Tensor, device) -> Tensor:
+    """x on the device; what the CPU does next waits neither for the copy nor for what the device does before."""
+    return x.to(device, non_blocking=True)
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -693,8 +699,8 @@ def upernet(argv=None):
     announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)
 
     def losses_of(net: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
-        labels = batch["labels"].to(runtime.device)
-        scores, auxiliary = net(normalize(batch["images"].to(runtime.device)))
+        images, labels = (send(batch[name], runtime.device) for name in ("images", "labels"))
+        scores, auxiliary = net(normalize(images))
         return dict(segmentation=pixel_cross_entropy(scores, labels),
                     auxiliary=0.4 * pixel_cross_entropy(auxiliary, labels))        # mmsegmentation's weight
 
@@ -711,91 +717,98 @@ def upernet(argv=None):
 # x2 - x1 is its width, and the center of the first pixel is at 0.5.
 # ---------------------------------------------------------------------------------------------------------------------
 
-NMS_BLOCK = 64                 # boxes settled at a time
+OUT = -math.inf                # the score of what fills up a set of boxes
+NMS_BLOCK = 128                # boxes compared with all others at a time, and
 ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two bound the memory
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes a (N, 4) with boxes b (M, 4) -> (N, M); 0 for boxes without area."""
-    low, high = torch.maximum(a[:, None, :2], b[:, :2]), torch.minimum(a[:, None, 2:], b[:, 2:])    # (N, M, 2)
-    width, height = (high - low).clamp(min=0).unbind(dim=2)                        # (N, M)
+    """Intersection over union of boxes a (..., N, 4) with b (..., M, 4) -> (..., N, M); 0 for boxes without area."""
+    x1, y1, x2, y2 = a.movedim(-1, 0)[..., None]                                   # (..., N, 1) each
+    u1, v1, u2, v2 = b.movedim(-1, 0).contiguous()[..., None, :]                   # (..., 1, M) each
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)           # (..., N, M)
+    height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)
     shared = width * height
-    area, other = ((boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (a, b))
-    union = area[:, None] + other - shared
+    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared
     return shared / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None = None) -> Tensor:
-    """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first.
+def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression in S sets of boxes (S, n, 4) with scores (S, n) -> (S, n) bool, True for a box kept.
 
-    Going down the scores, a box is kept unless its IoU with one kept before exceeds the threshold.  Boxes of different
-    groups (N,), such as classes or pyramid levels, let each other be.
-
-    The best boxes left are settled among themselves, a block at a time: at first all stand, and then by turns those
-    fall that a standing one covers.  After k turns the best k + 1 are right, and once nothing changes all are.  The
-    survivors then strike out what they cover in the rest.
+    Going down the scores of a set, of equals the first first, a box is kept unless its IoU with one kept before exceeds
+    the threshold.  What fills up a set, with the score OUT, is not kept.  Which box would strike out which is found
+    where the boxes are; the decisions, each of which needs those before, are made on the CPU.
     """
-    groups = torch.zeros_like(scores) if groups is None else groups
-
-    def covers(a: Tensor, b: Tensor) -> Tensor:
-        """Indices (n,), (m,) -> (n, m) bool, True where box a would strike out box b."""
-        iou = box_iou(boxes[a], boxes[b]).double()             # 0.3 in float32 exceeds the threshold 0.3
-        return (iou > iou_threshold) & (groups[a, None] == groups[b])
-
-    rest, kept = scores.sort(descending=True, stable=True).indices, []
-    while len(rest):
-        block, rest = rest[:NMS_BLOCK], rest[NMS_BLOCK:]
-        strikes = covers(block, block).triu(diagonal=1)        # (n, n), a row a better box
-        stands, before = torch.ones_like(block, dtype=torch.bool), None
-        while before is None or not torch.equal(stands, before):
-            before, stands = stands, ~(strikes & stands[:, None]).any(dim=0)       # (n,)
-        kept.append(block[stands])
-        rest = rest[~covers(kept[-1], rest).any(dim=0)]
-    return torch.cat([rest, *kept])
+    is_open = scores > OUT
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :is_open.sum(dim=1).max()]
+    best = boxes.take_along_dim(order[..., None], dim=1)                           # (S, most, 4)
+    strikes = [box_iou(block, best).double() > iou_threshold   # in float32 0.3 exceeds the threshold 0.3
+               for block in best.split(NMS_BLOCK, dim=1)]
+    strikes, is_kept = torch.cat(strikes, dim=1).cpu().numpy(), np.ones(order.shape, bool)
+    for i in range(order.shape[1]):
+        is_kept[:, i + 1:] &= ~(is_kept[:, i, None] & strikes[:, i, i + 1:])
+    is_kept = send(torch.from_numpy(is_kept), boxes.device)
+    return is_open & torch.zeros_like(is_open).scatter(1, order, is_kept)
 
 
-def bin_weights(low: Tensor, high: Tensor, bins: int, length: int, sampling_ratio: int) -> tuple[Tensor, Tensor]:
-    """One axis of RoIAlign: the pixels, of `length`, that a bin reads, and what each adds to the mean of its samples.
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first."""
+    kept = suppress(boxes[None], scores[None], iou_threshold)[0].nonzero()[:, 0]
+    return kept[scores[kept].argsort(descending=True, stable=True)]
 
-    low, high  (R,) the ends of the boxes, in coordinates where the center of the first pixel is 0
-    -> weights and pixels, (R, bins, n) each
+
+def bin_weights(low: Tensor, step: Tensor, length: Tensor, bins: int, sampling_ratio: int,
+                largest: int) -> tuple[Tensor, Tensor]:
+    """One axis of RoIAlign: the pixels that a bin reads, and what each adds to the mean of its samples.
+
+    low, step, length   (...) of each box: where it begins, in coordinates where the center of the first pixel is 0; the
+                        side of a bin; the pixels of the map.  The largest step, rounded up, is `largest`
+    -> weights and pixels, (..., bins, n) each
     """
-    low, step = low[:, None, None], ((high - low) / bins)[:, None, None]           # (R, 1, 1)
-    count = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(min=0)
+    low, step, length = (x[..., None, None] for x in (low, step, length))
+    count = (torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil()).clamp(min=1)
     bin = torch.arange(bins, device=low.device)[:, None]
-    k = torch.arange(max(count.flatten().long().tolist(), default=0), device=low.device)
-    at = low + (bin + (k + 0.5) / count.clamp(min=1)) * step                       # (R, bins, samples)
-    share = ((k < count) & (at >= -1) & (at <= length)) / count.clamp(min=1)       # a sample farther out reads zero
-    distance = at.clamp(0, length - 1)[..., None] - torch.arange(length, device=low.device)
-    weights = (share[..., None] * (1 - distance.abs()).clamp(min=0)).sum(dim=2)    # (R, bins, length), few above 0
-    return weights.topk(max((weights > 0).sum(dim=2).flatten().tolist(), default=0) or 1, dim=2)
+    k = torch.arange(sampling_ratio or largest, device=low.device)
+    at = low + (bin + (k + 0.5) / count) * step                                    # (..., bins, samples)
+    is_read = (k < (sampling_ratio or step)) & (at >= -1) & (at <= length)         # a sample farther out is zero
+    at = at.clamp(min=0).minimum(length - 1)
+    pixel = at.amin(dim=-1, keepdim=True).floor() + torch.arange(largest + 2, device=low.device)   # (..., bins, n)
+    near = (1 - (at[..., None] - pixel[..., None, :]).abs()).clamp(min=0)          # (..., bins, samples, n)
+    return ((is_read / count)[..., None] * near).sum(dim=-2), pixel.minimum(length - 1).long()
 
 
-def roi_align(features: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float,
-              sampling_ratio: int = 0) -> Tensor:
+def roi_align(features: Tensor | list[Tensor], boxes: Tensor, output_size: int | tuple[int, int],
+              spatial_scale: float | Tensor, sampling_ratio: int = 0) -> Tensor:
     """Pool each box to a grid of bins, averaging bilinear samples (He et al. 2017, Mask R-CNN; half-pixel shift).
 
-    features        (B, c, height, width); the result (R, c, rows, columns) has a gradient with respect to it
-    boxes           (R, 5) image index, x1, y1, x2, y2 in pixels of the image
+    features        (B, c, height, width), or a list of maps (c, ., .) of any sizes; the result (R, c, rows, columns)
+                    has a gradient with respect to them
+    boxes           (R, 5) index of the image, or of the map, x1, y1, x2, y2 in pixels of the image
     output_size     (rows, columns), or both as one number
-    spatial_scale   size of the map over size of the image
+    spatial_scale   size of the map over size of the image; or (R, 1)
     sampling_ratio  samples per bin and axis; 0 for one a pixel of the map, rounded up
 
-    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] features[y, x].
+    Bilinear sampling and the mean over a grid of samples are separable: a bin is sum_yx wy[y] wx[x] map[y, x].
     """
     rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
-    channels, height, width = features.shape[1:]
-    table = features.permute(0, 2, 3, 1).reshape(-1, channels)                     # a row a pixel, of all images
-    (x1, y1, x2, y2), first = (boxes[:, 1:].detach() * spatial_scale - 0.5).T, boxes[:, 0].long() * height * width
-    order, pooled = (y2 - y1).argsort(), []                                        # those alike read as many pixels
-    for r in order.split(ALIGNED_BOXES):
-        wy, y = bin_weights(y1[r], y2[r], rows, height, sampling_ratio)            # (r, rows, m) each
-        wx, x = bin_weights(x1[r], x2[r], columns, width, sampling_ratio)          # (r, columns, n) each
-        weight = wy[:, :, None, :, None] * wx[:, None, :, None]                    # (r, rows, columns, m, n)
-        pixel = (first[r, None, None] + width * y)[:, :, None, :, None] + x[:, None, :, None]
-        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight.to(table.dtype), pixel))
+    tables = [x.permute(1, 2, 0).flatten(0, 1) for x in features]                  # a row a pixel
+    table, begin = torch.cat(tables).to(boxes.dtype), np.cumsum([0, *map(len, tables)])
+    layout = torch.tensor([(x.shape[2], x.shape[1], first) for x, first in zip(features, begin)])
+    layout = send(layout, boxes.device)[boxes[:, 0].long()].T                      # (3, R) width, height, first pixel
+    low, high = (boxes[:, 1:].detach() * spatial_scale - 0.5).T.unflatten(0, (2, 2))       # (2, R) each: x, y
+    step = torch.stack([(high - low)[0] / columns, (high - low)[1] / rows])
+    steps, order = step.abs().amax(dim=0).sort(descending=True)                    # those alike read as many pixels
+    pooled = [table[:0]]
+    for r, largest in zip(order.split(ALIGNED_BOXES), steps[::ALIGNED_BOXES].tolist()):    # waits for a GPU once
+        (wx, wy), (x, y) = bin_weights(low[:, r], step[:, r], layout[:2, r], max(rows, columns), sampling_ratio,
+                                       max(math.ceil(largest), 1))                 # (2, r, bins, n) each
+        width, _, first = layout[:, r, None, None]
+        weight = wy[:, :rows, None, :, None] * wx[:, None, :columns, None]         # (r, rows, columns, n, n)
+        pixel = (first + width * y)[:, :rows, None, :, None] + x[:, None, :columns, None]
+        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight, pixel))
         pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
-    pooled = torch.cat(pooled).view(-1, rows, columns, channels).permute(0, 3, 1, 2)
+    pooled = torch.cat(pooled).view(-1, rows, columns, table.shape[1]).permute(0, 3, 1, 2)
     return pooled[order.argsort()]
 
 
@@ -1080,7 +1093,7 @@ def precision_and_recall(scenes: list[Scene], low: float, high: float) -> tuple:
 ANCHOR_SIDE = 8                         # of a square anchor, in strides
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)         # height over width
 LARGEST_GROWTH = 1000 / 16              # how many times a box can become as large, or small, as its anchor
-BOX_SCALE = (0.1, 0.1, 0.2, 0.2)        # of the numbers that the box head puts out
+BOX_SCALE = (0.1, 0.2)                  # of the shift and the growth that the box head puts out
 FINEST_SIDE = 14                        # boxes up to twice as large, in strides of the finest map, are read from there
 BOX_BINS, MASK_BINS = 7, 14             # of roi_align, for the two heads
 DRAWN_SIZE = 320                        # longer side of a picture of detections
@@ -1091,7 +1104,7 @@ NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are t
 
 def make_anchors(rows: int, columns: int, stride: float, device=None) -> Tensor:
     """(rows * columns * 3, 4) boxes around the upper left corners of a map's cells: row by row, three ratios each."""
-    ratio = torch.tensor(ANCHOR_RATIOS, device=device)
+    ratio = send(torch.tensor(ANCHOR_RATIOS), device)
     half = ANCHOR_SIDE * stride / 2 * torch.stack([ratio ** -0.5, ratio ** 0.5], dim=1)              # (3, 2)
     y_x = stride * torch.cartesian_prod(*(torch.arange(n, device=device) for n in (rows, columns)))      # (cells, 2)
     return (y_x.flip(1).repeat(1, 2)[:, None] + torch.cat([-half, half], dim=1)).reshape(-1, 4)
@@ -1102,64 +1115,77 @@ def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
 
 
-def encode_boxes(boxes: Tensor, anchors: Tensor, scale: tuple = (1, 1, 1, 1)) -> Tensor:
+def encode_boxes(boxes: Tensor, anchors: Tensor, scale: tuple = (1, 1)) -> Tensor:
     """What leads from anchors (..., 4) to boxes (..., 4): shift in sizes of the anchor, log of growth; over `scale`."""
     (center, size), (from_center, from_size) = center_and_size(boxes), center_and_size(anchors)
-    deltas = torch.cat([(center - from_center) / from_size, (size / from_size).log()], dim=-1)
-    return deltas / deltas.new_tensor(scale)
+    shift, growth = (center - from_center) / from_size, (size / from_size).log()
+    return torch.cat([shift / scale[0], growth / scale[1]], dim=-1)
 
 
-def decode_boxes(deltas: Tensor, anchors: Tensor, scale: tuple = (1, 1, 1, 1)) -> Tensor:
+def decode_boxes(deltas: Tensor, anchors: Tensor, scale: tuple = (1, 1)) -> Tensor:
     """The inverse of encode_boxes, with growth limited: deltas (..., 4), anchors (..., 4) -> boxes (..., 4)"""
     center, size = center_and_size(anchors)
-    shift, growth = (deltas * deltas.new_tensor(scale)).split(2, dim=-1)
+    shift, growth = deltas.split(2, dim=-1)
     limit = math.log(LARGEST_GROWTH)
-    center, half = center + shift * size, size * growth.clamp(-limit, limit).exp() / 2
+    center, half = center + scale[0] * shift * size, size * (scale[1] * growth).clamp(-limit, limit).exp() / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 
-def clip_boxes(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Boxes (..., 4), cut at the border of the image, and (...) bool, True where something is left."""
-    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> tuple:
+    """Boxes (B, n, 4), cut at the border of images of `sizes` (B, 2) height, width, and (B, n) bool, True where
+    something is left."""
+    boxes = boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[:, None])
     return boxes, (center_and_size(boxes)[1] > 0).all(dim=-1)
 
 
 def assign(iou: Tensor, positive: float, negative: float, low_quality: float = math.inf) -> Tensor:
-    """Which object each of A boxes is to find: IoU (G, A) -> (A,) index of the object, or NEGATIVE or UNUSED.
+    """Which object each of A boxes is to find: IoU (..., G, A) -> (..., A) index of the object, or NEGATIVE or UNUSED.
 
     A box is to find the object that it overlaps most if their IoU is at least `positive`, none if it is below
     `negative`, and is not used in between.  But an object whose best IoU is at least `low_quality` gets all boxes that
     reach this best, so that it does not go without.
     """
-    if len(iou) == 0:
-        return torch.full(iou.shape[1:], NEGATIVE, device=iou.device)
-    best, owner = iou.max(dim=0)                                                           # (A,) each
+    iou = F.pad(iou, (0, 0, 0, 1))                                                         # an object without overlap
+    best, owner = iou.max(dim=-2)                                                          # (..., A) each
     assigned = torch.where(best >= positive, owner, torch.where(best < negative, NEGATIVE, UNUSED))
-    most = iou.amax(dim=1, keepdim=True)                                                   # (G, 1)
-    number = torch.arange(1, len(iou) + 1, device=iou.device)[:, None]
-    last = (number * ((iou == most) & (most >= low_quality))).amax(dim=0)                  # the last of those that ask
+    most = iou.amax(dim=-1, keepdim=True)                                                  # (..., G, 1)
+    number = torch.arange(1, iou.shape[-2] + 1, device=iou.device)[:, None]
+    last = (number * ((iou == most) & (most >= low_quality))).amax(dim=-2)                 # the last of those that ask
     return torch.where(last > 0, last - 1, assigned)
 
 
-def draw_boxes(assigned: Tensor, count: int, share: float, generator=None) -> tuple[Tensor, Tensor]:
-    """Indices drawn at random: of boxes with an object at most a `share` of `count`, of NEGATIVE ones the rest."""
-    def draw(candidates: Tensor, most: int) -> Tensor:
-        indices = candidates.nonzero()[:, 0]
-        return indices[torch.randperm(len(indices), generator=generator, device=indices.device)[:most]]
-    positives = draw(assigned >= 0, int(count * share))
-    return positives, draw(assigned == NEGATIVE, count - len(positives))
+def draw_boxes(assigned: Tensor, generators: list, count: int, share: float) -> tuple:
+    """What a head learns from: of each image's boxes, drawn at random, those with an object, at most a `share` of
+    `count`, and NEGATIVE ones, the rest.
+
+    assigned    (B, A), from `assign`;  generators  of each image, on the CPU
+    -> image (R,) and index (R,), among its A, of the boxes drawn, first those with an object; owner (R+,) of these
+    """
+    # of torch.rand, unlike randperm, the first numbers do not depend on how many follow: on what fills up the batch
+    noise = torch.stack([torch.rand(assigned.shape[1], generator=generator) for generator in generators])
+    order = send(noise, assigned.device).argsort(dim=1)
+    owner = assigned.gather(1, order)
+    positive, negative = owner >= 0, owner == NEGATIVE
+    positive &= positive.cumsum(dim=1) <= count * share
+    negative &= negative.cumsum(dim=1) <= count - positive.sum(dim=1, keepdim=True)
+    found, others = positive.nonzero(), negative.nonzero()                                 # (R+, 2), (R-, 2)
+    image, place = torch.cat([found, others]).T
+    return image, order[image, place], owner[image, place][:len(found)]
 
 
-def roi_levels(boxes: Tensor, finest_side: float, n_levels: int = 4) -> Tensor:
+def roi_levels(boxes: Tensor, finest_side: float) -> Tensor:
     """(R, 4) -> (R,) the map to read each box from: 0 for sides under 2 * finest_side, one more for each doubling."""
     side = center_and_size(boxes)[1].prod(dim=1).sqrt()
-    return (side / finest_side + 1e-6).log2().floor().clamp(0, n_levels - 1).long()
+    return (side / finest_side + 1e-6).log2().floor().clamp(0, 3).long()
 
 
-def mask_targets(masks: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
-    """Of masks (G, h, w) those of the objects `owner` (R,), cut out by boxes (R, 4) -> (R, 28, 28), 1 inside"""
-    rois = torch.cat([owner[:, None].to(boxes.dtype), boxes], dim=1)                       # (R, 5)
-    return (roi_align(masks[:, None].to(boxes.dtype), rois, 2 * MASK_BINS, 1.0)[:, 0] >= 0.5).to(boxes.dtype)
+def mask_targets(masks: list[Tensor], image: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
+    """Of the masks (G, h, w) of each image the one of `owner` (R,) in `image` (R,), cut out by boxes (R, 4)
+    -> (R, 28, 28), 1 inside"""
+    maps = [boxes.new_zeros(1, 1, 1), *(mask[None] for some in masks for mask in some)]    # never none
+    first = send(torch.tensor(np.cumsum([1, *map(len, masks)])), boxes.device)[image]
+    rois = torch.cat([(first + owner)[:, None], boxes], dim=1)
+    return (roi_align(maps, rois, 2 * MASK_BINS, 1.0)[:, 0] >= 0.5).float()
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -1256,132 +1282,116 @@ class MaskRCNN(nn.Module):
         return maps, scores, deltas, [make_anchors(*x.shape[2:], s, x.device) for x, s in zip(maps, self.strides)]
 
     @torch.no_grad()
-    def propose(self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: list, before: int,
-                keep: int) -> list[Tensor]:
-        """What the RPN says, by level -> for each image at most `keep` boxes (P, 4), the best first.
+    def propose(self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Tensor, before: int,
+                keep: int) -> Tensor:
+        """What the RPN says, by level -> for each image `keep` boxes (B, P, 4), the best first, at the end 0.
 
         The best `before` of each level are thinned out among themselves, so that none overlap by an IoU over 0.7.
         """
-        best, boxes, level = [], [], []
-        for k, (score, delta, anchor) in enumerate(zip(scores, deltas, anchors)):
-            top, index = score.topk(min(before, score.shape[1]), dim=1)                    # (B, n) each
+        best, boxes = [], []
+        for score, delta, anchor in zip(scores, deltas, anchors):
+            top, index = F.pad(score, (0, before), value=OUT).topk(before, dim=1)      # (B, before) each, filled up
+            index = index % score.shape[1]
             best.append(top)
-            boxes.append(decode_boxes(delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index]))
-            level.append(torch.full_like(index, k))
-        proposals = []
-        for score, box, k, size in zip(*(torch.cat(x, dim=1) for x in (best, boxes, level)), sizes):
-            box, is_left = clip_boxes(box, *size)
-            box = box[is_left]
-            proposals.append(box[nms(box, score[is_left], 0.7, k[is_left])[:keep]])
-        return proposals
+            boxes.append(decode_boxes(delta.take_along_dim(index[..., None], dim=1), anchor[index]))
+        boxes, is_left = clip_boxes(torch.cat(boxes, dim=1), sizes)                        # (B, levels * before, 4)
+        best = torch.cat(best, dim=1).where(is_left, OUT)
+        is_kept = suppress(boxes.view(-1, before, 4), best.view(-1, before), 0.7).view_as(best)
+        best, index = best.where(is_kept, OUT).topk(min(keep, best.shape[1]), dim=1)
+        return boxes.take_along_dim(index[..., None], dim=1).where(best[..., None] > OUT, 0)
 
-    def pool(self, maps: list[Tensor], boxes: list[Tensor], bins: int) -> Tensor:
-        """Maps of B images, boxes (., 4) of each -> (R, c, bins, bins), each read from the map that fits its size"""
-        rois = torch.cat([F.pad(some, (1, 0), value=i) for i, some in enumerate(boxes)])   # (R, 5)
-        level = roi_levels(rois[:, 1:], FINEST_SIDE * self.strides[0])
-        order = [(level == k).nonzero()[:, 0] for k in range(4)]
-        pooled = [roi_align(x.float(), rois[some], bins, 1 / s) for x, some, s in zip(maps, order, self.strides)]
-        return torch.cat(pooled)[torch.cat(order).argsort()]
+    def pool(self, maps: list[Tensor], image: Tensor | int, boxes: Tensor, bins: int) -> Tensor:
+        """Maps (B, c, ., .), boxes (R, 4) of the image `image` (R,) -> (R, c, bins, bins), each read from the map that
+        fits its size"""
+        level = roi_levels(boxes, FINEST_SIDE * self.strides[0])
+        rois = torch.cat([(len(maps[0]) * level + image)[:, None], boxes], dim=1)
+        return roi_align([one for x in maps[:4] for one in x], rois, bins, 0.5 ** level[:, None] / self.strides[0])
 
-    def forward(self, images: Tensor, sizes: list, targets: list[dict]) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, sizes: Tensor, targets: dict) -> dict[str, Tensor]:
         """The five losses of a batch.
 
-        images   (B, 3, height, width), padded to multiples of 2p;  sizes  [(h, w)] of what is in them
-        targets  of each image: boxes (G, 4), labels (G,) and masks (G, h, w) bool of its objects, and a generator for
-                 what is drawn in it
+        images   (B, 3, height, width), padded to multiples of 2p;  sizes  (B, 2) height and width of what is in them
+        targets  boxes (B, G, 4) and labels (B, G) of the objects of each image, filled up with 0; a list of the masks
+                 (., h, w) bool of each image's, and of the generators of what is drawn in it
 
             rpn_score, rpn_box   something or nothing, and L1 of where: mean over the sampled anchors
             label, box           cross-entropy of the class, and L1 of the better box: mean over the sampled boxes
             mask                 cross-entropy of the true class's mask: mean over the pixels of boxes with an object
         """
         o, (maps, scores, deltas, anchors) = self.options, self.see(images)
-        areas = [rounded_up(size, self.strides[3]) for size in sizes]
-        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets, areas,
-                                 o.rpn_samples)
+        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets,
+                                 rounded_up(sizes, self.strides[3]), o.rpn_samples)
         proposals = self.propose(scores, deltas, anchors, sizes, 2 * o.proposals, o.proposals)
-        boxes, owners = zip(*(draw_rois(some, target["boxes"], o.roi_samples, target.get("generator"))
-                              for some, target in zip(proposals, targets)))
-
-        scores, deltas = self.box_head(self.pool(maps, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
-        found = [some[:len(owner)] for some, owner in zip(boxes, owners)]                  # those with an object
-        truth = torch.cat([F.pad(target["labels"][owner], (0, len(some) - len(owner)), value=deltas.shape[1])
-                           for target, owner, some in zip(targets, owners, boxes)])        # (R,), the last for nothing
-        has_object = truth < deltas.shape[1]
-        labels = truth[has_object]                                                         # (R+,)
-        true_boxes = torch.cat([target["boxes"][owner] for target, owner in zip(targets, owners)])     # (R+, 4)
-        wanted = encode_boxes(true_boxes, torch.cat(found), BOX_SCALE)
-        losses["label"] = per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(truth))
-        losses["box"] = per_sample((deltas[has_object, labels] - wanted).abs().sum(), len(truth))
-
-        masks = of_class(self.mask_head(self.pool(maps, found, MASK_BINS)), labels)        # (R+, 28, 28)
-        true_masks = torch.cat([mask_targets(target["masks"], owner, some)
-                                for target, owner, some in zip(targets, owners, found)])
-        mask_loss = F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum")
-        losses["mask"] = per_sample(mask_loss, true_masks.numel())
-        return losses
+        image, boxes, owner = draw_rois(proposals, targets, o.roi_samples)                 # (R,), (R, 4), (R+,)
+        scores, deltas = self.box_head(self.pool(maps, image, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
+        image, boxes, deltas = (x[:len(owner)] for x in (image, boxes, deltas))            # those with an object
+        true_boxes, labels = (targets[name][image, owner] for name in ("boxes", "labels"))
+        truth = F.pad(labels, (0, len(scores) - len(labels)), value=scores.shape[1] - 1)   # (R,), the last for nothing
+        wanted = encode_boxes(true_boxes, boxes, BOX_SCALE)                                # (R+, 4)
+        masks = of_class(self.mask_head(self.pool(maps, image, boxes, MASK_BINS)), labels)     # (R+, 28, 28)
+        true_masks = mask_targets(targets["masks"], image, owner, boxes)
+        return losses | dict(
+            label=per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(scores)),
+            box=per_sample((of_class(deltas, labels) - wanted).abs().sum(), len(scores)),
+            mask=per_sample(F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum"), masks.numel()))
 
     @torch.no_grad()
-    def detect(self, images: Tensor, sizes: list) -> list[dict]:
-        """Images as in forward -> of each at most 100 objects, the best first: boxes (R, 4), labels (R,), scores (R,),
-        and masks (R, 28, 28), probabilities over the box."""
-        maps, *rpn = self.see(images)
-        proposals = self.propose(*rpn, sizes, self.options.proposals, self.options.proposals)
-        scores, deltas = self.box_head(self.pool(maps, proposals, BOX_BINS))
+    def detect(self, image: Tensor, size: Tensor) -> dict:
+        """An image (1, 3, height, width), (1, 2) what is in it -> at most 100 objects, the best first: boxes (R, 4),
+        labels (R,), scores (R,), and masks (R, 28, 28), probabilities over the box."""
+        o, (maps, *rpn) = self.options, self.see(image)
+        boxes = self.propose(*rpn, size, o.proposals, o.proposals)[0]
+        boxes = boxes[boxes.any(dim=1)]                                                    # (P, 4)
+        scores, deltas = self.box_head(self.pool(maps, 0, boxes, BOX_BINS))
         assert scores.isfinite().all(), "the scores of the boxes are not finite"
-        objects, counts = [], [len(boxes) for boxes in proposals]
-        for boxes, score, delta, size in zip(proposals, scores.split(counts), deltas.split(counts), sizes):
-            score = score.softmax(dim=1)[:, :-1]                                           # (P, classes)
-            boxes, is_left = clip_boxes(decode_boxes(delta, boxes[:, None], BOX_SCALE), *size)
-            place, label = ((score > self.options.score_threshold) & is_left).nonzero(as_tuple=True)
-            boxes, score = boxes[place, label], score[place, label]
-            best = nms(boxes, score, 0.5, label)[:MAX_DETECTIONS[-1]]
-            objects.append(dict(boxes=boxes[best], labels=label[best], scores=score[best]))
-        boxes, labels = ([found[key] for found in objects] for key in ("boxes", "labels"))
-        masks = of_class(self.mask_head(self.pool(maps, boxes, MASK_BINS)), torch.cat(labels)).sigmoid()
-        return [dict(found, masks=some) for found, some in zip(objects, masks.split([len(b) for b in boxes]))]
+        boxes, is_left = clip_boxes(decode_boxes(deltas, boxes[:, None], BOX_SCALE), size)             # (P, classes, 4)
+        scores = scores.softmax(dim=1)[:, :-1]
+        found = scores.where((scores > o.score_threshold) & is_left, OUT)                  # (P, classes)
+        labels, place = suppress(boxes.transpose(0, 1), found.T, 0.5).nonzero(as_tuple=True)
+        best = scores[place, labels].argsort(descending=True, stable=True)[:MAX_DETECTIONS[-1]]
+        labels, place = labels[best], place[best]
+        boxes, scores = boxes[place, labels], scores[place, labels]
+        masks = of_class(self.mask_head(self.pool(maps, 0, boxes, MASK_BINS)), labels).sigmoid()
+        return dict(boxes=boxes, labels=labels, scores=scores, masks=masks)
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
-    """(R, classes, 28, 28), labels (R,) -> (R, 28, 28)"""
+    """(R, classes, ...), labels (R,) -> (R, ...)"""
     return masks[torch.arange(len(labels), device=labels.device), labels].float()
 
 
 def per_sample(total: Tensor, count: int) -> Tensor:
     """A loss summed over `count` samples of this process -> its share of their mean over the samples of all."""
-    return total / mean_over_processes(total.new_tensor(float(count))).clamp(min=1)
+    return total / mean_over_processes(total.new_full((), count)).clamp(min=1)
 
 
-def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: list[dict], areas: list,
-                    count: int) -> dict:
+def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: dict, areas: Tensor, count: int) -> dict:
     """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), `count` of which are drawn an image.
 
-    # paper: silent on padding; here: anchors centered beyond an image's own area (height, width) take no part, as in
+    # paper: silent on padding; here: anchors centered beyond an image's own area (B, 2) take no part, as in
     # mmdetection, because what is learned from an image must not depend on the larger ones beside it
     """
-    score_loss, box_loss, drawn = 0, 0, 0
-    for score, delta, target, (height, width) in zip(scores, deltas, targets, areas):
-        x, y = center_and_size(anchors)[0].round().T                                       # (A,) each
-        inside = (x < width) & (y < height)
-        score, delta, own = score[inside], delta[inside], anchors[inside]
-        assigned = assign(box_iou(target["boxes"], own), 0.7, 0.3, low_quality=0.3)
-        positives, negatives = draw_boxes(assigned, count, 0.5, target.get("generator"))
-        rows = torch.cat([positives, negatives])
-        truth = (assigned[rows] >= 0).to(score.dtype)
-        wanted = encode_boxes(target["boxes"][assigned[positives]], own[positives])
-        score_loss = score_loss + F.binary_cross_entropy_with_logits(score[rows], truth, reduction="sum")
-        box_loss = box_loss + (delta[positives] - wanted).abs().sum()
-        drawn += len(rows)
-    return dict(rpn_score=per_sample(score_loss, drawn), rpn_box=per_sample(box_loss, drawn))
+    x, y = center_and_size(anchors)[0].round().T                                           # (A,) each
+    inside = (x < areas[:, 1:]) & (y < areas[:, :1])                                       # (B, A)
+    iou = box_iou(targets["boxes"], anchors) * inside[:, None]                             # (B, G, A)
+    assigned = assign(iou, 0.7, 0.3, low_quality=0.3).where(inside, UNUSED)
+    image, index, owner = draw_boxes(assigned, targets["generators"], count, 0.5)          # (R,), (R,), (R+,)
+    scores, n = scores[image, index], len(owner)                                           # the first n have an object
+    score_loss = F.softplus(-scores[:n]).sum() + F.softplus(scores[n:]).sum()              # -log p, -log(1 - p)
+    image, index = image[:n], index[:n]
+    wanted = encode_boxes(targets["boxes"][image, owner], anchors[index])
+    box_loss = (deltas[image, index] - wanted).abs().sum()
+    return dict(rpn_score=per_sample(score_loss, len(scores)), rpn_box=per_sample(box_loss, len(scores)))
 
 
-def draw_rois(proposals: Tensor, true_boxes: Tensor, count: int, generator=None) -> tuple[Tensor, Tensor]:
-    """What the heads of an image learn from: boxes (R, 4), first those with an object, a quarter of `count` at most,
-    and the objects of these.  The true boxes (G, 4) stand in line with the proposals (P, 4)."""
-    boxes = torch.cat([true_boxes, proposals])
+def draw_rois(proposals: Tensor, targets: dict, count: int) -> tuple:
+    """What the heads learn from: image (R,), boxes (R, 4), first those with an object, a quarter of `count` an image at
+    most, and owner (R+,), their objects.  The true boxes (B, G, 4) stand in line with the proposals (B, P, 4)."""
+    boxes = torch.cat([proposals, targets["boxes"]], dim=1)                                # (B, A, 4)
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
-    assigned = assign(box_iou(true_boxes, boxes), 0.5, 0.5)
-    positives, negatives = draw_boxes(assigned, count, 0.25, generator)
-    return boxes[torch.cat([positives, negatives])], assigned[positives]
+    assigned = assign(box_iou(targets["boxes"], boxes), 0.5, 0.5).where(boxes.any(dim=2), UNUSED)
+    image, index, owner = draw_boxes(assigned, targets["generators"], count, 0.25)
+    return image, boxes[image, index], owner
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -1476,9 +1486,8 @@ class EvalObjects(TrainObjects):
         return dict(images=to_tensor(resized).numpy(), full_size=image.size[::-1], truth=truth)
 
 
-def rounded_up(size, multiple: int) -> list[int]:
-    """The sides of an image, each rounded up to a multiple."""
-    return [-(-side // multiple) * multiple for side in size]
+def rounded_up(sizes: Tensor, multiple: int) -> Tensor:
+    return -(-sizes // multiple) * multiple
 
 
 def on_canvas(images: list[np.ndarray], size: list[int], device) -> Tensor:
@@ -1486,11 +1495,7 @@ def on_canvas(images: list[np.ndarray], size: list[int], device) -> Tensor:
     canvas = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].repeat(len(images), 1, *size)
     for place, image in zip(canvas, images):
         place[:, :image.shape[1], :image.shape[2]] = torch.from_numpy(image)
-    return normalize(canvas.to(device))
-
-
-def generator_of(device, *seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(hash(seed))
+    return normalize(send(canvas, device))
 
 
 def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNOptions, multiple: int) -> dict:
@@ -1499,13 +1504,14 @@ def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNO
     # paper: silent on the canvas; here: the largest sides of all processes' images, where mmdetection takes those of a
     # process's, because then any number of processes sees the same: attention reaches the padding too
     """
-    targets = [{name: torch.from_numpy(batch[name][i]).to(device) for name in ("boxes", "labels", "masks")}
-               for i in range(len(batch["images"]))]
-    for target, i in zip(targets, batch["index"].tolist()):
-        target["generator"] = generator_of(device, options.seed, step, i)
-    sizes = [image.shape[1:] for image in batch["images"]]
-    largest = gather(torch.tensor(sizes, device=device)).amax(dim=0).tolist()
-    return net(on_canvas(batch["images"], rounded_up(largest, multiple), device), sizes, targets)
+    targets = {name: send(pad_sequence([torch.from_numpy(x) for x in batch[name]], batch_first=True), device)
+               for name in ("boxes", "labels")}
+    targets["masks"] = [send(torch.from_numpy(masks), device) for masks in batch["masks"]]
+    targets["generators"] = [torch.Generator().manual_seed(hash((options.seed, step, i)))
+                             for i in batch["index"].tolist()]
+    sizes = send(torch.tensor([image.shape[1:] for image in batch["images"]]), device)
+    largest = rounded_up(gather(sizes).amax(dim=0), multiple).tolist()
+    return net(on_canvas(batch["images"], largest, device), sizes, targets)
 
 
 # ---- test -----------------------------------------------------------------------------------------------------------
@@ -1522,9 +1528,10 @@ def evaluate_detector(net: MaskRCNN, names: list[str], data, options: MaskRCNNOp
     for batch in each_test_image(data, transform, options, runtime, bad):
         pixels, (height, width), i, truth = (batch[key][0] for key in ("images", "full_size", "index", "truth"))
         h, w = pixels.shape[1:]
-        canvas = on_canvas([pixels], rounded_up((h, w), net.strides[3]), runtime.device)
+        sizes = torch.tensor([(h, w)])
+        canvas = on_canvas([pixels], rounded_up(sizes[0], net.strides[3]).tolist(), runtime.device)
         with runtime.autocast():
-            objects = net.detect(canvas, [(h, w)])[0]
+            objects = net.detect(canvas, sizes.to(runtime.device))
         records = as_records(objects, height / h, width / w, (height, width))
         images.append(dict(id=int(i), height=height, width=width))
         annotations += [dict(record, image_id=int(i)) for record in truth]

@@ -248,7 +248,7 @@ def operators(s: Setting) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     corner, side = 500 * torch.rand(512, 2, generator=generator), 20 + 200 * torch.rand(512, 2, generator=generator)
     boxes, scores = torch.cat([corner, corner + side], dim=1), torch.rand(512, generator=generator)
-    scores, groups = (scores * 50).round(), torch.arange(512) % 3                                # with ties
+    scores = (scores * 50).round()                                                               # with ties
     features = torch.randn(2, 8, 45, 45, generator=generator)
     rois = torch.cat([torch.arange(512)[:, None] % 2, boxes], dim=1)
 
@@ -259,9 +259,11 @@ def operators(s: Setting) -> Iterator[Row]:
         return pooled.detach(), x.grad
     for name, got, want in zip(("", ", gradient"), align(s.device), align(CPU)):
         yield at_most(f"RoIAlign{name}", relative(got, want), 1e-4)
-    kept = [dense.nms(*(x.to(device) for x in (boxes, scores)), 0.5, groups.to(device)).cpu()
-            for device in (s.device, CPU)]
+    kept = [dense.nms(boxes.to(device), scores.to(device), 0.5).cpu() for device in (s.device, CPU)]
     yield Row("NMS of 512 boxes with ties", f"{len(kept[0])} kept", "as on the CPU", torch.equal(*kept))
+    kept = [dense.suppress(boxes.view(4, 128, 4).to(device), scores.view(4, 128).to(device), 0.5).cpu()
+            for device in (s.device, CPU)]
+    yield Row("NMS in 4 sets of 128", f"{kept[0].sum()} kept", "as on the CPU", torch.equal(*kept))
     masks = torch.rand(9, 28, 28, generator=generator)
     pasted = [dense.paste_masks(masks.to(device), boxes[:9].to(device), (480, 640)).cpu() for device in (s.device, CPU)]
     yield at_most("pasted masks: share of pixels that differ", (pasted[0] != pasted[1]).double().mean().item(), 1e-4)

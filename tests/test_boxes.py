@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import dense
-from dense import box_iou, nms, paste_masks, roi_align
+from dense import box_iou, nms, paste_masks, roi_align, suppress
 
 torch.set_num_threads(1)
 PEER = "torchvision is the peer for boxes: pip install -r requirements-dev.txt"
@@ -35,10 +35,16 @@ def test_box_iou(a, b, want):
     assert got.shape == (1, 2) and got[0, 0].item() == pytest.approx(want)
 
 
-def slow_nms(boxes, scores, threshold, groups):
+def test_box_iou_of_sets():
+    a, b = random_boxes(12, 0).view(3, 4, 4), random_boxes(15, 1).view(3, 5, 4)
+    assert torch.equal(box_iou(a, b), torch.stack([box_iou(*pair) for pair in zip(a, b)]))
+    assert torch.equal(box_iou(a, b[0]), torch.stack([box_iou(some, b[0]) for some in a]))
+
+
+def slow_nms(boxes, scores, threshold):
     kept, iou = [], box_iou(boxes, boxes).tolist()
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):          # sorted() keeps the order of equals
-        if not any(iou[k][i] > threshold for k in kept if groups[k] == groups[i]):
+        if not any(iou[k][i] > threshold for k in kept):
             kept.append(i)
     return kept
 
@@ -54,11 +60,20 @@ def slow_nms(boxes, scores, threshold, groups):
 ])
 def test_nms_against_a_loop(n, threshold, block, monkeypatch):
     monkeypatch.setattr(dense, "NMS_BLOCK", block)
-    boxes, groups = random_boxes(n, seed=n, dtype=torch.float64), torch.arange(n) % 3
-    scores = (torch.rand(n, generator=torch.Generator().manual_seed(1)) * 20).round()                    # many ties
-    assert nms(boxes, scores, threshold).tolist() == slow_nms(boxes, scores.tolist(), threshold, [0] * n)
-    assert nms(boxes, scores, threshold, groups).tolist() == slow_nms(boxes, scores.tolist(), threshold,
-                                                                              groups.tolist())
+    boxes = random_boxes(3 * n, seed=n, dtype=torch.float64).view(3, n, 4)
+    scores = (torch.rand(3, n, generator=torch.Generator().manual_seed(1)) * 20).round()                 # many ties
+    wanted = [slow_nms(some, score.tolist(), threshold) for some, score in zip(boxes, scores)]
+    assert nms(boxes[0], scores[0], threshold).tolist() == wanted[0]
+    assert [kept.nonzero()[:, 0].tolist() for kept in suppress(boxes, scores, threshold)] == list(map(sorted, wanted))
+
+
+def test_what_fills_up_a_set_neither_is_kept_nor_strikes_out():
+    boxes, scores = random_boxes(100, seed=5).view(2, 50, 4), torch.rand(2, 50)
+    scores[0, ::2] = scores[1, 1:] = -math.inf
+    kept = suppress(boxes, scores, 0.3)
+    assert kept[1].tolist() == [True] + 49 * [False] and not kept[0, ::2].any()
+    assert torch.equal(kept[0, 1::2], suppress(boxes[:1, 1::2], scores[:1, 1::2], 0.3)[0])
+    assert not suppress(boxes, torch.full_like(scores, -math.inf), 0.3).any()
 
 
 @pytest.mark.parametrize("width, threshold, dtype, kept", [
@@ -84,10 +99,10 @@ def test_nms_equals_torchvision(kind, threshold):
     if kind == "integers":
         boxes = (boxes / 10).round()
     scores = (torch.rand(len(boxes), generator=generator) * 500).round() / 500
-    groups = torch.randint(5, (len(boxes),), generator=generator)
     assert torch.equal(nms(boxes, scores, threshold), ops.nms(boxes, scores, threshold))
-    got, want = nms(boxes, scores, threshold, groups), ops.batched_nms(boxes, scores, groups, threshold)
-    assert torch.equal(got.sort().values, want.sort().values)              # torchvision leaves the order of equals open
+    groups, sets = torch.arange(5).repeat_interleave(len(boxes) // 5), (5, -1)
+    got = suppress(boxes.view(*sets, 4), scores.view(sets), threshold).flatten().nonzero()[:, 0]
+    assert torch.equal(got, ops.batched_nms(boxes, scores, groups, threshold).sort().values)
 
 
 ROIS = [       # image, x1, y1, x2, y2 on images of 96 x 80, whose maps have stride 8
@@ -125,7 +140,7 @@ def slow_roi_align(features, box, out, scale, ratio):
 
 @pytest.mark.parametrize("out, ratio", [((3, 2), 0), ((3, 2), 2), ((1, 1), 0), ((1, 1), 3)])
 def test_roi_align_against_a_loop(out, ratio, monkeypatch):
-    monkeypatch.setattr(dense, "ALIGNED_BOXES", 1)
+    monkeypatch.setattr(dense, "ALIGNED_BOXES", 4)
     features = torch.randn(2, 3, 10, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got = roi_align(features, torch.tensor(ROIS, dtype=torch.float64), out, 1 / 8, ratio)
     want = torch.stack([slow_roi_align(features, box, out, 1 / 8, ratio) for box in ROIS])
@@ -137,6 +152,16 @@ def test_roi_align_of_a_ramp_reads_the_centers_of_its_bins():
     got = roi_align(x, torch.tensor([[0, 16.0, 16.0, 112.0, 48.0]]), (2, 4), 1 / 8)
     want = torch.tensor([3.5, 6.5, 9.5, 12.5]) - 0.5                       # columns 2 to 14, less half a pixel
     torch.testing.assert_close(got[0, 0], want.expand(2, 4))
+
+
+def test_roi_align_of_maps_of_different_sizes():
+    maps = [torch.randn(3, *size, generator=torch.Generator().manual_seed(0)) for size in ((10, 12), (5, 6), (1, 3))]
+    boxes = torch.tensor(ROIS)
+    boxes[:, 0] = torch.arange(len(boxes)) % 3
+    scale = torch.tensor([1 / 8, 1 / 16, 1 / 32])[boxes[:, 0].long(), None]
+    want = torch.cat([roi_align(maps[int(box[0])][None], torch.cat([torch.zeros(1), box[1:]])[None], 4, one.item())
+                      for box, one in zip(boxes, scale)])
+    torch.testing.assert_close(roi_align(maps, boxes, 4, scale), want)
 
 
 def test_roi_align_gradient_is_that_of_finite_differences():

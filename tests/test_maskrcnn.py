@@ -16,7 +16,9 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import dense
@@ -72,13 +74,13 @@ def test_anchors_are_torchvisions():
 def test_box_coding_by_hand(box, anchor, want):
     box, anchor = torch.tensor([box], dtype=torch.float64), torch.tensor([anchor], dtype=torch.float64)
     assert encode_boxes(box, anchor)[0].tolist() == pytest.approx(want)
-    scaled = encode_boxes(box, anchor, (0.1, 0.1, 0.2, 0.2))[0].tolist()
+    scaled = encode_boxes(box, anchor, (0.1, 0.2))[0].tolist()
     assert scaled == pytest.approx([w / s for w, s in zip(want, (0.1, 0.1, 0.2, 0.2))])
 
 
 def test_box_coding_there_and_back():
     boxes, anchors = random_boxes(200, 0), random_boxes(200, 1)
-    for scale in ((1, 1, 1, 1), dense.BOX_SCALE):
+    for scale in ((1, 1), dense.BOX_SCALE):
         torch.testing.assert_close(decode_boxes(encode_boxes(boxes, anchors, scale), anchors, scale), boxes,
                                    atol=1e-3, rtol=1e-4)
     limited = decode_boxes(torch.tensor([[0.0, 0.0, 99.0, -99.0]]), torch.tensor([[0.0, 0.0, 16.0, 16.0]]))
@@ -97,8 +99,9 @@ def test_box_coding_is_torchvisions():
 
 def test_clipping():
     boxes = torch.tensor([[-5.0, 2, 10, 50], [-9, -9, -1, 5], [3, 3, 3, 8], [math.nan] * 4])
-    clipped, is_left = dense.clip_boxes(boxes, 20, 30)
-    assert clipped[0].tolist() == [0, 2, 10, 20] and is_left.tolist() == [True, False, False, False]
+    clipped, is_left = dense.clip_boxes(boxes.expand(2, 4, 4), torch.tensor([[20, 30], [99, 99]]))
+    assert clipped[:, 0].tolist() == [[0, 2, 10, 20], [0, 2, 10, 50]]
+    assert is_left.tolist() == 2 * [[True, False, False, False]]
 
 
 # ---- which box is to find what ---------------------------------------------------------------------------------------
@@ -121,14 +124,17 @@ def slow_assign(iou, positive, negative, low_quality):
     (0, 9, 0.7, 0.3, 0.3),              # an image without objects: nothing to find
     (1, 50, 0.7, 0.3, 0.3),             # the RPN's rule
     (7, 400, 0.7, 0.3, 0.3),
-    (40, 300, 0.7, 0.3, 0.0),           # many objects that ask for the same anchors
+    (40, 300, 0.7, 0.3, 0.01),          # many objects that ask for the same anchors
     (7, 400, 0.5, 0.5, math.inf),       # the heads' rule: nothing in between
     (7, 400, 0.5, 0.5, 0.5),
 ])
 def test_assign_against_a_loop(G, A, positive, negative, low_quality):
     noise = torch.rand(G, A, generator=torch.Generator().manual_seed(A), dtype=torch.float64)
     iou = (noise ** 2 * 20).round() / 20                                # many ties, and the thresholds themselves
-    assert assign(iou, positive, negative, low_quality).tolist() == slow_assign(iou, positive, negative, low_quality)
+    want = slow_assign(iou, positive, negative, low_quality)
+    assert assign(iou, positive, negative, low_quality).tolist() == want
+    filled_up = torch.stack([torch.cat([iou, torch.zeros(3, A)])] * 2)                # two images, with room for objects
+    assert assign(filled_up, positive, negative, low_quality).tolist() == [want, want]
 
 
 def test_every_object_gets_an_anchor():
@@ -147,26 +153,38 @@ def test_every_object_gets_an_anchor():
     (0, 0, 64, 0.5, (0, 0)),
 ])
 def test_sampling(positives, negatives, count, share, want):
-    assigned = torch.full((positives + negatives + 20,), UNUSED)
-    order = torch.randperm(len(assigned), generator=torch.Generator().manual_seed(1))
-    assigned[order[:positives]], assigned[order[positives:positives + negatives]] = 3, NEGATIVE
-    torch.manual_seed(0)
-    some, others = draw_boxes(assigned, count, share)
-    assert (len(some), len(others)) == want
-    assert (assigned[some] == 3).all() and (assigned[others] == NEGATIVE).all()
-    assert len(set(some.tolist() + others.tolist())) == sum(want), "none twice"
-    torch.manual_seed(0)
-    again = draw_boxes(assigned, count, share)
-    assert torch.equal(some, again[0]) and torch.equal(others, again[1]), "a function of the seed"
+    assigned = torch.full((2, positives + negatives + 20), UNUSED)
+    order = torch.randperm(assigned.shape[1], generator=torch.Generator().manual_seed(1))
+    assigned[0, order[:positives]], assigned[0, order[positives:positives + negatives]] = 3, NEGATIVE
+    assigned[1, 2], assigned[1, 3:5] = 1, NEGATIVE                      # an image beside it, of which all are drawn
+
+    def draw():
+        return draw_boxes(assigned, [torch.Generator().manual_seed(seed) for seed in (0, 1)], count, share)
+    image, index, owner = draw()
+    found, others = index[:len(owner)][image[:len(owner)] == 0], index[len(owner):][image[len(owner):] == 0]
+    assert (len(found), len(others)) == want and sorted(index[image == 1].tolist()) == [2, 3, 4]
+    assert owner.tolist() == [3] * len(found) + [1]
+    assert (assigned[0, found] == 3).all() and (assigned[0, others] == NEGATIVE).all()
+    assert len(set(found.tolist() + others.tolist())) == sum(want), "none twice"
+    assert all(torch.equal(*pair) for pair in zip(draw(), (image, index, owner))), "a function of the seed"
+
+
+def test_each_is_drawn_as_often():
+    assigned, drawn = torch.tensor([[0] * 4 + [NEGATIVE] * 6 + [UNUSED]]), torch.zeros(11)
+    for seed in range(2000):
+        _, index, _ = draw_boxes(assigned, [torch.Generator().manual_seed(seed)], 5, 0.4)
+        drawn[index] += 1 / 2000
+    torch.testing.assert_close(drawn, torch.tensor([2 / 4] * 4 + [3 / 6] * 6 + [0.0]), atol=0.05, rtol=0)
 
 
 def test_draw_rois_adds_the_true_boxes():
-    true_boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 70]])
-    proposals = torch.tensor([[0.0, 0, 10, 6], [90, 0, 99, 9]])
-    boxes, owner = dense.draw_rois(proposals, true_boxes, 100)
-    found = sorted(zip(owner.tolist(), boxes.tolist()))
-    assert found == [(0, [0, 0, 10, 6]), (0, [0, 0, 10, 10]), (1, [50, 50, 60, 70])]
-    assert boxes[3:].tolist() == [[90, 0, 99, 9]]
+    true_boxes = torch.tensor([[[0.0, 0, 10, 10], [50, 50, 60, 70]], [[0, 0, 5, 5], [0, 0, 0, 0]]])
+    proposals = torch.tensor([[[0.0, 0, 10, 6], [90, 0, 99, 9]], [[30, 30, 40, 40], [0, 0, 0, 0]]])
+    targets = dict(boxes=true_boxes, generators=[None, None])
+    image, boxes, owner = dense.draw_rois(proposals, targets, 100)
+    found = sorted(zip(image.tolist(), owner.tolist(), boxes.tolist()))
+    assert found == [(0, 0, [0, 0, 10, 6]), (0, 0, [0, 0, 10, 10]), (0, 1, [50, 50, 60, 70]), (1, 0, [0, 0, 5, 5])]
+    assert list(zip(image.tolist(), boxes.tolist()))[4:] == [(0, [90, 0, 99, 9]), (1, [30, 30, 40, 40])]
 
 
 @pytest.mark.parametrize("width, height, level", [
@@ -186,11 +204,11 @@ def test_levels_are_torchvisions():
 
 
 def test_mask_targets_of_squares():
-    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
-    masks[0, 10:38, 20:48] = True
-    masks[1, 0:32] = True
+    masks = [torch.zeros(1, 64, 64, dtype=torch.bool), torch.zeros(2, 64, 56, dtype=torch.bool)]     # of two images
+    masks[0][0, 10:38, 20:48] = True
+    masks[1][1, 0:32] = True
     boxes = torch.tensor([[20.0, 10, 48, 38], [6, 10, 62, 38], [0, 0, 56, 64], [20, 10, 48, 38]])
-    targets = dense.mask_targets(masks, torch.tensor([0, 0, 1, 1]), boxes)
+    targets = dense.mask_targets(masks, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]), boxes)
     assert targets.shape == (4, 28, 28) and targets.unique().tolist() == [0, 1]
     assert targets[0].all(), "the box of the square: all of it"
     want = torch.zeros(28, 28)
@@ -213,16 +231,16 @@ def small_net(n_classes: int = 3, **more) -> dense.MaskRCNN:
     return dense.MaskRCNN(VisionTransformer(32, 8, 32, 3, 2), n_classes, small_options(**more))
 
 
-def targets_of(*images: list[tuple]) -> list[dict]:
+def targets_of(*images: list[tuple]) -> dict:
     """[(x1, y1, x2, y2, label), ...] of each image of 64 x 64 -> targets, with masks that fill the boxes."""
-    targets = []
-    for things in images:
-        masks = torch.zeros(len(things), 64, 64, dtype=torch.bool)
-        for mask, (x1, y1, x2, y2, _) in zip(masks, things):
+    masks = [torch.zeros(len(things), 64, 64, dtype=torch.bool) for things in images]
+    for things, some in zip(images, masks):
+        for mask, (x1, y1, x2, y2, _) in zip(some, things):
             mask[y1:y2, x1:x2] = True
-        boxes = torch.tensor([thing[:4] for thing in things], dtype=torch.float32).reshape(-1, 4)
-        targets.append(dict(boxes=boxes, masks=masks, labels=torch.tensor([t[4] for t in things], dtype=torch.long)))
-    return targets
+    boxes = [torch.tensor([thing[:4] for thing in things], dtype=torch.float32).reshape(-1, 4) for things in images]
+    labels = [torch.tensor([thing[4] for thing in things], dtype=torch.long) for things in images]
+    return dict(boxes=pad_sequence(boxes, batch_first=True), labels=pad_sequence(labels, batch_first=True), masks=masks,
+                generators=[None] * len(images))
 
 
 @torch.no_grad()
@@ -271,8 +289,7 @@ def test_boxes_are_read_from_their_level_in_order():
     net, maps = small_net(), [torch.full((2, 1, 64 // s, 64 // s), float(s)) for s in (2, 4, 8, 16, 32)]
     maps = [x + 100 * torch.arange(2.0)[:, None, None, None] for x in maps]                 # and from their image
     large, small = [0.0, 0.0, 60.0, 60.0], [0.0, 0.0, 9.0, 9.0]
-    boxes = [torch.tensor([large, small]), torch.tensor([small, large, small])]
-    pooled = net.pool(maps, boxes, 7)
+    pooled = net.pool(maps, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([large, small, small, large, small]), 7)
     want = torch.tensor([4.0, 2, 102, 104, 102])
     torch.testing.assert_close(pooled, want[:, None, None, None].expand(5, 1, 7, 7))
 
@@ -284,7 +301,7 @@ def test_proposals():
     scores = [torch.randn(2, len(a), generator=generator) for a in anchors]
     deltas = [0.3 * torch.randn(2, len(a), 4, generator=generator) for a in anchors]
     sizes = [(64, 64), (40, 50)]
-    for image, proposals in enumerate(net.propose(scores, deltas, anchors, sizes, before=60, keep=25)):
+    for image, proposals in enumerate(net.propose(scores, deltas, anchors, torch.tensor(sizes), before=60, keep=99)):
         (H, W), kept = map(float, sizes[image]), []
         for score, delta, anchor in zip(scores, deltas, anchors):
             candidates = []
@@ -296,8 +313,10 @@ def test_proposals():
                     if not (dense.box_iou(torch.tensor([box]), others) > 0.7).any():
                         candidates.append((score[image, i].item(), box))
             kept += candidates
-        want = torch.tensor([box for _, box in sorted(kept, reverse=True)[:25]])
-        torch.testing.assert_close(proposals, want)
+        want = torch.tensor([box for _, box in sorted(kept, reverse=True)])
+        torch.testing.assert_close(proposals, F.pad(want, (0, 0, 0, 99 - len(want))))
+    fewer = net.propose(scores, deltas, anchors, torch.tensor(sizes), before=60, keep=25)
+    assert torch.equal(fewer[1], proposals[:25]) and fewer[1].any(dim=1).all()
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -306,23 +325,24 @@ def test_proposal_losses_by_a_loop():
     anchors, generator = make_anchors(4, 4, 4), torch.Generator().manual_seed(0)
     targets = targets_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)], [])
     scores, deltas = torch.randn(2, 48, generator=generator), torch.randn(2, 48, 4, generator=generator)
-    losses = dense.proposal_losses(scores, deltas, anchors, targets, [(64, 64)] * 2, count=1000)  # all are drawn
+    areas = torch.tensor([(64, 64)] * 2)
+    losses = dense.proposal_losses(scores, deltas, anchors, targets, areas, count=1000)           # all are drawn
     score_loss, box_loss, n = 0.0, 0.0, 0
-    for b, target in enumerate(targets):
-        for a, owner in enumerate(slow_assign(dense.box_iou(target["boxes"], anchors), 0.7, 0.3, 0.3)):
+    for b, true_boxes in enumerate((targets["boxes"][0], targets["boxes"][1, :0])):
+        for a, owner in enumerate(slow_assign(dense.box_iou(true_boxes, anchors), 0.7, 0.3, 0.3)):
             if owner != UNUSED:
                 p = scores[b, a].sigmoid().item()
                 score_loss -= math.log(p if owner >= 0 else 1 - p)
                 n += 1
             if owner >= 0:
-                box_loss += (deltas[b, a] - encode_boxes(target["boxes"][owner], anchors[a])).abs().sum().item()
+                box_loss += (deltas[b, a] - encode_boxes(true_boxes[owner], anchors[a])).abs().sum().item()
     assert losses["rpn_score"].item() == pytest.approx(score_loss / n)
     assert losses["rpn_box"].item() == pytest.approx(box_loss / n)
 
 
 @pytest.mark.parametrize("patch_size", [8, 14, 16])
 def test_padding_takes_no_part_in_the_proposals(patch_size):
-    """Whatever the canvas, and whatever the network says of the rest of it: an image's own anchors count."""
+    """Whatever the canvas, and whatever the network says of the rest of it: an image's own anchors count, all drawn."""
     generator, multiple, losses = torch.Generator().manual_seed(0), 2 * patch_size, []
     whole, area = 4 * multiple, (2 * multiple, 3 * multiple)
     targets = targets_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)])
@@ -334,9 +354,8 @@ def test_padding_takes_no_part_in_the_proposals(patch_size):
             anchors.append(make_anchors(rows, columns, stride))
             scores.append(score[:rows, :columns, None].expand(-1, -1, 3).flatten())
             deltas.append(torch.stack(delta, dim=2)[:rows, :columns, None].expand(-1, -1, 3, -1).flatten(0, 2))
-        targets[0]["generator"] = torch.Generator().manual_seed(0)
         found = dense.proposal_losses(torch.cat(scores)[None], torch.cat(deltas)[None], torch.cat(anchors), targets,
-                                      [area], count=256)
+                                      torch.tensor([area]), count=99_999)
         losses.append(torch.stack([found["rpn_score"], found["rpn_box"]]))
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(losses[2], losses[0])
@@ -355,7 +374,8 @@ def test_levels_and_anchors_of_patches_of_14_pixels():
 def test_losses_at_the_start(n_classes):
     """Nothing is known: a coin for something or nothing and for each pixel of a mask, C + 1 faces for the class."""
     net = small_net(n_classes).train()
-    losses = net(torch.randn(2, 3, 64, 64), [(64, 64)] * 2, targets_of([(8, 8, 40, 40, 0)], [(20, 10, 50, 60, 2)]))
+    targets = targets_of([(8, 8, 40, 40, 0)], [(20, 10, 50, 60, 2)])
+    losses = net(torch.randn(2, 3, 64, 64), torch.tensor([(64, 64)] * 2), targets)
     want = dict(rpn_score=math.log(2), label=math.log(n_classes + 1), mask=math.log(2))
     for name, value in want.items():
         assert losses[name].item() == pytest.approx(value, rel=0.15), name
@@ -373,7 +393,7 @@ def test_losses_at_the_start(n_classes):
 def test_hostile_targets(targets, bf16):
     net = small_net(roi_samples=16).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        losses = net(torch.randn(2, 3, 64, 64), [(64, 64), (50, 64)], targets)
+        losses = net(torch.randn(2, 3, 64, 64), torch.tensor([(64, 64), (50, 64)]), targets)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     for name, parameter in net.named_parameters():                  # DDP waits for all of them
@@ -383,10 +403,10 @@ def test_hostile_targets(targets, bf16):
 @torch.no_grad()
 def test_nothing_found():
     net = small_net(score_threshold=1.0).eval()
-    for found in net.detect(torch.randn(2, 3, 64, 64), [(64, 64), (50, 64)]):
-        assert {key: tuple(value.shape) for key, value in found.items()} == dict(
-            boxes=(0, 4), labels=(0,), scores=(0,), masks=(0, 28, 28))
-        assert dense.as_records(found, 2.0, 2.0, (128, 128)) == []
+    found = net.detect(torch.randn(1, 3, 64, 64), torch.tensor([(50, 64)]))
+    assert {key: tuple(value.shape) for key, value in found.items()} == dict(
+        boxes=(0, 4), labels=(0,), scores=(0,), masks=(0, 28, 28))
+    assert dense.as_records(found, 2.0, 2.0, (128, 128)) == []
 
 
 @pytest.mark.slow
@@ -397,7 +417,7 @@ def test_overfits_two_images():
     for image, some in zip(images, things):
         for x1, y1, x2, y2, label in some:
             image[label, y1:y2, x1:x2] = 2
-    net, targets, sizes = small_net(drop_path=0.0).train(), targets_of(*things), [(64, 64)] * 2
+    net, targets, sizes = small_net(drop_path=0.0).train(), targets_of(*things), torch.tensor([(64, 64)] * 2)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     for step in range(150):
         optimizer.param_groups[0]["lr"] = 3e-3 * dense.step_schedule(step, 150, 5)
@@ -405,9 +425,11 @@ def test_overfits_two_images():
         sum(net(images, sizes, targets).values()).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimizer.step()
-    for found, some, target in zip(net.eval().detect(images, sizes), things, targets):
+    net.eval()
+    for k, some in enumerate(things):
+        found, n = net.detect(images[k:k + 1], sizes[k:k + 1]), len(some)
         assert sorted(found["labels"][:len(some)].tolist()) == [thing[4] for thing in some] and found["scores"][0] > 0.6
-        for label, box, mask in zip(*(target[key] for key in ("labels", "boxes", "masks"))):
+        for label, box, mask in zip(*(targets[key][k][:n] for key in ("labels", "boxes", "masks"))):
             i = (found["labels"] == label).nonzero()[0, 0]                      # the best of this class
             assert dense.box_iou(found["boxes"][i][None], box[None]).item() > 0.7
             pasted = dense.paste_masks(found["masks"][i][None], found["boxes"][i][None], (64, 64))[0]
@@ -420,7 +442,7 @@ def joined_batch(rank: int, world: int):
     things = [(6, 8, 30, 34, 0), (34, 20, 60, 60, 1)], [(10, 30, 38, 56, 2)], [], []
     sizes, rng = [(64, 64), (60, 40), (40, 90), (50, 50)], RNG(1)
     images = [rng.integers(0, 256, (3, *size), dtype=np.uint8) for size in sizes]
-    boxes, labels, masks = ([target[key].numpy() for target in targets_of(*things)]
+    boxes, labels, masks = ([x[:len(some)].numpy() for x, some in zip(targets_of(*things)[key], things)]
                             for key in ("boxes", "labels", "masks"))
     masks = [np.pad(mask, ((0, 0), (0, 0), (0, 30)))[:, :h, :w] for mask, (h, w) in zip(masks, sizes)]
     rows = slice(4 // world * rank, 4 // world * (rank + 1))
@@ -510,7 +532,7 @@ def test_what_is_trained_on(boxes, crowd, label_of, want):
 
 def test_images_share_a_canvas():
     images = [np.full((3, h, w), k, dtype=np.uint8) for k, (h, w) in enumerate([(20, 33), (31, 16)])]
-    assert dense.rounded_up((31, 33), 16) == [32, 48] and dense.rounded_up((32, 1), 16) == [32, 16]
+    assert dense.rounded_up(torch.tensor([(31, 33), (32, 1)]), 16).tolist() == [[32, 48], [32, 16]]
     canvas = dense.on_canvas(images, [32, 48], "cpu")
     torch.testing.assert_close(canvas[1, :, :31, :16], data.normalize(torch.from_numpy(images[1])[None])[0])
     assert canvas.shape == (2, 3, 32, 48) and canvas[1, :, :, 16:].abs().max() < 0.02, "padding is about 0 to the model"
@@ -823,16 +845,17 @@ class Oracle:
         self.photos, self.label_of, self.next = photos, label_of, itertools.count()
 
     def detect(self, images, sizes):
-        sample, (h, w) = self.photos.read(next(self.next)), sizes[0]
+        sample, (h, w) = self.photos.read(next(self.next)), sizes[0].tolist()
         W, H = sample.image.size
         assert images.shape[2] % 16 == images.shape[3] % 16 == 0
         things = [thing for thing in sample.objects if not thing["crowd"]]
         boxes = torch.tensor([thing["box"] for thing in things], dtype=torch.float32).reshape(-1, 4)
         masks = torch.stack([torch.from_numpy(dense.decode_mask(thing["mask"], H, W)) for thing in things]
                             ) if things else torch.zeros(0, H, W)
-        return [dict(boxes=boxes * torch.tensor([w / W, h / H] * 2), scores=torch.linspace(0.9, 0.8, len(things)),
+        owner = torch.arange(len(things))
+        return dict(boxes=boxes * torch.tensor([w / W, h / H] * 2), scores=torch.linspace(0.9, 0.8, len(things)),
                      labels=torch.tensor([self.label_of[t["category"]] for t in things], dtype=torch.long),
-                     masks=dense.mask_targets(masks, torch.arange(len(things)), boxes))]
+                     masks=dense.mask_targets([masks], 0 * owner, owner, boxes))
 
 
 @pytest.mark.parametrize("names, unknown", [
@@ -1005,8 +1028,8 @@ boxes[:, 2:] = boxes[:, :2] + 150
 masks = torch.zeros(20, 800, 1333, dtype=torch.bool)
 masks[:, 100:400, 100:400] = True
 started = time.time()
-target = dict(boxes=boxes, labels=torch.arange(20), masks=masks)
-losses = net(torch.randn(1, 3, 800, 1344), [(800, 1333)], [target])
+targets = dict(boxes=boxes[None], labels=torch.arange(20)[None], masks=[masks], generators=[None])
+losses = net(torch.randn(1, 3, 800, 1344), torch.tensor([(800, 1333)]), targets)
 sum(losses.values()).backward()
 optimizer.step()
 assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
