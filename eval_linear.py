@@ -105,6 +105,8 @@ def recipe(options: Options, records: int) -> tuple[int, float]:
     """
     few = records < FEW
     batch_size = options.batch_size or (max(2, min(512, records // 8)) if few else 16384)
+    if batch_size < 2:
+        raise UserError("--batch-size 1: the head's batch norm compares images, and wants 2 or more")
     if batch_size > records:
         raise UserError(f"{records} training records are fewer than a batch of {batch_size}: choose a --batch-size")
     return batch_size, options.lr * (1 if few else batch_size / 16384)

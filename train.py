@@ -1216,8 +1216,8 @@ def plan(o: TrainOptions):
     print(f"a step         {seconds:.3f} s = FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g}, "
           f"assumed)")
     needed, made = o.batch_size / seconds / o.gpus, VIEWED.get(o.method, LOADED)
-    print(f"loader         {needed:,.0f} images a second for each GPU: {math.ceil(needed / made)} cores, at {made} images "
-          f"of 256 px a second and core")
+    print(f"loader         {needed:,.0f} images a second for each GPU: {math.ceil(needed / made)} cores, at {made} "
+          f"images of 256 px a second and core")
     print(f"time           {steps * seconds / 3600:.1f} hours, {steps * seconds / 3600 * o.gpus:.0f} GPU hours")
     if sum(gb.values()) > 0.9 * memory:
         print(f"note: this does not fit {o.gpu}: give --accumulate {o.accumulate * 2} or more --gpus")
