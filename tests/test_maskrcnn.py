@@ -131,7 +131,7 @@ def test_assign_against_a_loop(G, A, positive, negative, low_quality):
     iou = (noise ** 2 * 20).round() / 20                                # many ties, and the thresholds themselves
     want = slow_assign(iou, positive, negative, low_quality)
     assert assign(iou, positive, negative, low_quality).tolist() == want
-    filled_up = torch.stack([torch.cat([iou, torch.zeros(3, A)])] * 2)                # two images, with room for objects
+    filled_up = torch.stack([torch.cat([iou, torch.zeros(3, A)])] * 2)      # two images, with room for objects
     assert assign(filled_up, positive, negative, low_quality).tolist() == [want, want]
 
 
