@@ -1063,8 +1063,17 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, n)).permutation(n)
 
 
-def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, world: int) -> Iterator[list[tuple]]:
-    """For each step the keys of this process's share of the global batch.
+def group(order: np.ndarray, groups: np.ndarray, batch_size: int, seed: tuple) -> np.ndarray:
+    """The same records, so that all but the last of the batches cut from them hold records of one group (n,) each."""
+    parts = [order[groups[order] == one] for one in np.unique(groups)]
+    whole = [part[:len(part) // batch_size * batch_size].reshape(-1, batch_size) for part in parts]
+    rest = [part[len(part) // batch_size * batch_size:] for part in parts]
+    return np.concatenate([np.random.default_rng(seed).permutation(np.concatenate(whole)).ravel(), *rest])
+
+
+def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, world: int,
+                  groups: np.ndarray | None = None) -> Iterator[list[tuple]]:
+    """For each step the keys of this process's share of the global batch; of records of one of the groups (n,), if any.
 
     An epoch is a permutation cut into n // batch_size global batches; process r takes the r-th slice of each, so every
     process has the same number of steps and no record comes twice in an epoch.  What the cut leaves over are the spares
@@ -1073,6 +1082,7 @@ def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, w
     per_epoch, share = n // batch_size, batch_size // world
     for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // per_epoch):
         order = epoch_order(n, seed, epoch)
+        order = order if groups is None else group(order, groups, batch_size, (seed, epoch))
         spares = order[per_epoch * batch_size:] if n % batch_size else order
         for step in steps_of_epoch:
             start = step % per_epoch * batch_size + rank * share
@@ -1124,7 +1134,7 @@ def leave_signals_to_parent(worker):
 def train_loader(data, transform, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1,
                  workers: int = 0, collate=collate):
     """An iterator over the batches of `steps`; batch_size is global, each batch holds this process's share of it."""
-    batches = train_batches(len(data), batch_size, seed, steps, rank, world)
+    batches = train_batches(len(data), batch_size, seed, steps, rank, world, getattr(data, "groups", None))
     return DataLoader(Records(data, transform, seed), batches, workers, collate)
 
 
@@ -1914,6 +1924,8 @@ class CocoInstances(ImageFiles):
                 sum(names[i] != name for i, (name,) in categories.items())})
         self.image_ids = np.array(kept, dtype=object)                                   # (n,), as the file has them
         self.sizes = np.array([images[i][1:] for i in kept])                            # (n, 2)
+        # as in mmdetection batches are of wide images or of high ones, which share a canvas with little padding
+        self.groups = self.sizes[:, 0] > self.sizes[:, 1]                               # (n,)
         self.source = path
 
     def read(self, i: int) -> Sample:

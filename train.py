@@ -42,9 +42,9 @@ from torch.nn.parallel import DistributedDataParallel
 import data as data_module
 from data import BytePairTokenizer, UserError, run, say
 from losses import LOGIT_ROWS, mean_over_processes, patchify, similarity
-from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, Teacher, build, costs, initialize, load_checkpoint,
-                   load_state, mask_words, momentum_at, opt, preset_for, random_mask, read_merges, save_atomically,
-                   save_checkpoint, take)
+from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, SyncBatchNorm, Teacher, build, costs, initialize,
+                   load_checkpoint, load_state, mask_words, momentum_at, opt, preset_for, random_mask, read_merges,
+                   save_atomically, save_checkpoint, take)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +234,8 @@ def train(o: TrainOptions):
     steps_per_epoch, total, warmup = length_of(o, len(data))
 
     core = build(o, tokenizer.eot)
+    if runtime.share(o.batch_size) < 2 * o.accumulate and any(isinstance(x, SyncBatchNorm) for x in core.modules()):
+        raise UserError(f"--batch-size {o.batch_size}: the batch norms of {o.method} want 2 pairs or more at a time")
     start = find_resumable(o, out)
     start.use(data, vocabulary=tokenizer.state())
     if start.state is None and o.init != "mae":

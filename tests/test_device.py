@@ -385,8 +385,7 @@ SCRIPTS = [
     (dense, ["words", "--data", "shapes:val=4", "--samples", 2], None),
     (dense, ["upernet", "--data", "shapes:train=6,val=2", *FEW_STEPS, "--channels", 16, "--aux-channels", 8], 1),
     # the largest image of all processes; what is drawn, two kinds for the RPN and two for the heads; NMS, how many
-    # boxes
-    # and which; RoIAlign, for boxes, masks and true masks; and the look at whether all is finite: whatever the batch
+    # boxes and which; RoIAlign, for boxes, masks and true masks; and whether all is finite: whatever the batch
     *[(dense, ["maskrcnn", "--data", "shapes:objects=2-4,train=20,val=2", *FEW_STEPS, "--batch-size", batch_size,
                "--channels", 16, "--head-width", 16, "--short-side", 64], 11) for batch_size in (1, 2, 5)],
 ]

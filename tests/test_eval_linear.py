@@ -81,7 +81,6 @@ def test_lars_state_survives_a_checkpoint_and_idle_parameters():
     (1_281_167, {"batch_size": 4096}, 4096, 1.6),        # scaled with the batch: 0.1 for each 256
     (4096, {}, 512, 6.4),                                # few records
     (78, {}, 9, 6.4),                                    # very few
-    (1, {"batch_size": 1}, 1, 6.4),
     (4096, {"batch_size": 64, "lr": 2.0}, 64, 2.0),
 ])
 def test_recipe(records, given, batch_size, lr):

@@ -24,7 +24,7 @@ import data
 import dense
 import finetune
 from conftest import ROOT, SHARED, needs_shared, on_processes
-from data import BadRecord, UserError, open_data
+from data import BadRecord, UserError, open_data, train_batches
 from dense import NEGATIVE, UNUSED, assign, decode_boxes, draw_boxes, encode_boxes, make_anchors
 from model import PRESETS, MaskCLIP, VisionTransformer
 from train import layer_decay_groups, load_state, save_checkpoint, setup
@@ -1040,3 +1040,19 @@ print(losses["label"].item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     label, peak, seconds = map(float, done.stdout.split())
     print(f"peak memory {peak:.1f} GiB, {seconds:.0f} s")
     assert abs(label - math.log(81)) < 1 and peak < 24                          # nothing is known yet
+
+
+def test_batches_are_of_wide_or_of_high_images():
+    """But for the one that takes what both leave over; alike on any number of processes, no record twice an epoch."""
+    n, B, wide = 103, 8, np.random.default_rng(0).random(103) < 0.3
+    steps = range(2 * (n // B))
+    whole = list(train_batches(n, B, 5, steps, 0, 1, wide))
+    halves = [list(train_batches(n, B, 5, steps, rank, 2, wide)) for rank in (0, 1)]
+    mixed = []
+    for epoch in (0, 1):
+        batches = whole[epoch * (n // B):(epoch + 1) * (n // B)]
+        records = [index for batch in batches for _, index, *_ in batch]
+        assert len(set(records)) == len(records) == n // B * B
+        mixed.append(sum(len({wide[index] for _, index, *_ in batch}) > 1 for batch in batches))
+    assert max(mixed) <= 1 and whole[:n // B] != whole[n // B:]
+    assert [a + b for a, b in zip(*halves)] == whole
