@@ -397,3 +397,25 @@ def test_costs_are_those_of_one_step(method, pool):
     assert everything.flops == pytest.approx(forward / 2, rel=0.02)
     assert everything.step_flops == pytest.approx(counter.get_total_flops() / 2, rel=0.05)
     assert everything.parameters == pytest.approx(sum(p.numel() for p in net.parameters()), abs=1)  # DeFILIP's scale
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_all_methods_of_a_seed_start_alike_in_what_they_share(seed):
+    """Bit for bit; another seed starts elsewhere, and parts that are alike in shape do not start alike in numbers."""
+    starts = {}
+    for method in METHODS:
+        torch.manual_seed(seed)
+        torch.rand(len(starts))                                     # what was drawn before does not matter
+        starts[method] = model.build(replace(TINY, method=method, embed_dim=TINY.token_dim), EOT).state_dict()
+    shared = [name for name in starts["clip"] if name.startswith(("visual.", "text.", "image_proj", "text_proj"))]
+    assert len(shared) > 50
+    for one in METHODS:
+        for other in METHODS:
+            both = starts[one].keys() & starts[other].keys()
+            assert set(shared) <= both
+            assert all(torch.equal(starts[one][name], starts[other][name]) for name in both), (one, other)
+    torch.manual_seed(seed + 1)
+    fresh = model.build(replace(TINY, embed_dim=TINY.token_dim), EOT).state_dict()
+    random = [name for name in shared if starts["clip"][name].ndim > 1]
+    assert not any(torch.equal(starts["clip"][name], fresh[name]) for name in random)
+    assert not torch.equal(fresh["visual.blocks.0.attn.qkv.weight"], fresh["visual.blocks.1.attn.qkv.weight"])
