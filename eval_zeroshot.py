@@ -19,6 +19,7 @@ Letters: I images, T texts, E embedding, C classes, Q queries, M candidates.
 """
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -272,8 +273,9 @@ class Job:
 def names_of_classes(job: Job, data, spec: str) -> list[str]:
     """Those of --classes, or the data's own.  UserError if they are no names, or not as many.
 
-    A file that names the folders of the classes, in lines "FOLDER<TAB>name" or by nothing but their names, may have
-    them in any order.  Else lines and classes are matched by position, and the first and last pair are told.
+    A file whose lines begin with the names of the folders of the classes may have them in any order; folders that are
+    numbers, as n01440764, name no class themselves.  Else lines and classes are matched by position, and the first and
+    last pair are told.
     """
     file = job.options.classes
     if len(data.classes) == 1:
@@ -283,9 +285,11 @@ def names_of_classes(job: Job, data, spec: str) -> list[str]:
         data_module.want_names(data, spec)
         return data.classes
     lines, folders = data_module.read_lines(file, "class names"), getattr(data, "folders", data.classes)
-    for named in (data_module.by_folder(lines), dict(zip(lines, lines))):
-        if set(folders) <= set(named):
-            return [named[folder] for folder in folders]
+    named = {line.partition("\t")[0].strip(): line for line in lines}
+    if all(re.fullmatch(r"n?\d+", folder) for folder in folders):
+        named |= data_module.by_folder(lines)
+    if set(folders) <= set(named):
+        return [named[folder] for folder in folders]
     if len(lines) != len(folders):
         raise UserError(f"{file} has {len(lines)} lines, {spec} {len(folders)} classes: want as many")
     job.say(f"classes of {spec} by their place in {file}: {folders[0]} is {lines[0]} ... {folders[-1]} is {lines[-1]}")
@@ -299,7 +303,7 @@ def classify(job: Job, spec: str) -> dict:
     classes_hash, templates_hash   the same for the same names and templates, see data.fingerprint
     metric, score                what --metric asks for
     top1, top5, mean_per_class   shares of images; color, shape besides on the Shapes world
-    per_class                    [{"class", "images", "accuracy" (None without images)}, ...]
+    per_class                    [{"index", "class", "images", "accuracy" (None without images)}, ...]
     confused                     [{"class", "taken_for", "images"}, ...], ten at most, the most frequent first
     """
     o, data = job.options, job.open(spec, "classes")
@@ -316,15 +320,15 @@ def classify(job: Job, spec: str) -> dict:
     if o.metric == "ROC AUC" and len(classes) != 2:
         raise UserError(f"--metric 'ROC AUC' is of two classes, {spec} has {len(classes)}: choose another")
     pairs = zip(label.tolist(), guess.tolist())
-    confused = Counter((names[right], names[wrong]) for right, wrong in pairs if right != wrong).most_common(10)
+    confused = Counter((right, wrong) for right, wrong in pairs if right != wrong).most_common(10)
     result = dict(
         data=spec, task="classes", images=len(label), classes=len(classes), templates=len(templates),
         classes_hash=fingerprint(classes), templates_hash=fingerprint(templates), bad=len(found["bad"]),
         unlabelled=(~known).sum().item(), metric=o.metric, score=suite_score(o.metric, scores, label),
         top1=top_k(scores, label, 1), top5=top_k(scores, label, 5), mean_per_class=accuracy.nanmean().item(),
-        per_class=[{"class": name, "images": n, "accuracy": hits if n else None}
-                   for name, n, hits in zip(names, counts.sum(dim=1).tolist(), accuracy.tolist())],
-        confused=[{"class": right, "taken_for": wrong, "images": n} for (right, wrong), n in confused])
+        per_class=[{"index": i, "class": name, "images": n, "accuracy": hits if n else None}
+                   for i, (name, n, hits) in enumerate(zip(names, counts.sum(dim=1).tolist(), accuracy.tolist()))],
+        confused=[{"class": names[right], "taken_for": names[wrong], "images": n} for (right, wrong), n in confused])
     if data.classes == data_module.ShapesWorld.classes:
         n = len(data_module.SHAPES)
         result["color"] = share(guess // n == label // n)

@@ -21,6 +21,7 @@ from data import ICINW, TEMPLATES_7, TEMPLATES_80, TEMPLATES_85, BytePairTokeniz
 from eval_zeroshot import (average_precision_11, class_accuracy, confusion, embed_classes, encode_texts, exact, main,
                            ranks, recall_at_k, recall_in_chunks, roc_auc, similarity, suite_score, top_k)
 from model import PRESETS, MaskCLIP
+from test_formats import make_tar
 from train import Runtime, TrainOptions, save_checkpoint
 
 ALONE = Runtime(rank=0, world=1, device=torch.device("cpu"), precision="fp32", workers=0)
@@ -280,6 +281,57 @@ def test_folder_with_own_names_and_a_corrupt_image(checkpoint, tmp_path, capsys)
                           ("mean of top-1 and top-5", lambda r: (r["top1"] + r["top5"]) / 2)):
         assert scores[metric]["score"] == pytest.approx(value(scores[metric])) and scores[metric]["metric"] == metric
     assert "score: mean per class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folders, lines, names, said", [
+    (range(12), range(100, 112), [str(100 + i) for i in range(12)], "0 is 100 ... 11 is 111"),      # 2 before 10
+    (range(12), [f"{i}\tname {i}" for i in reversed(range(12))], [f"name {i}" for i in range(12)], ""),
+    (["n02", "n01"], ["n02\towl", "n01\tcat", "n03\tdog"], ["cat", "owl"], ""),
+    (["owl", "cat"], ["owl\teagle owl", "cat"], ["cat", "owl\teagle owl"], ""),                     # more names of one
+    (["1", "10", "2"], ["1", "10", "2"], ["1", "2", "10"], ""),                                     # as text sorts them
+    (["x", "y"], ["cat", "dog"], ["cat", "dog"], "x is cat ... y is dog"),
+])
+def test_names_belong_to_their_folders(folders, lines, names, said, checkpoint, tmp_path, capsys):
+    for i, folder in enumerate(folders):
+        write_images(tmp_path / "zoo" / str(folder), 1, seed=i)
+    (tmp_path / "names.txt").write_text("\n".join(map(str, lines)))
+    result, = evaluated(checkpoint[0], "--data", f"folder:{tmp_path / 'zoo'}", "--classes", tmp_path / "names.txt",
+                        tmp_path=tmp_path)
+    assert [(c["index"], c["class"]) for c in result["per_class"]] == [
+        (i, name.split("\t")[0]) for i, name in enumerate(names)]
+    assert result["classes_hash"] == data.fingerprint(names) and (said in capsys.readouterr().out)
+
+
+def test_two_classes_of_one_name_stay_two(checkpoint, tmp_path):
+    for i, folder in enumerate(("n1", "n2", "n3")):                                 # as ImageNet's two cranes
+        write_images(tmp_path / "zoo" / folder, 2, seed=i)
+    (tmp_path / "zoo" / "classnames.txt").write_text("n1\tcrane\nn2\tcrane\nn3\tdog\n")
+    result, = evaluated(checkpoint[0], "--data", f"folder:{tmp_path / 'zoo'}", tmp_path=tmp_path)
+    assert [(c["index"], c["class"], c["images"]) for c in result["per_class"]] == [
+        (0, "crane", 2), (1, "crane", 2), (2, "dog", 2)]
+    wrong = 6 - round(6 * result["top1"])
+    assert sum(c["images"] for c in result["confused"]) == wrong
+
+
+@pytest.mark.parametrize("spec", ["csv:{}/rows.csv", "csv:{}/copies.csv", "shards:{}/s.tar"])
+def test_copies_of_an_image_are_one_image(spec, checkpoint, tmp_path, capsys):
+    """Rows of one file; files that are copies; a shard with a copy for each caption: recall is that of images."""
+    write_images(tmp_path, 3)
+    texts = [["a red moon", "a moon"], ["a cross"], ["a blue star", "a star", "stars"]]
+    (tmp_path / "rows.csv").write_text("filepath,title\n" + "".join(
+        f"{i}.png,{text}\n" for i, some in enumerate(texts) for text in some))
+    rows, members = [], []
+    for i, some in enumerate(texts):
+        for k, text in enumerate(some):
+            content = (tmp_path / f"{i}.png").read_bytes()
+            (tmp_path / f"{i}-{k}.png").write_bytes(content)
+            rows.append(f"{i}-{k}.png,{text}\n")
+            members += [(f"{i}-{k}.png", content), (f"{i}-{k}.txt", text.encode())]
+    (tmp_path / "copies.csv").write_text("filepath,title\n" + "".join(rows))
+    make_tar(tmp_path / "s.tar", members)
+    result, = evaluated(checkpoint[0], "--data", spec.format(tmp_path), "--task", "retrieval", tmp_path=tmp_path)
+    assert (result["images"], result["texts"], result["copies"]) == (3, 6, 0 if "rows" in spec else 3)
+    assert result["image_to_text"]["5"] == result["text_to_image"]["5"] == 1.0
 
 
 def karpathy(name, root):
