@@ -187,7 +187,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     guard = Guard(o, runtime, stop, o.steps, start, save)
     if runtime.is_main:
         for note in getattr(data, "notes", ()):
-            say(f"note: {note}")
+            say(f"note: {data_module.printable(note)}")
         start.announce(o.steps)
     net.train()
     for step, batch in guard.batches(loader):
