@@ -1058,6 +1058,11 @@ def collate(items: list[dict]) -> dict:
     return batch
 
 
+def seed_of(*numbers: int) -> int:
+    """The seed that follows from several numbers, in 32 bits: of more torch's generator on a CPU heeds these alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """(n,) the order in which an epoch visits the records."""
     return np.random.default_rng((seed, epoch, n)).permutation(n)
@@ -1459,6 +1464,7 @@ class ImageFiles:
     counts     for notes: {"images left out": how many}
     """
     names_classes, text_label = False, -1                # see name_classes
+    ignore_exif = False                                  # see as_annotated
 
     def __init__(self, source, root, listed, classes=None, counts={}):
         self.root, self.classes = root, classes
@@ -1775,10 +1781,10 @@ def look_at_labels(data, known: list[str] | None = None, speaks: bool = True) ->
     return found
 
 
-def as_annotated(image, size):
+def as_annotated(image, size, ignore_exif):
     """Settles whether annotations for an image of `size` (width, height) were drawn on it as `decode` turns it, or on
-    the pixels as stored: then its EXIF orientation goes.  Where both sizes are the same, they were drawn upright."""
-    if upright_size(image) != size:
+    the pixels as stored: then its EXIF orientation goes.  Where both sizes are the same, ignore_exif says so."""
+    if upright_size(image) != size or ignore_exif and image.size == size:
         if image.size != size:
             raise BadRecord(f"image of another size: {image.size}, and {upright_size(image)} when turned as its EXIF "
                             f"says; the annotations are for {size}")
@@ -1842,7 +1848,7 @@ class LabelMaps(ImageFiles):
         sample, label = super().read(i), open_image(read_file(f"{self.root}/{self.pairs[i][1]}"))
         if label.mode not in ("L", "P"):
             raise BadRecord(f"not a label map: mode {label.mode}, wanted one byte a pixel")
-        as_annotated(sample.image, label.size)
+        as_annotated(sample.image, label.size, self.ignore_exif)
         with refusing("corrupt label map"):
             sample.label_map = self.label_of[np.array(label)]                   # (H, W); of a palette image the indices
         largest = int(sample.label_map[sample.label_map < 255].max(initial=0))
@@ -1930,7 +1936,7 @@ class CocoInstances(ImageFiles):
 
     def read(self, i: int) -> Sample:
         sample = super().read(i)
-        as_annotated(sample.image, tuple(self.sizes[i].tolist()))
+        as_annotated(sample.image, tuple(self.sizes[i].tolist()), self.ignore_exif)
         return sample
 
     def tally(self, speaks: bool) -> tuple:

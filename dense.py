@@ -173,12 +173,20 @@ class EvalOptions(RunOptions):
     json: str = opt("", "file for the results, as one JSON object")
     draw: int = opt(8, "how many test images are drawn into a picture in OUT, truth beside prediction")
     limit: int = opt(0, "how many images to test on, 0: all", "test")
+    ignore_exif: bool = opt(False, "labels were drawn on the pixels as stored, not as EXIF turns them; asked where the "
+                            "sizes of image and labels do not tell", "data")
 
 
 @dataclass
 class SegmentationOptions(EvalOptions):
     data: str = opt("shapes:objects=2-4", "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR or voc:DIR")
     test_size: int = opt(0, "short side of test images, pixels; 0: as the paper", "test")
+
+
+def open_labels(options: EvalOptions, split: str, task: str, size: int):
+    data = open_data(options.data, split, task, size=size)
+    data.ignore_exif = options.ignore_exif
+    return data
 
 
 def labels_of(data, sample) -> np.ndarray:
@@ -300,7 +308,7 @@ def zeroshot(argv=None):
         options.test_size = long_side = 520 * window // 224
     options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else 512 * window // 224)
     templates = templates_for(options.templates, model)
-    data = open_data(spec, "val", "segmentation", size=options.test_size)
+    data = open_labels(options, "val", "segmentation", options.test_size)
     look_at_labels(data, None, runtime.is_main)
     texts = model.encode_classes(progress(data.classes, len(data.classes), "classes embedded", runtime.is_main),
                                  templates, tokenizer)                                              # (classes, E)
@@ -660,7 +668,7 @@ def begin(options, out: Path, kind: str) -> tuple[Start, Config, VisionTransform
 
 def open_splits(options, task: str, size: int, runtime) -> tuple:
     """The data to train on and to test on, once both hold something to learn and to measure."""
-    train, test = (open_data(options.data, split, task, size=size) for split in ("train", "val"))
+    train, test = (open_labels(options, split, task, size) for split in ("train", "val"))
     look_at_labels(test, look_at_labels(train, None, runtime.is_main), runtime.is_main)
     return train, test
 
@@ -1521,6 +1529,7 @@ def evaluate_detector(net: MaskRCNN, names: list[str], data, options: MaskRCNNOp
     """Finds the objects of all test images of data, whose classes are known by `names`; prints, draws and writes:
 
     box, mask {AP, AP50, ...}: see coco_average_precision;  images, bad (records), classes: how many;  protocol
+    OUT/detections.json   all that was found, as COCO's server takes it
     """
     label_of = [names.index(name) if name in names else -1 for name in data.classes]
     images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
@@ -1555,8 +1564,20 @@ def evaluate_detector(net: MaskRCNN, names: list[str], data, options: MaskRCNNOp
                                           for key, value in results[what].items()))
         say(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)")
         show(drawn, DRAWN_SIZE, out / "detections.png")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "detections.json").write_text(json.dumps(with_own_ids(found, data, label_of)))
         write_json(options, results, "detection")
     return results
+
+
+def with_own_ids(found: list[dict], data, label_of: list[int]) -> list[dict]:
+    """Records by the ids that the data's own file has for images and categories; drawn scenes have places in a list."""
+    images, categories = (getattr(data, name, range(count)) for name, count in (
+        ("image_ids", len(data)), ("category_ids", len(data.classes))))
+    own = {label: categories[k] for k, label in enumerate(label_of)}
+    return [dict(record, image_id=images[record["image_id"]], category_id=own[record["category_id"]],
+                 segmentation=dict(record["segmentation"], counts=record["segmentation"]["counts"].decode()))
+            for record in found if record["category_id"] in own]
 
 
 def as_records(objects: dict, down: float, across: float, size: tuple[int, int]) -> list[dict]:

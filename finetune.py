@@ -35,7 +35,7 @@ from PIL import ImageEnhance, ImageOps
 from torch import Tensor, nn
 
 import data as data_module
-from data import BICUBIC, MEAN, STD, BadRecord, UserError, crop_box, normalize, run, say, to_tensor
+from data import BICUBIC, MEAN, STD, BadRecord, UserError, crop_box, normalize, run, say, seed_of, to_tensor
 from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt, save_atomically
 from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, draw_curves,
                    extract, find_resumable, first_look, layer_decay_groups, open_mixed, parse, set_learning_rate, setup,
@@ -214,7 +214,7 @@ def backward(model: nn.Module, losses_of: Callable, batch: dict, step: int, seed
     rows, terms = len(batch["images"]) // accumulate, {}
     for i in range(accumulate):
         part = {name: values[i * rows:(i + 1) * rows] for name, values in batch.items()}
-        torch.manual_seed((seed << 32) + step * accumulate + i)     # which says what blocks stochastic depth skips
+        torch.manual_seed(seed_of(seed, step, i))                   # which says what blocks stochastic depth skips
         with runtime.autocast():
             losses = losses_of(model, part, step)
         runtime.scaler.scale(sum(losses.values()) / accumulate).backward()

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data as data_module
-from data import BytePairTokenizer, UserError, run, say
+from data import BytePairTokenizer, UserError, run, say, seed_of
 from losses import LOGIT_ROWS, mean_over_processes, patchify, similarity
 from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, SyncBatchNorm, Teacher, build, costs, initialize,
                    load_checkpoint, load_state, mask_words, momentum_at, opt, preset_for, random_mask, read_merges,
@@ -139,7 +139,7 @@ def hide(batch: dict, core: MaskCLIP, sot: int, step: int, seed: int, rank: int 
     Draws are those of the global batch, of which this process takes its own rows.
     """
     c, B, batch = core.config, len(batch["images"]), dict(batch)
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+    generator = torch.Generator().manual_seed(seed_of(seed, step))
     own = slice(rank * B, rank * B + B)
     if core.predicts:
         batch["keep"], batch["hidden"] = random_mask(world * B, c.grid ** 2, c.mask_ratio, generator, own)
@@ -272,7 +272,7 @@ def train(o: TrainOptions):
         set_learning_rate(optimizer, lr)
         batch = hide(batch, core, tokenizer.sot, step, o.seed, runtime.rank, runtime.world)
         parts = micro_batches(batch, o.accumulate, runtime.device)
-        seed = (o.seed << 32) + step * o.accumulate
+        seed = seed_of(o.seed, step, 1)
         optimizer.zero_grad()
         if o.accumulate == 1:
             terms, answers = backward(model, core, teacher, parts[0], runtime, seed)

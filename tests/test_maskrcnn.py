@@ -723,8 +723,12 @@ def test_categories_of_one_name_stay_two(tmp_path):
     (3, (60, 40), "upright", True),
     (1, (60, 40), "stored", True),
     (6, (48, 48), "upright", True),
-    (6, (48, 48), "stored", False),                 # the sizes do not tell: they count as drawn upright
+    (6, (48, 48), "stored", False),                 # the sizes do not tell: they count as drawn upright, if not told
     (3, (60, 40), "stored", False),
+    (6, (48, 48), "stored, and told", True),
+    (3, (60, 40), "stored, and told", True),
+    (6, (60, 40), "stored, and told", True),
+    (6, (60, 40), "upright, and told", True),       # the sizes tell otherwise
 ])
 def test_exif_and_the_pixels_that_annotations_were_drawn_on(orientation, stored, drawn_on, right, tmp_path):
     """COCO's objects and label maps: sizes say whether the picture is to be turned."""
@@ -737,7 +741,7 @@ def test_exif_and_the_pixels_that_annotations_were_drawn_on(orientation, stored,
     for folder in ("val2017", "JPEGImages"):
         PIL.Image.fromarray(pixels).save(tmp_path / folder / "a.jpg", exif=exif, quality=95)
     image = PIL.Image.open(tmp_path / "val2017/a.jpg")
-    seen = np.asarray(image if drawn_on == "stored" else PIL.ImageOps.exif_transpose(image))
+    seen = np.asarray(image if "stored" in drawn_on else PIL.ImageOps.exif_transpose(image))
     label = (seen[..., 0] > 170).astype(np.uint8)
     height, width = label.shape
     rle = dense.encode_rle(label)
@@ -748,8 +752,9 @@ def test_exif_and_the_pixels_that_annotations_were_drawn_on(orientation, stored,
     PIL.Image.fromarray(label).save(tmp_path / "SegmentationClass/a.png")
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\n")
     (tmp_path / "class_names.txt").write_text("other\nred\n")
-    objects, maps = (open_data(f"{kind}:{tmp_path}", "val", task).read(0) for kind, task in
-                     (("coco", "detection"), ("voc", "segmentation")))
+    objects, maps = (dense.open_labels(dense.EvalOptions(data=f"{kind}:{tmp_path}", ignore_exif="told" in drawn_on),
+                                       "val", task, 0).read(0)
+                     for kind, task in (("coco", "detection"), ("voc", "segmentation")))
     for sample, mask in ((objects, dense.decode_mask(objects.objects[0]["mask"], height, width)),
                          (maps, maps.label_map == 1)):
         red = np.asarray(data.decode(sample.image))[..., 0] > 170

@@ -89,6 +89,18 @@ def test_cosine_schedule(step, want):
     assert cosine_schedule(step, 101, 10, 1e-3, 1e-5, 1e-6) == pytest.approx(want)
 
 
+def test_every_draw_depends_on_seed_and_step():
+    """torch's generator on a CPU heeds 32 bits of its seed: that of a step must not be the step alone."""
+    assert len({data.seed_of(seed, step) for seed in range(50) for step in range(50)}) == 2500
+    assert all(0 <= data.seed_of(*numbers) < 2 ** 32 for numbers in [(0,), (2 ** 31, 10 ** 6, 1)])
+    net = tiny()
+    batch = dict(images=torch.zeros(8, 3, 32, 32, dtype=torch.uint8), tokens=captions([5] * 8, 12))
+    drawn = [train.hide(batch, net, SOT, step, seed) for seed, step in ((0, 5), (0, 5), (1, 5), (0, 6))]
+    for name in ("keep", "corrupted"):
+        same = [torch.equal(drawn[0][name], other[name]) for other in drawn[1:]]
+        assert same == [True, False, False], name
+
+
 def test_weight_decay_spares_vectors_tokens_and_positions():
     net = tiny()
     spared = {name for name, p in net.named_parameters() if not train.decays(name, p)}
