@@ -264,7 +264,7 @@ def gradients(net, loss):
 
 
 def test_a_step_of_slip_is_that_of_its_own_definitions():
-    """Loss and all gradients, pair by pair in loops from what SLIP's models.py and losses.py say (SLIPLoss, scale 1)."""
+    """Loss and all gradients, pair by pair in loops, from what SLIP's models.py and losses.py say."""
     net, batch = doubled(tiny("slip", contrastive_reduction="mean"))
     loss = net.total_loss(**net.contrast(net(batch)[0]))
 
