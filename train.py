@@ -431,15 +431,18 @@ class PairTransform:
         self.synonyms = data_module.read_synonyms(o.synonyms)
 
     def __call__(self, sample, rng) -> dict:
-        label = dict(labels=sample.text_label) if self.is_labeled else {}
-        if self.method not in ("slip", "declip", "defilip"):
-            return dict(images=self.image(sample.image, rng), captions=data_module.pick_caption(sample, rng), **label)
-        image, caption = data_module.decode(sample.image), data_module.pick_caption(sample, rng)
-        view1, view2 = self.view(image, rng), self.view(image, rng)
-        if self.method == "slip":
-            return dict(images=self.image(image, rng), view1=view1, view2=view2, captions=caption, **label)
-        second = data_module.edit_caption(caption, rng, self.synonyms)
-        return dict(images=view1, view2=view2, captions=caption, captions2=second)
+        if self.method in ("declip", "defilip"):
+            image, caption = data_module.decode(sample.image), data_module.pick_caption(sample, rng)
+            view1, view2 = self.view(image, rng), self.view(image, rng)
+            second = data_module.edit_caption(caption, rng, self.synonyms)
+            return dict(images=view1, view2=view2, captions=caption, captions2=second)
+        image = data_module.decode(sample.image)
+        pair = dict(images=self.image(image, rng), captions=data_module.pick_caption(sample, rng))
+        if self.is_labeled:
+            pair["labels"] = sample.text_label
+        if self.method == "slip":                           # drawn last: all else is what clip sees
+            pair.update(view1=self.view(image, rng), view2=self.view(image, rng))
+        return pair
 
 
 class PairCollate:

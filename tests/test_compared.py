@@ -251,6 +251,57 @@ def test_slip_is_clip_and_the_contrast_of_its_views():
     torch.testing.assert_close(terms["simclr"], losses.simclr_loss(F.normalize(a, dim=1), F.normalize(b, dim=1)))
 
 
+def doubled(net):
+    """net in float64, and a batch of six pairs for it"""
+    (batch,) = prepared(net)
+    return net.double(), {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+
+
+def gradients(net, loss):
+    """Of every parameter, zeros where there is none"""
+    grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)
+    return {name: g for (name, _), g in zip(net.named_parameters(), grads)}
+
+
+def test_a_step_of_slip_is_that_of_its_own_definitions():
+    """Loss and all gradients, pair by pair in loops, from what SLIP's models.py and losses.py say."""
+    net, batch = doubled(tiny("slip", contrastive_reduction="mean"))
+    loss = net.total_loss(**net.contrast(net(batch)[0]))
+
+    def cosine(x, y):
+        return x @ y / (x.norm() * y.norm())
+    h = {name: [net.visual(picture[None])[0, 0] for picture in batch[name]] for name in ("images", "view1", "view2")}
+    image = [net.image_proj.weight @ x for x in h["images"]]
+    text = [net.text_proj.weight @ net.text(row[None], EOT)[0, row.tolist().index(EOT)] for row in batch["tokens"]]
+    want, s = 0.0, net.logit_scale.exp()
+    for x, y in ((image, text), (text, image)):                 # CLIPLoss: the mean of both directions
+        for i in range(6):
+            want = want + cross_entropy([s * cosine(x[i], y[j]) for j in range(6)], i) / 12
+    a, b = (batch_normed(net.head, torch.stack(h[view])) for view in ("view1", "view2"))    # each view by itself
+    for x, y in ((a, b), (b, a)):                               # SIMCLRLoss: the other view among 11
+        for i in range(6):
+            scores = [cosine(x[i], y[j]) / 0.1 for j in range(6)]
+            scores += [cosine(x[i], x[j]) / 0.1 for j in range(6) if j != i]
+            want = want + cross_entropy(scores, i) / 12
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients(net, loss), gradients(net, want), rtol=1e-9, atol=1e-12)
+
+
+def test_slip_without_its_contrast_is_clip():
+    """The same crops and captions; the same gradients but for the order of sums, as a batch of 3B rounds otherwise."""
+    world = data.ShapesWorld(count=4, size=32)
+    clip, slip = (train.PairTransform(train.parse_train_options(["--method", method]), world)
+                  for method in ("clip", "slip"))
+    for i in range(4):
+        a, b = (pair(world.read(i), np.random.default_rng(i)) for pair in (clip, slip))
+        assert torch.equal(a["images"], b["images"]) and a["captions"] == b["captions"]
+    (clip, batch), (slip, with_views) = doubled(tiny("clip")), doubled(tiny("slip", simclr_weight=0.0))
+    want, got = (gradients(net, net.total_loss(**net.contrast(net(x)[0])))
+                 for net, x in ((clip, batch), (slip, with_views)))
+    assert all(not g.any() for name, g in got.items() if name.startswith("head."))
+    torch.testing.assert_close({name: got[name] for name in want}, want, rtol=1e-9, atol=1e-12)
+
+
 def batch_normed(head, x):
     """A head by hand: linear layers, norms of the batch's own mean and variance, ReLU."""
     for layer in head:

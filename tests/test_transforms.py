@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFilter
 import PIL.ImageOps
 import pytest
 import torch
@@ -290,6 +291,88 @@ def test_train_transform():
     straight = TrainTransform(64)
     mirrored = [torch.equal(view, straight(image, np.random.default_rng(k)).flip(-1)) for k, view in enumerate(views)]
     assert 30 <= sum(mirrored) <= 70
+
+
+# ---- SLIP's and DeCLIP's views --------------------------------------------------------------------------------------
+
+DRAWS = 2000
+
+
+def apart(a, b) -> float:
+    """Kolmogorov and Smirnov's distance: the largest difference of two samples' shares below any value."""
+    a, b = np.sort(a), np.sort(b)
+    below = [np.searchsorted(x, np.concatenate([a, b]), side="right") / len(x) for x in (a, b)]
+    return np.abs(below[0] - below[1]).max()
+
+
+LIMIT = 1.95 * (2 / DRAWS) ** 0.5       # of the distance of two samples of one distribution: one in 1,000 is larger
+
+
+def measures(view: torch.Tensor) -> dict[str, float]:
+    """What tells of a view's steps: levels and contrast of jitter, hue and gray, sharpness of blur and the crop's size,
+    sides of mirroring."""
+    x = view.numpy() / 255.0
+    red, green, blue = x.mean(axis=(1, 2))
+    luma = x.mean(axis=0)
+    return dict(red=red, green=green, blue=blue, **dict(zip(("red std", "green std", "blue std"), x.std(axis=(1, 2)))),
+                hue=math.atan2(3 ** 0.5 * (green - blue), 2 * red - green - blue),
+                gray=float(np.ptp(x, axis=0).max() < 0.01), color=np.ptp(x, axis=0).mean(),
+                left=luma[:, :16].mean() - luma[:, 16:].mean(),
+                top=luma[:16].mean() - luma[16:].mean(), sharp=np.abs(np.diff(luma)).mean() / luma.std())
+
+
+def views_source() -> PIL.Image.Image:
+    """Waves, orange where they are bright, brighter to the left and the top"""
+    y, x = np.mgrid[:72, :96]
+    pixels = np.asarray(picture(96, 72)) * 0.4 + (100 - 0.6 * x - 0.5 * y)[:, :, None]
+    return PIL.Image.fromarray((pixels * (1.0, 0.7, 0.35)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("crop_min", [0.08, 0.5])
+def test_views_are_distributed_as_torchvisions(crop_min):
+    """SLIP's own pipeline of torchvision's parts, whose parameters stand in its datasets.py and utils.py."""
+    transforms = pytest.importorskip("torchvision.transforms", reason="parity with torchvision needs it")
+    rng = np.random.default_rng(0)
+
+    def blur(image):
+        return image.filter(PIL.ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * 32 / 224))
+    peer = transforms.Compose([
+        transforms.RandomResizedCrop(32, (crop_min, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), transforms.RandomGrayscale(0.2),
+        transforms.RandomApply([blur], 0.5), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+    image, ours = views_source(), data.ViewTransform(32, (crop_min, 1.0))
+    torch.manual_seed(0)
+    want = [measures(peer(image)) for _ in range(DRAWS)]
+    got = [measures(ours(image, np.random.default_rng(i))) for i in range(DRAWS)]
+    distance = {name: apart([m[name] for m in got], [m[name] for m in want]) for name in got[0]}
+    assert max(distance.values()) < LIMIT, distance
+
+
+@pytest.mark.slow
+def test_views_draw_what_they_say(monkeypatch):
+    """How often, in which order and by how much: what the steps are called with, in 2,000 views."""
+    calls, sigmas, views = [], [], 0
+
+    def spy(name):
+        return lambda image, factor: calls.append((views, name, factor)) or image
+    limits = {name: limits for name, (_, limits) in data.JITTER.items()}
+    assert limits == dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1))
+    monkeypatch.setattr(data, "JITTER", {name: (spy(name), span) for name, span in limits.items()})
+    monkeypatch.setattr(data, "blur", lambda image, sigma: sigmas.append(sigma) or image)
+    image, transform = picture(40, 30), data.ViewTransform(32, (0.08, 1.0))
+    for views in range(DRAWS):
+        transform(image, np.random.default_rng(views))
+    even = (np.arange(10_000) + 0.5) / 10_000
+    for name, (low, high) in limits.items():
+        factors = [factor for _, called, factor in calls if called == name]
+        assert len(factors) / DRAWS == pytest.approx(0.8, abs=0.03)
+        assert apart(factors, low + even * (high - low)) < LIMIT, name
+        place = [i % 4 for i, (_, called, _) in enumerate(calls) if called == name]
+        assert np.bincount(place, minlength=4) / len(place) == pytest.approx([0.25] * 4, abs=0.04), name
+    assert all(len({view for view, _, _ in calls[i:i + 4]}) == 1 for i in range(0, len(calls), 4)), "all four or none"
+    assert len(sigmas) / DRAWS == pytest.approx(0.5, abs=0.04)
+    assert apart(sigmas, (0.1 + even * 1.9) * 32 / 224) < LIMIT
 
 
 def test_normalize():
