@@ -435,11 +435,11 @@ class PairTransform:
         if self.method not in ("slip", "declip", "defilip"):
             return dict(images=self.image(sample.image, rng), captions=data_module.pick_caption(sample, rng), **label)
         image, caption = data_module.decode(sample.image), data_module.pick_caption(sample, rng)
-        view1, view2 = self.view(image, rng), self.view(image, rng)
         if self.method == "slip":
-            return dict(images=self.image(image, rng), view1=view1, view2=view2, captions=caption, **label)
-        second = data_module.edit_caption(caption, rng, self.synonyms)
-        return dict(images=view1, view2=view2, captions=caption, captions2=second)
+            pair = dict(images=self.image(image, rng), captions=caption, **label)
+            return pair | self.view(image, rng, "view1") | self.view(image, rng, "view2")
+        pair = dict(captions=caption, captions2=data_module.edit_caption(caption, rng, self.synonyms))
+        return pair | self.view(image, rng, "images") | self.view(image, rng, "view2")
 
 
 class PairCollate:
@@ -470,9 +470,12 @@ def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
 
 
 def to_device(part: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """On the device, with pixels normalized, and the places of chosen words in place of a mask."""
+    """On the device: views after their steps, pixels normalized, the places of chosen words in place of a mask."""
     if "is_chosen" in part:
         part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)     # here it costs no GPU sync
+    for name in [name for name in part if f"{name}_steps" in part]:
+        images = part[name].to(device, non_blocking=True)
+        part[name] = data_module.change_colors(images, part.pop(f"{name}_steps"))
     part = {name: value.to(device, non_blocking=True) for name, value in part.items()}
     return {name: data_module.normalize(value) if value.dtype == torch.uint8 else value
             for name, value in part.items()}
