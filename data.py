@@ -391,8 +391,8 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     lead = (x.roll(-1, 1) - x.roll(1, 1)).gather(1, which)      # of the channel after the largest over the one before
     hue = 2 * which + lead / chroma.clamp(min=1e-3) + 6 * turns
     place = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
-    way = (hue - place).abs()                                                                   # (n, 3, H, W)
-    return largest - chroma * (torch.minimum(way, 6 - way) - 1).clamp(0, 1)
+    way = ((hue - place + 3) % 6 - 3).abs()                     # the shorter way round, (n, 3, H, W)
+    return largest - chroma * (way - 1).clamp(0, 1)
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
