@@ -1176,8 +1176,9 @@ def tell_shared(train_data, test_data):
 # dense bf16 TFLOP/s and GB of memory; a V100 multiplies no bfloat16: its TFLOP/s are of fp16
 GPUS = {"h200": (989, 141), "h100": (989, 80), "a100": (312, 80), "a100-40gb": (312, 40), "l40s": (362, 48),
         "4090": (165, 24), "v100": (125, 32)}
-# images a second and core that the loader makes of JPEGs of 256 px (AMD EPYC, AVX2); views take most of their time
-LOADED, VIEWED = 770, {"slip": 86, "declip": 91, "defilip": 91}
+# images a second and core that the loader makes of JPEGs of 256 px (AMD EPYC, AVX2), with the crops of the views, whose
+# colors the device changes
+LOADED, VIEWED = 770, {"slip": 390, "declip": 500, "defilip": 500}
 
 
 def step_memory(c: Config, pairs: int, rows: list[Cost], half: bool = False) -> dict[str, float]:
