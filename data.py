@@ -61,7 +61,7 @@ import regex
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
@@ -169,7 +169,7 @@ def run(main: Callable):
 #   crop_box     where to crop at random; resize_crop: bicubic, torchvision's pixels to within one level
 #   center_box   where to crop for evaluation
 #   normalize    uint8 -> float32, on the device that holds the batch
-#   ViewTransform, edit_caption    what SLIP and DeCLIP make of a pair besides
+#   ViewTransform, change_colors, edit_caption    what SLIP and DeCLIP make of a pair besides
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -371,49 +371,80 @@ def normalize(images: Tensor) -> Tensor:
 
 
 # ---- the compared systems: SLIP's and DeCLIP's views of an image, DeCLIP's second caption ---------------------------
+#
+# The loader crops and mirrors a view, and draws the steps that change it further.  The device that trains takes these
+# for a batch at once: x (n, 3, H, W) in 0..255, amount (n, 1, 1, 1) -> (n, 3, H, W).
 
-def shift_hue(image, turns):
-    """RGB -> RGB, every hue moved along the color circle by a share of it."""
-    hue, saturation, value = image.convert("HSV").split()
-    hue = hue.point([(h + int(255 * turns)) % 256 for h in range(256)])
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-
-
-# name: (function (image, factor) -> image, range of the factor)
-JITTER = {
-    "brightness": (lambda image, factor: ImageEnhance.Brightness(image).enhance(factor), (0.6, 1.4)),
-    "contrast": (lambda image, factor: ImageEnhance.Contrast(image).enhance(factor), (0.6, 1.4)),
-    "saturation": (lambda image, factor: ImageEnhance.Color(image).enhance(factor), (0.6, 1.4)),
-    "hue": (shift_hue, (-0.1, 0.1)),
-}
+def gray(x: Tensor) -> Tensor:
+    """(n, 3, H, W) -> (n, 1, H, W): how bright an eye finds it"""
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
-def blur(image, sigma):
-    return image.filter(ImageFilter.GaussianBlur(sigma))
+def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Every hue moved along the color circle by a share of it; the largest and smallest of a pixel's channels stay.
+
+    The circle is 6 long: red is at 0, green at 2, blue at 4.  A channel has the largest value where the hue is within 1
+    of its place, the smallest from 2 on.
+    """
+    largest, which = x.max(dim=1, keepdim=True)                                                 # (n, 1, H, W)
+    chroma = largest - x.amin(dim=1, keepdim=True)
+    lead = (x.roll(-1, 1) - x.roll(1, 1)).gather(1, which)      # of the channel after the largest over the one before
+    hue = 2 * which + lead / chroma.clamp(min=1e-3) + 6 * turns
+    place = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
+    way = ((hue - place + 3) % 6 - 3).abs()                     # the shorter way round, (n, 3, H, W)
+    return largest - chroma * (way - 1).clamp(0, 1)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Square images, weighted along each side by a Gaussian that ends with the image."""
+    place = torch.arange(x.shape[-1], device=x.device)
+    weights = torch.softmax(-(place - place[:, None]) ** 2 / (2 * sigma ** 2), dim=-1)          # (n, 1, H, H)
+    return weights @ x @ weights.mT
+
+
+CHANGES = [                                         # by torchvision's definitions
+    lambda x, factor: x * factor,                                                               # 0 brightness
+    lambda x, factor: torch.lerp(gray(x).mean(dim=(1, 2, 3), keepdim=True), x, factor),         # 1 contrast
+    lambda x, factor: torch.lerp(gray(x), x, factor),                                           # 2 saturation
+    shift_hue,                                                                                  # 3
+    blur,                                                                                       # 4
+]
 
 
 @dataclass
 class ViewTransform:
-    """An RGB image much changed, as uint8 tensor (3, size, size), the same thing still: MoCo v2's and SLIP's views.
+    """An RGB image much changed, the same thing still: MoCo v2's and SLIP's views.
 
-    Crop; of 80% the colors jittered, in random order; 20% gray; half blurred, by 0.1 to 2 pixels at a size of 224;
-    half mirrored.
+    NAME         its crop, half of them mirrored, as uint8 tensor (3, size, size)
+    NAME_steps   (6, 2): what `change_colors` shall make of it.  Each step is a place in CHANGES, or -1, and an amount:
+                 of 80% the colors jittered, in random order; 20% gray; half blurred, by 0.1 to 2 pixels of 224
     """
     size: int
     scale: tuple[float, float]
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        view = Image.fromarray(TrainTransform(self.size, self.scale)(image, rng).permute(1, 2, 0).numpy())
-        if rng.random() < 0.8:
-            for name in rng.permutation(list(JITTER)):
-                change, limits = JITTER[name]
-                view = change(view, rng.uniform(*limits))
-        if rng.random() < 0.2:
-            view = view.convert("L").convert("RGB")
-        if rng.random() < 0.5:
-            view = blur(view, rng.uniform(0.1, 2.0) * self.size / 224)
-        pixels = to_tensor(view)
-        return pixels.flip(-1) if rng.random() < 0.5 else pixels
+    def __call__(self, image: Image.Image, rng: np.random.Generator, name: str) -> dict[str, Tensor]:
+        pixels = TrainTransform(self.size, self.scale, flip=True)(image, rng)
+        factors = [*rng.uniform(0.6, 1.4, 3), rng.uniform(-0.1, 0.1)]
+        jitter = [(kind, factors[kind]) for kind in rng.permutation(4)]
+        gray, blurred = (2, 0.0), (4, rng.uniform(0.1, 2.0) * self.size / 224)
+        steps = torch.tensor([*jitter, gray, blurred], dtype=torch.float32)                     # (6, 2)
+        is_taken = np.repeat(rng.random(3) < (0.8, 0.2, 0.5), (4, 1, 1))
+        steps[~is_taken] = -1
+        return {name: pixels, f"{name}_steps": steps}
+
+
+def change_colors(images: Tensor, steps: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) on any device, steps (B, 6, 2) on the CPU -> uint8: each image after its own steps in turn.
+
+    Images whose next step is the same take it together; the CPU knows which, so a GPU is not waited for.
+    """
+    x = images.float()
+    for step, (kind, change) in itertools.product(steps.unbind(dim=1), enumerate(CHANGES)):
+        rows = (step[:, 0] == kind).nonzero().squeeze(1)                                        # (n,)
+        amount = step[rows, 1].view(-1, 1, 1, 1).to(x.device, non_blocking=True)
+        rows = rows.to(x.device, non_blocking=True)
+        x[rows] = change(x[rows], amount).clamp(0, 255)
+    return x.round().byte()
 
 
 def edit_caption(caption: str, rng: np.random.Generator, synonyms: dict[str, list[str]]) -> str:

@@ -431,17 +431,16 @@ class PairTransform:
         self.synonyms = data_module.read_synonyms(o.synonyms)
 
     def __call__(self, sample, rng) -> dict:
-        if self.method in ("declip", "defilip"):
-            image, caption = data_module.decode(sample.image), data_module.pick_caption(sample, rng)
-            view1, view2 = self.view(image, rng), self.view(image, rng)
-            second = data_module.edit_caption(caption, rng, self.synonyms)
-            return dict(images=view1, view2=view2, captions=caption, captions2=second)
         image = data_module.decode(sample.image)
+        if self.method in ("declip", "defilip"):
+            caption = data_module.pick_caption(sample, rng)
+            pair = dict(captions=caption, captions2=data_module.edit_caption(caption, rng, self.synonyms))
+            return pair | self.view(image, rng, "images") | self.view(image, rng, "view2")
         pair = dict(images=self.image(image, rng), captions=data_module.pick_caption(sample, rng))
         if self.is_labeled:
             pair["labels"] = sample.text_label
         if self.method == "slip":                           # drawn last: all else is what clip sees
-            pair.update(view1=self.view(image, rng), view2=self.view(image, rng))
+            pair |= self.view(image, rng, "view1") | self.view(image, rng, "view2")
         return pair
 
 
@@ -473,9 +472,12 @@ def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
 
 
 def to_device(part: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """On the device, with pixels normalized, and the places of chosen words in place of a mask."""
+    """On the device: views after their steps, pixels normalized, the places of chosen words in place of a mask."""
     if "is_chosen" in part:
         part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)     # here it costs no GPU sync
+    for name in [name for name in part if f"{name}_steps" in part]:
+        images = part[name].to(device, non_blocking=True)
+        part[name] = data_module.change_colors(images, part.pop(f"{name}_steps"))
     part = {name: value.to(device, non_blocking=True) for name, value in part.items()}
     return {name: data_module.normalize(value) if value.dtype == torch.uint8 else value
             for name, value in part.items()}
@@ -1176,8 +1178,9 @@ def tell_shared(train_data, test_data):
 # dense bf16 TFLOP/s and GB of memory; a V100 multiplies no bfloat16: its TFLOP/s are of fp16
 GPUS = {"h200": (989, 141), "h100": (989, 80), "a100": (312, 80), "a100-40gb": (312, 40), "l40s": (362, 48),
         "4090": (165, 24), "v100": (125, 32)}
-# images a second and core that the loader makes of JPEGs of 256 px (AMD EPYC, AVX2); views take most of their time
-LOADED, VIEWED = 770, {"slip": 86, "declip": 91, "defilip": 91}
+# images a second and core that the loader makes of JPEGs of 256 px (AMD EPYC, AVX2), with the crops of the views, whose
+# colors the device changes
+LOADED, VIEWED = 770, {"slip": 390, "declip": 500, "defilip": 500}
 
 
 def step_memory(c: Config, pairs: int, rows: list[Cost], half: bool = False) -> dict[str, float]:

@@ -4,6 +4,7 @@
 """
 import functools
 import io
+import itertools
 import math
 import struct
 import zlib
@@ -335,44 +336,106 @@ def test_views_are_distributed_as_torchvisions(crop_min):
     transforms = pytest.importorskip("torchvision.transforms", reason="parity with torchvision needs it")
     rng = np.random.default_rng(0)
 
-    def blur(image):
-        return image.filter(PIL.ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * 32 / 224))
+    def blur(x):
+        sigma = rng.uniform(0.1, 2.0) * 32 / 224
+        return transforms.functional.gaussian_blur(x, 2 * math.ceil(4 * sigma) + 1, sigma)
     peer = transforms.Compose([
         transforms.RandomResizedCrop(32, (crop_min, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), transforms.RandomGrayscale(0.2),
-        transforms.RandomApply([blur], 0.5), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        transforms.ToTensor(), transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), transforms.RandomGrayscale(0.2),
+        transforms.RandomApply([blur], 0.5), transforms.RandomHorizontalFlip()])
     image, ours = views_source(), data.ViewTransform(32, (crop_min, 1.0))
     torch.manual_seed(0)
-    want = [measures(peer(image)) for _ in range(DRAWS)]
-    got = [measures(ours(image, np.random.default_rng(i))) for i in range(DRAWS)]
+    want = [measures((255 * peer(image)).round()) for _ in range(DRAWS)]
+    views = [ours(image, np.random.default_rng(i), "x") for i in range(DRAWS)]
+    got = [measures(data.change_colors(view["x"][None], view["x_steps"][None])[0]) for view in views]
     distance = {name: apart([m[name] for m in got], [m[name] for m in want]) for name in got[0]}
     assert max(distance.values()) < LIMIT, distance
 
 
-@pytest.mark.slow
-def test_views_draw_what_they_say(monkeypatch):
-    """How often, in which order and by how much: what the steps are called with, in 2,000 views."""
-    calls, sigmas, views = [], [], 0
+CHANGES = "brightness", "contrast", "saturation", "hue", "blur"
 
-    def spy(name):
-        return lambda image, factor: calls.append((views, name, factor)) or image
-    limits = {name: limits for name, (_, limits) in data.JITTER.items()}
-    assert limits == dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1))
-    monkeypatch.setattr(data, "JITTER", {name: (spy(name), span) for name, span in limits.items()})
-    monkeypatch.setattr(data, "blur", lambda image, sigma: sigmas.append(sigma) or image)
-    image, transform = picture(40, 30), data.ViewTransform(32, (0.08, 1.0))
-    for views in range(DRAWS):
-        transform(image, np.random.default_rng(views))
-    even = (np.arange(10_000) + 0.5) / 10_000
-    for name, (low, high) in limits.items():
-        factors = [factor for _, called, factor in calls if called == name]
-        assert len(factors) / DRAWS == pytest.approx(0.8, abs=0.03)
-        assert apart(factors, low + even * (high - low)) < LIMIT, name
-        place = [i % 4 for i, (_, called, _) in enumerate(calls) if called == name]
-        assert np.bincount(place, minlength=4) / len(place) == pytest.approx([0.25] * 4, abs=0.04), name
-    assert all(len({view for view, _, _ in calls[i:i + 4]}) == 1 for i in range(0, len(calls), 4)), "all four or none"
-    assert len(sigmas) / DRAWS == pytest.approx(0.5, abs=0.04)
-    assert apart(sigmas, (0.1 + even * 1.9) * 32 / 224) < LIMIT
+
+def steps_of(*views: list[tuple[str, float]]) -> torch.Tensor:
+    """For each view its (name, amount) steps -> (B, S, 2)"""
+    most = max(map(len, views))
+    return torch.tensor([[(CHANGES.index(name), amount) for name, amount in view] + [(-1, 0.0)] * (most - len(view))
+                         for view in views])
+
+
+def by_torchvision(functional, pixels: torch.Tensor, view: list[tuple[str, float]]) -> torch.Tensor:
+    """One image after its steps, in float without rounding between them"""
+    x = pixels[None] / 255
+    for name, amount in view:
+        x = (functional.gaussian_blur(x, 2 * math.ceil(4 * amount) + 1, amount) if name == "blur" else
+             getattr(functional, f"adjust_{name}")(x, amount))
+    return x[0] * 255
+
+
+def test_colors_change_as_torchvisions_each_image_in_its_own_order():
+    functional = pytest.importorskip("torchvision.transforms.functional", reason="parity with torchvision needs it")
+    pixels = data.to_tensor(picture(72, 72))
+    alone = [[(name, amount)] for name, amounts in dict(
+        brightness=(0.0, 0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.0, 0.6, 1.4), hue=(-0.1, -0.5, 0.03, 0.1, 0.5),
+    ).items() for amount in amounts]
+    orders = [[(name, 1.4 if name != "hue" else 0.1) for name in order]
+              for order in itertools.permutations(CHANGES[:4])]
+    views = [*alone, *orders, [], [("hue", 0.05), ("saturation", 0.0)], [("contrast", 1.2), ("blur", 0.8)]]
+    got = data.change_colors(pixels.expand(len(views), -1, -1, -1), steps_of(*views))
+    assert got.dtype == torch.uint8
+    for image, view in zip(got, views):
+        off = (image - by_torchvision(functional, pixels, view))[:, 4:-4, 4:-4].abs()
+        assert off.max() < 0.6, view                                # half a level, of rounding
+    gray = functional.rgb_to_grayscale(pixels.float(), 3)
+    assert (data.change_colors(pixels[None], steps_of([("saturation", 0.0)]))[0] - gray).abs().max() < 0.6
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0, 2.0])
+def test_blur_is_torchvisions_inside_and_keeps_what_is_flat_to_the_border(sigma):
+    functional = pytest.importorskip("torchvision.transforms.functional", reason="parity with torchvision needs it")
+    pixels = data.to_tensor(picture(48, 48))
+    blurred = data.change_colors(torch.stack([pixels, torch.full_like(pixels, 200)]),
+                                 steps_of([("blur", sigma)], [("blur", sigma)]))
+    off = (blurred[0] - by_torchvision(functional, pixels, [("blur", sigma)]))[:, 8:-8, 8:-8].abs()
+    assert off.max() < 0.6 and (blurred[1] == 200).all()
+
+
+def test_colors_change_image_by_image_whatever_the_batch():
+    """Also black, white, gray, one pixel that is red: nothing divides by zero."""
+    flat = torch.tensor([0, 255, 77], dtype=torch.uint8)[:, None, None, None].expand(3, 3, 16, 16)
+    red = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    red[0, 0, 0, 0] = 255
+    images = torch.cat([flat, red, torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8)])
+    transform = data.ViewTransform(16, (1.0, 1.0))
+    steps = torch.stack([transform(picture(16, 16), np.random.default_rng(i), "x")["x_steps"] for i in range(16)])
+    before, whole = images.clone(), data.change_colors(images, steps)
+    assert torch.equal(images, before)
+    for i in range(16):
+        assert torch.equal(data.change_colors(images[i:i + 1], steps[i:i + 1])[0], whole[i])
+    turned = data.change_colors(images[:4], steps_of(*[[("hue", 1 / 3)]] * 4))
+    assert torch.equal(turned[:3], flat) and turned[3, :, 0, 0].tolist() == [0, 255, 0]
+
+
+def test_a_view_is_a_mirrored_crop_and_steps_as_often_as_they_say():
+    image, transform, n = picture(60, 45), data.ViewTransform(32, (0.08, 1.0)), 3000
+    views = [transform(image, np.random.default_rng(i), "view1") for i in range(n)]
+    same, plain = transform(image, np.random.default_rng(7), "x"), TrainTransform(32, (0.08, 1.0), flip=True)
+    assert all(torch.equal(same[f"x{key}"], views[7][f"view1{key}"]) for key in ("", "_steps"))
+    assert all(torch.equal(view["view1"], plain(image, np.random.default_rng(i))) for i, view in enumerate(views[:9]))
+    kinds, amounts = torch.stack([view["view1_steps"] for view in views]).unbind(dim=-1)            # (n, 6) each
+    jittered, gray, blurred = kinds[:, 0] >= 0, kinds[:, 4] >= 0, kinds[:, 5] >= 0
+    for share, want in ((jittered, 0.8), (gray, 0.2), (blurred, 0.5), (jittered & gray & blurred, 0.08)):
+        assert share.float().mean().item() == pytest.approx(want, abs=0.03)
+    orders = [tuple(row) for row in kinds[jittered, :4].tolist()]
+    counts = [orders.count(order) for order in itertools.permutations(range(4))]
+    assert sum(counts) == len(orders) and min(counts) > 60 and max(counts) < 140                    # 100 expected
+    for kind, low, high in ((0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.6, 1.4), (3, -0.1, 0.1)):
+        drawn = amounts[:, :4][kinds[:, :4] == kind].sort().values
+        even = low + (torch.arange(len(drawn)) + 0.5) / len(drawn) * (high - low)
+        assert low <= drawn[0] and drawn[-1] <= high and (drawn - even).abs().max() < 0.05 * (high - low)
+    assert set(kinds[:, 4].tolist()) == {-1, 2} and (amounts[gray, 4] == 0).all()
+    sigma = amounts[blurred, 5] * 224 / 32
+    assert set(kinds[:, 5].tolist()) == {-1, 4} and 0.1 <= sigma.min() < 0.12 and 1.98 < sigma.max() <= 2.0001
+    assert sigma.mean().item() == pytest.approx(1.05, abs=0.05)
 
 
 def test_normalize():
