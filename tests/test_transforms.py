@@ -341,7 +341,8 @@ def test_views_are_distributed_as_torchvisions(crop_min):
         return transforms.functional.gaussian_blur(x, 2 * math.ceil(4 * sigma) + 1, sigma)
     peer = transforms.Compose([
         transforms.RandomResizedCrop(32, (crop_min, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.ToTensor(), transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), transforms.RandomGrayscale(0.2),
+        transforms.ToTensor(), transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+        transforms.RandomGrayscale(0.2),
         transforms.RandomApply([blur], 0.5), transforms.RandomHorizontalFlip()])
     image, ours = views_source(), data.ViewTransform(32, (crop_min, 1.0))
     torch.manual_seed(0)
