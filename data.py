@@ -199,8 +199,8 @@ MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or cou
 BICUBIC = Image.Resampling.BICUBIC
 TORCH_RESIZE = torch.backends.cpu.get_cpu_capability().startswith("AVX")   # faster than Pillow there, else slower
 
-if not hasattr(Image.Image, "has_transparency_data"):    # else every image would be called corrupt
-    raise ImportError(f"Pillow {PIL.__version__} is too old, 10.1 is wanted: pip install -r requirements.txt")
+if int(PIL.__version__.split(".")[0]) < 11:              # 10.0 would find every image corrupt, 10.4 turn no TIFF
+    raise ImportError(f"Pillow {PIL.__version__} is too old, 11 is wanted: pip install -r requirements.txt")
 Image.MAX_IMAGE_PIXELS = None                            # open_image has a limit of its own
 warnings.filterwarnings("ignore", module=r"PIL\.")       # Pillow's remarks on odd files; bad ones we report ourselves
 

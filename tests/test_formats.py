@@ -481,7 +481,7 @@ def make_folder(root, files: list[str]):
     (["training/a/1.jpg", "VALID/b/1.jpg"], "val", ["a", "b"], [1]),
     (["train/a/1.jpg", "validation/b/1.jpg", "testing/a/1.jpg", "docs/x/1.jpg"], "test", ["a", "b"], [0]),
     (["train/1.jpg", "car/1.jpg", "test/1.jpg"], "train", ["car", "test", "train"], [0, 1, 2]),
-    (["a/1.jpg", "b/._1.jpg", "b/1.jfif", "b/2.AVIF", "b/.ipynb_checkpoints/1.jpg", "__MACOSX/a/._1.jpg",
+    (["a/1.jpg", "b/._1.jpg", "b/1.jfif", "b/2.JPE", "b/.ipynb_checkpoints/1.jpg", "__MACOSX/a/._1.jpg",
       ".ipynb_checkpoints/1.jpg"], "train", ["a", "b"], [0, 1, 1]),
 ])
 def test_folder(tmp_path, files, split, classes, labels):

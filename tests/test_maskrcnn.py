@@ -27,7 +27,7 @@ from conftest import ROOT, SHARED, needs_shared, on_processes
 from data import BadRecord, UserError, open_data, train_batches
 from dense import NEGATIVE, UNUSED, assign, decode_boxes, draw_boxes, encode_boxes, make_anchors
 from model import PRESETS, MaskCLIP, VisionTransformer
-from train import layer_decay_groups, load_state, save_checkpoint, setup
+from train import layer_decay_groups, load_state, save_checkpoint
 
 torch.set_num_threads(1)
 PEER = "torchvision is the peer for boxes: pip install -r requirements-dev.txt"
@@ -877,7 +877,7 @@ def test_a_perfect_detector_scores_one(names, unknown, tmp_path):
     if unknown:                                                                 # the oracle must not know them either
         read = photos.read
         photos.read = lambda i: (lambda s: replace(s, objects=[t for t in s.objects if t["category"] == 1]))(read(i))
-    results = dense.evaluate_detector(Oracle(photos, label_of), names, photos, options, setup(options),
+    results = dense.evaluate_detector(Oracle(photos, label_of), names, photos, options, dense.setup(options),
                                       tmp_path / "out")
     assert results["box"]["AP"] == pytest.approx(1) and results["mask"]["AP75"] == pytest.approx(1)
     assert results["images"] == 6 and json.loads((tmp_path / "r.json").read_text())["box"] == results["box"]
