@@ -2113,6 +2113,7 @@ def icinw_task(name, home, names, templates):
     if names and len(names) != len(data.classes):
         raise UserError(f"prompts.py names {len(names)} classes of {name}, {home} has {len(data.classes)}")
     if names and templates:
+        notes.append(f"names by place: {data.classes[0]} is {names[0]} ... {data.classes[-1]} is {names[-1]}")
         data.classes = names
     else:
         templates = TEMPLATES_80
