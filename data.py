@@ -112,6 +112,12 @@ def say(text: str, file=None):
         print(text, file=file or sys.stdout, flush=True)
 
 
+def say_notes(data):
+    """What a data set tells of what was left out and why, a line each."""
+    for note in getattr(data, "notes", ()):
+        say(printable(f"note: {note}"))
+
+
 def progress(items: Iterable, total: int, what: str, speaks: bool = True) -> Iterator:
     """The items as they come, with a line on standard error where five seconds have passed since the last one."""
     started = spoke = time.monotonic()
@@ -1498,7 +1504,7 @@ class ImageFiles:
     ignore_exif = False                                  # see as_annotated
 
     def __init__(self, source, root, listed, classes=None, counts={}):
-        self.root, self.classes = root, classes
+        self.source, self.root, self.classes = source, root, classes
         self.records = Packed(json.dumps(record).encode() for record in listed)
         self.notes = note_counts(counts)
         if not len(self):
@@ -1873,7 +1879,7 @@ class LabelMaps(ImageFiles):
         classes = classes or read_lines(f"{root}/class_names.txt", "names of classes")
         super().__init__(f"{root}/{source}", root, ((image, {}) for image, _ in self.pairs),
                          [name.strip("_") for name in classes])
-        self.source, self.label_of, self.reduce_zero_label = f"{root}/{source}", label_of, reduce_zero_label
+        self.label_of, self.reduce_zero_label = label_of, reduce_zero_label
 
     def read(self, i: int) -> Sample:
         sample, label = super().read(i), open_image(read_file(f"{self.root}/{self.pairs[i][1]}"))
@@ -1963,7 +1969,6 @@ class CocoInstances(ImageFiles):
         self.sizes = np.array([images[i][1:] for i in kept])                            # (n, 2)
         # as in mmdetection batches are of wide images or of high ones, which share a canvas with little padding
         self.groups = self.sizes[:, 0] > self.sizes[:, 1]                               # (n,)
-        self.source = path
 
     def read(self, i: int) -> Sample:
         sample = super().read(i)
@@ -2524,8 +2529,7 @@ def check(data, tokenizer: BytePairTokenizer | None = None, context_length: int 
         say(f"{key}: {value}")
     for name, reason in bad[:20]:
         say(printable(f"bad record {name}: {reason}"))
-    for note in data.notes:
-        say(printable(f"note: {note}"))
+    say_notes(data)
     return dict(report, bad_records=bad[:20], notes=[*data.notes])
 
 

@@ -186,8 +186,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     log = Log(out, runtime.is_main, o.steps, o.batch_size, start.step)
     guard = Guard(o, runtime, stop, o.steps, start, save)
     if runtime.is_main:
-        for note in getattr(data, "notes", ()):
-            say(f"note: {data_module.printable(note)}")
+        data_module.say_notes(data)
         start.announce(o.steps)
     net.train()
     for step, batch in guard.batches(loader):

@@ -1287,17 +1287,16 @@ HARMLESS = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], *(type(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, from a .safetensors or from what torch.save wrote, where they may lie some dicts deeper."""
+    """float32 tensors by name, from a .safetensors or what torch.save wrote, where they may lie some dicts deeper."""
     if not path.is_file():
         raise UserError(f"no file {path}: wanted weights as timm or open_clip publish them")
     with telling(f"cannot read weights from {path}"):
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
         if is_torchscript(path):
             raise UserError(f"{path} is a TorchScript program, as OpenAI's: torch.save(torch.jit.load({str(path)!r}, "
                             f"'cpu').state_dict(), FILE) makes weights of it")
         with torch.serialization.safe_globals(HARMLESS):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = (read_safetensors(path) if path.suffix == ".safetensors" else
+                     torch.load(path, map_location="cpu", weights_only=True))
         for key in ("teacher", "state_dict", "model"):      # of DINO and iBOT the teacher is the better one
             state = state.get(key, state)
         # wrappers leave their marks before names: DistributedDataParallel, torch.compile, DINO's heads

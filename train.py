@@ -344,8 +344,7 @@ def announce(o: TrainOptions, data, core: MaskCLIP, tokenizer, total: int, start
     parameters = sum(p.numel() for p in core.parameters())
     say(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
         f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; {runtime}")
-    for note in getattr(data, "notes", ()):
-        say(f"note: {data_module.printable(note)}")
+    data_module.say_notes(data)
     if len(data) % o.batch_size:
         say(f"note: {len(data) % o.batch_size} records fill no batch and are left out of an epoch, others in each")
     if not o.bpe and tokenizer.vocab_size < 49408 <= o.vocab_size:
