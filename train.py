@@ -1118,15 +1118,21 @@ def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: 
 
 
 class ReadRecord:
-    """A record -> what `extract` needs of it."""
+    """A record -> its image, its class and its captions."""
 
     def __init__(self, image):
         self.image = image              # transform(PIL image, rng) -> uint8 (3, H, W)
 
     def __call__(self, sample, rng) -> dict:
-        images = self.image(sample.image, rng)
-        return dict(images=images, label=sample.label, captions=sample.captions,
-                    pixels=hashlib.sha256(images.numpy()).hexdigest())
+        return dict(images=self.image(sample.image, rng), label=sample.label, captions=sample.captions)
+
+
+class ReadIdentified(ReadRecord):
+    """The same, and what tells copies of an image: made in the loader, where there are processes to spare."""
+
+    def __call__(self, sample, rng) -> dict:
+        record = super().__call__(sample, rng)
+        return dict(record, pixels=hashlib.sha256(record["images"].numpy()).hexdigest())
 
 
 @torch.no_grad()
@@ -1136,7 +1142,7 @@ def extract(data, transform, encode, runtime: Runtime, batch_size: int) -> dict:
     features (n, D)   index (n,) of the record   label (n,), -1 unknown   captions [n tuples]   bad [(name, reason)]
     pixels [n texts], equal for images that are copies of each other as the network sees them
     """
-    loader = data_module.eval_loader(data, ReadRecord(transform), max(1, batch_size // runtime.world),
+    loader = data_module.eval_loader(data, ReadIdentified(transform), max(1, batch_size // runtime.world),
                                      runtime.rank, runtime.world, runtime.workers)
     features, index, label, captions, pixels, bad = [], [], [], [], [], []
     for batch in data_module.progress(loader, len(loader), "batches of images", runtime.is_main):

@@ -376,3 +376,17 @@ def test_safetensors_are_read_as_their_library_reads_them(tmp_path):
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_weights_are_float32_without_the_marks_of_wrappers(suffix, tmp_path):
+    """However the file packs them: half precision in a DistributedDataParallel of what torch.compile made."""
+    path, weight = tmp_path / f"x.{suffix}", torch.randn(3, 4).half()
+    if suffix == "pth":
+        torch.save({"state_dict": {"module._orig_mod.weight": weight}}, path)
+    else:
+        header = json.dumps({"module._orig_mod.weight": dict(dtype="F16", shape=[3, 4], data_offsets=[0, 24])}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + weight.numpy().tobytes())
+    state = model.read_weights(path)
+    assert list(state) == ["weight"] and state["weight"].dtype == torch.float32
+    assert torch.equal(state["weight"], weight.float())
