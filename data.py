@@ -1061,26 +1061,26 @@ def shapes(text, split, task, size, **_):
 
 @dataclass(eq=False)
 class Records:
-    """Reads, decodes and augments single records.  An item is asked for by (epoch, index, *spares).
+    """Reads, decodes and augments single records.  An item is asked for by (step, index, *spares).
 
-    transform(sample, rng) makes a dict of arrays and strings; rng is seeded by (seed, epoch, index), so that an image
+    transform(sample, rng) makes a dict of arrays and strings; rng is seeded by (seed, step, index), so that an image
     is augmented alike in every process and after every resume.  A bad record is named in "bad" and a spare takes its
-    place; without a spare left the item is only its "bad" list.
+    place; without a spare left the item has no more than its step and its "bad" list.
     """
     data: object
     transform: Callable
     seed: int = 0
 
     def __getitem__(self, key):
-        epoch, *candidates = key
+        step, *candidates = key
         bad = []
         for index in candidates:
             try:
-                rng = np.random.default_rng((self.seed, epoch, index))
-                return dict(self.transform(self.data.read(index), rng), index=index, bad=bad)
+                rng = np.random.default_rng((self.seed, step, index))
+                return dict(self.transform(self.data.read(index), rng), step=step, index=index, bad=bad)
             except BadRecord as error:
                 bad.append((self.data.name(index), str(error)))
-        return dict(bad=bad)
+        return dict(step=step, bad=bad)
 
 
 def collate(items: list[dict]) -> dict:
@@ -1128,7 +1128,7 @@ def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, w
         spares = order[per_epoch * batch_size:] if n % batch_size else order
         for step in steps_of_epoch:
             start = step % per_epoch * batch_size + rank * share
-            yield [(epoch, int(order[k]), *spares.take(range(k + 1, k + 11), mode="wrap").tolist())
+            yield [(step, int(order[k]), *spares.take(range(k + 1, k + 11), mode="wrap").tolist())
                    for k in range(start, start + share)]
 
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import data as data_module
 from data import BICUBIC, MEAN, STD, BadRecord, UserError, crop_box, normalize, run, say, seed_of, to_tensor
-from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt, save_atomically
+from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt
 from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, draw_curves,
                    extract, find_resumable, first_look, layer_decay_groups, open_mixed, parse, set_learning_rate, setup,
                    show, tell_shared, wrap)
@@ -176,15 +176,14 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     runtime.check_alike(step_to_go_on_from=start.step, hash_of_the_data=start.data)
     model = wrap(net, runtime)
 
-    def save(step: int, bad_count: int) -> bool:
-        return save_atomically(out / "last.pt", dict(
-            more, config=asdict(o), data=start.data, step=step, total=o.steps, bad_count=bad_count,
-            model=net.state_dict(), optimizer=optimizer.state_dict()))
+    def state(step: int, bad_count: int) -> dict:
+        return dict(more, config=asdict(o), data=start.data, step=step, total=o.steps, bad_count=bad_count,
+                    model=net.state_dict(), optimizer=optimizer.state_dict())
 
     loader = data_module.train_loader(data, transform, o.batch_size, o.seed, range(start.step, o.steps), runtime.rank,
                                       runtime.world, runtime.workers)
     log = Log(out, runtime.is_main, o.steps, o.batch_size, start.step)
-    guard = Guard(o, runtime, stop, o.steps, start, save)
+    guard = Guard(o, runtime, stop, o.steps, start, state)
     if runtime.is_main:
         data_module.say_notes(data)
         start.announce(o.steps)

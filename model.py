@@ -1086,11 +1086,14 @@ def load_state(path: str | Path, kind: str | None = None) -> dict:
     return state
 
 
-def save_checkpoint(path: str | Path, model: MaskCLIP, tokenizer: BytePairTokenizer, options, **more) -> bool:
+def checkpoint(model: MaskCLIP, tokenizer: BytePairTokenizer, options, **more) -> dict:
     """Everything needed to resume and to evaluate with no other file; `more` holds optimizer, step, teacher ..."""
-    return save_atomically(Path(path), dict(
-        kind="pretraining", config=asdict(options), model=model.state_dict(), tokenizer=tokenizer.state(),
-        mean=list(MEAN), std=list(STD), torch=str(torch.__version__), **more))
+    return dict(kind="pretraining", config=asdict(options), model=model.state_dict(), tokenizer=tokenizer.state(),
+                mean=list(MEAN), std=list(STD), torch=str(torch.__version__), **more)
+
+
+def save_checkpoint(path: str | Path, model: MaskCLIP, tokenizer: BytePairTokenizer, options, **more) -> bool:
+    return save_atomically(Path(path), checkpoint(model, tokenizer, options, **more))
 
 
 def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairTokenizer, Config]:

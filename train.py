@@ -15,13 +15,14 @@ import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from os.path import isfile
@@ -38,13 +39,14 @@ import torch.distributed.nn     # before init_process_group: its functions keep 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 import data as data_module
 from data import BytePairTokenizer, UserError, run, say, seed_of
 from losses import LOGIT_ROWS, mean_over_processes, patchify, similarity
-from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, SyncBatchNorm, Teacher, build, costs, initialize,
-                   load_checkpoint, load_state, mask_words, momentum_at, opt, preset_for, random_mask, read_merges,
-                   save_atomically, save_checkpoint, take)
+from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, SyncBatchNorm, Teacher, build, checkpoint, costs,
+                   initialize, load_checkpoint, load_state, mask_words, momentum_at, opt, preset_for, random_mask,
+                   read_merges, save_atomically, save_checkpoint, take)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,20 +135,22 @@ def cosine_schedule(step: int, total: int, warmup: int, peak: float, final: floa
 # What a step hides
 # ---------------------------------------------------------------------------------------------------------------------
 
-def hide(batch: dict, core: MaskCLIP, sot: int, step: int, seed: int, rank: int = 0, world: int = 1) -> dict:
+def hide(batch: dict, c: Config, tokenizer: BytePairTokenizer, step: int, seed: int, rank: int = 0,
+         world: int = 1) -> dict:
     """The batch with what its masked branches need: keep and hidden patches, corrupted words; see MaskCLIP.forward.
 
-    Draws are those of the global batch, of which this process takes its own rows.
+    Draws are those of the global batch, of which this process takes its own rows.  The loader calls this where it
+    joins a batch (PairCollate), so that a device need not wait for it.
     """
-    c, B, batch = core.config, len(batch["images"]), dict(batch)
+    B, batch = len(batch["images"]), dict(batch)
     generator = torch.Generator().manual_seed(seed_of(seed, step))
     own = slice(rank * B, rank * B + B)
-    if core.predicts:
+    if METHODS[c.method]["predicts"]:
         batch["keep"], batch["hidden"] = random_mask(world * B, c.grid ** 2, c.mask_ratio, generator, own)
     if METHODS[c.method]["mlm"]:
         noise = torch.rand(world * B, c.context_length, 3, generator=generator)[own]
         batch["corrupted"], batch["is_chosen"] = mask_words(
-            batch["tokens"], c.word_ratio, sot, core.eot, core.text.mask_id, noise)
+            batch["tokens"], c.word_ratio, tokenizer.sot, tokenizer.eot, c.vocab_size, noise)
     if "labels" in batch:       # UniCL: a pair that names no class is one of its own
         alone = -1 - torch.arange(rank * B, rank * B + B)
         batch["labels"] = torch.where(batch["labels"] < 0, alone, batch["labels"])
@@ -253,24 +257,22 @@ def train(o: TrainOptions):
         if teacher:
             teacher.compile()
 
-    def save(step: int, bad_count: int) -> bool:
-        return save_checkpoint(out / "last.pt", core, tokenizer, o, step=step, total=total, data=start.data,
-                               bad_count=bad_count, optimizer=optimizer.state_dict(),
-                               teacher=teacher.state_dict() if teacher else None)
+    def state(step: int, bad_count: int) -> dict:
+        return checkpoint(core, tokenizer, o, step=step, total=total, data=start.data, bad_count=bad_count,
+                          optimizer=optimizer.state_dict(), teacher=teacher.state_dict() if teacher else None)
 
     loader = data_module.train_loader(data, PairTransform(o, data), o.batch_size, o.seed, range(start.step, total),
                                       runtime.rank, runtime.world, runtime.workers,
-                                      PairCollate(tokenizer, o.context_length, 8 if o.compile else 1))
+                                      PairCollate(o, tokenizer, runtime.rank, runtime.world))
     log = Log(out, runtime.is_main, total, o.batch_size, start.step)
     if runtime.is_main:
         announce(o, data, core, tokenizer, total, start, runtime)
-    guard, tests = Guard(o, runtime, stop, total, start, save), Tests(o, steps_per_epoch)
+    guard, tests = Guard(o, runtime, stop, total, start, state), Tests(o, steps_per_epoch)
     core.train()
     for step, batch in guard.batches(loader):
         lr = cosine_schedule(step, total, warmup, o.lr, o.lr_end, o.lr_start)
         momentum = momentum_at(step, total, o.momentum, o.momentum_end) if METHODS[o.method]["ema"] else 0.0
         set_learning_rate(optimizer, lr)
-        batch = hide(batch, core, tokenizer.sot, step, o.seed, runtime.rank, runtime.world)
         parts = micro_batches(batch, o.accumulate, runtime.device)
         seed = seed_of(o.seed, step, 1)
         optimizer.zero_grad()
@@ -403,7 +405,7 @@ class Tests:
 
     def after(self, step: int, core: MaskCLIP, tokenizer: BytePairTokenizer, guard: "Guard") -> dict[str, float]:
         """What the log says of this step besides"""
-        last, found = guard.start.out / "last.pt", {}
+        last, found = guard.last, {}
         if self.keep_every and (step + 1) % self.keep_every == 0 and guard.write(step + 1) and guard.runtime.is_main:
             shutil.copyfile(last, last.with_name(f"step-{step + 1}.pt"))
         if self.every and (step + 1) % self.every == 0:
@@ -444,18 +446,21 @@ class PairTransform:
 
 
 class PairCollate:
-    """Joins records and tokenizes their captions, up to the longest one."""
+    """Joins the records of a step, tokenizes their captions, up to the longest one, and hides what the step hides."""
 
-    def __init__(self, tokenizer: BytePairTokenizer, context_length: int, multiple: int):
-        self.tokenizer, self.context_length, self.multiple = tokenizer, context_length, multiple
+    def __init__(self, o: TrainOptions, tokenizer: BytePairTokenizer, rank: int = 0, world: int = 1):
+        self.o, self.tokenizer, self.rank, self.world = o, tokenizer, rank, world
 
     def __call__(self, items: list[dict]) -> dict:
-        batch = data_module.collate(items)
+        batch, o = data_module.collate(items), self.o
+        if "images" not in batch:                           # not one record, nor a stand-in, could be read
+            return batch
         for captions, tokens in (("captions", "tokens"), ("captions2", "tokens2")):
-            if captions in batch:                           # none if not one record, nor a stand-in, could be read
-                ids = self.tokenizer(batch.pop(captions), self.context_length)
-                batch[tokens] = data_module.trim(ids, self.tokenizer.eot, self.multiple)        # (B, L)
-        return batch
+            if captions in batch:
+                ids = self.tokenizer(batch.pop(captions), o.context_length)
+                batch[tokens] = data_module.trim(ids, self.tokenizer.eot, 8 if o.compile else 1)        # (B, L)
+        step = batch.pop("step")[0].item()
+        return hide(batch, o, self.tokenizer, step, o.seed, self.rank, self.world)
 
 
 def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
@@ -868,15 +873,25 @@ class Guard:
     """What keeps a training safe: bad records, values that are not finite, checkpoints, the wish to stop.
 
     options    max_bad, checkpoint_every, batch_size
-    save       (step, bad records so far) -> whether the checkpoint of a run that has done `step` steps was written
+    state      (step, bad records so far) -> the checkpoint of a run that has done `step` steps
     """
-    def __init__(self, options, runtime: Runtime, stop: StopSignal, total: int, start: Start, save):
-        self.o, self.runtime, self.stop, self.total, self.start, self.save = options, runtime, stop, total, start, save
-        self.bad_count, self.refused, self.saved_at = start.bad_count, 0, time.monotonic()
+    def __init__(self, options, runtime: Runtime, stop: StopSignal, total: int, start: Start, state: Callable):
+        self.o, self.runtime, self.stop, self.total, self.start = options, runtime, stop, total, start
+        self.state, self.last, self.thread = state, start.out / "last.pt", ThreadPoolExecutor(1)
+        self.bad_count, self.refused, self.saved_at, self.written = start.bad_count, 0, time.monotonic(), None
 
-    def write(self, step: int) -> bool:
+    def write(self, step: int, wait: bool = True) -> bool:
+        """Whether OUT/last.pt was written.  Without waiting a thread writes, from a copy, and training goes on."""
         self.saved_at = time.monotonic()
-        return not self.runtime.is_main or self.save(step, self.bad_count)
+        if not self.runtime.is_main:
+            return True
+        if self.written:
+            self.written.result()
+        checkpoint = self.state(step, self.bad_count)
+        if not wait:
+            checkpoint = tree_map_only(Tensor, lambda x: x.to("cpu", copy=True), checkpoint)
+        self.written = self.thread.submit(save_atomically, self.last, checkpoint)
+        return self.written.result() if wait else True
 
     def batches(self, loader):
         """(step, batch) of each step to do."""
@@ -916,14 +931,13 @@ class Guard:
         if not wrong:
             self.refused = 0
             if time.monotonic() - self.saved_at > self.o.checkpoint_every and step > self.start.step:
-                self.write(step)
+                self.write(step, wait=False)
             return True
         self.refused += 1
         say(f"warning: step {step + 1}: {', '.join(wrong)} is not finite; update skipped", file=sys.stderr)
         if self.refused == 10:
-            last = self.start.out / "last.pt"
-            raise UserError(f"{', '.join(wrong)} was not finite for 10 steps in a row, up to step {step + 1}; "
-                            f"{f'the last good checkpoint is {last}' if last.exists() else 'no checkpoint yet'}: "
+            good = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint yet"
+            raise UserError(f"{', '.join(wrong)} was not finite for 10 steps in a row, up to step {step + 1}; {good}: "
                             f"try --precision fp32, a lower --lr or --clip-grad 1")
         return False
 
@@ -940,10 +954,11 @@ class Guard:
             sys.exit(128 + (self.stop.number or signal.SIGTERM))
 
     def finish(self):
-        last = self.start.out / "last.pt"                   # not there if a run that was resumed had no steps to go
-        if (self.start.step < self.total or not last.exists()) and not self.write(self.total):
-            raise UserError(f"the finished model could not be saved to {last}: free some space and run the command "
-                            f"again")
+        if self.start.step == self.total and self.last.exists():        # resumed with no step to go
+            return
+        if not self.write(self.total):
+            raise UserError(f"the finished model could not be saved to {self.last}: free some space and run the "
+                            f"command again")
 
 
 def report_bad(bad: list[tuple[str, str]]) -> int:
@@ -1066,7 +1081,7 @@ def draw_step(core: MaskCLIP, teacher: Teacher | None, tokenizer: BytePairTokeni
     records: data.Records, whose items are those of a training batch
     """
     items = [records[0, i, i + count] for i in range(count)]
-    batch = hide(PairCollate(tokenizer, o.context_length, 1)(items), core, tokenizer.sot, 0, o.seed)
+    batch = PairCollate(o, tokenizer)(items)
     part = to_device({name: x for name, x in batch.items() if torch.is_tensor(x)}, core.logit_scale.device)
     patches, hidden = patchify(batch["images"].float(), o.patch_size), batch["hidden"]          # (B, N, 3*p*p), (B, M)
 

@@ -134,7 +134,7 @@ class Ours:
         self.options = o = train.TrainOptions(**asdict(config), compile=compile)
         self.core = model.build(o, tokenizer.eot).to(DEVICE).train()
         self.net = torch.compile(self.core) if compile else self.core
-        self.collate = train.PairCollate(tokenizer, o.context_length, 8 if compile else 1)
+        self.tokenizer = tokenizer
         has_teacher = model.METHODS[o.method]["predicts"] == "teacher"
         self.teacher = model.Teacher(self.core).to(DEVICE) if has_teacher else None
         self.optimizer = torch.optim.AdamW(train.param_groups(self.core, o.weight_decay), lr=1e-5,
@@ -145,8 +145,7 @@ class Ours:
     def step(self, images: torch.Tensor, captions: list[str], number: int = 0):
         o, runtime = self.options, self.runtime
         batch = dict(images=images, tokens=self.tokens(captions))
-        batch = train.hide(batch, self.core, self.collate.tokenizer.sot, number + 1, o.seed, runtime.rank,
-                           runtime.world)
+        batch = train.hide(batch, o, self.tokenizer, number + 1, o.seed, runtime.rank, runtime.world)
         batch = train.micro_batches(batch, 1, DEVICE)[0]
         self.optimizer.zero_grad()
         terms, answers = train.backward(self.net, self.core, self.teacher, batch, runtime)
@@ -160,8 +159,8 @@ class Ours:
 
     def tokens(self, captions: list[str]) -> torch.Tensor:
         """(B, L), as long as the longest caption"""
-        ids = self.collate.tokenizer(captions, self.options.context_length)
-        return data.trim(ids, self.collate.tokenizer.eot, self.collate.multiple)
+        ids = self.tokenizer(captions, self.options.context_length)
+        return data.trim(ids, self.tokenizer.eot, 8 if self.options.compile else 1)
 
     def flops(self, captions: list[str]) -> float:
         """Useful ones, with captions as long as the longest of the batch"""
@@ -385,7 +384,7 @@ def loader(o) -> list[Row]:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         options = train.TrainOptions(**asdict(model.PAPER))
-        transform, collate = train.PairTransform(options, data.Shards(path)), train.PairCollate(tokenizer, 77, 1)
+        transform, collate = train.PairTransform(options, data.Shards(path)), train.PairCollate(options, tokenizer)
         crop = T.Compose([T.RandomResizedCrop(224, scale=(0.5, 1.0), interpolation=T.InterpolationMode.BICUBIC),
                           T.ToTensor(), T.Normalize(data.MEAN, data.STD)])
 

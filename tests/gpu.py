@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +96,7 @@ class Training:
         self.teacher = model.Teacher(self.core).to(device) if has_teacher else None
         self.net = torch.compile(self.core) if compiled else self.core
         self.optimizer = torch.optim.AdamW(train.param_groups(self.core, 0.1), lr=1e-5, fused=True)
+        self.tokens = SimpleNamespace(sot=self.config.vocab_size - 2, eot=self.core.eot)
 
     def batch(self, B: int, seed: int = 0) -> dict[str, Tensor]:
         """Noise, and captions of full length, as the loader gives them"""
@@ -109,7 +111,7 @@ class Training:
 
     def gradients(self, batch: dict, accumulate: int = 1, step: int = 0) -> tuple[dict, list]:
         """Forward and backward: the terms of the loss, and what the teacher said; gradients are in the weights"""
-        batch = train.hide(batch, self.core, self.config.vocab_size - 2, step, 0)
+        batch = train.hide(batch, self.config, self.tokens, step, 0)
         parts = train.micro_batches(batch, accumulate, self.runtime.device)
         self.optimizer.zero_grad()
         if accumulate == 1:
@@ -440,7 +442,7 @@ def loader(s: Setting) -> Iterator[Row]:
     for workers in (1,) if s.dry else (1, 8, 16):
         count = 6 if s.dry else 8 + 8 * workers
         batches = data.train_loader(shards, train.PairTransform(o, shards), B, 0, range(count), workers=workers,
-                                    collate=train.PairCollate(tokenizer, 77, 1))
+                                    collate=train.PairCollate(o, tokenizer))
         warm, started, images = 2 if s.dry else 2 * workers + 2, None, 0
         for i, batch in enumerate(batches):
             if i == warm:

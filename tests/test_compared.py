@@ -21,7 +21,7 @@ import model
 import train
 from conftest import finish_script, on_processes, run_script, start_script
 from model import COMPARED
-from test_model import EOT, SOT, captions, tiny
+from test_model import EOT, TOKENS, captions, tiny
 from test_train import ALONE, metrics, trained
 
 
@@ -210,7 +210,7 @@ def raw_batch(B=6):
 
 
 def prepared(net, count=1, **more):
-    return train.micro_batches(train.hide(dict(raw_batch(), **more), net, SOT, 0, 3), count, ALONE.device)
+    return train.micro_batches(train.hide(dict(raw_batch(), **more), net.config, TOKENS, 0, 3), count, ALONE.device)
 
 
 @pytest.mark.parametrize("method", COMPARED)
@@ -450,7 +450,7 @@ def test_folders_become_pairs_with_labels_of_their_own(zoo):
 def test_pairs_are_classes_of_their_own_on_every_process():
     net, labels = tiny("clip"), torch.tensor([-1, 4, -1, 4])
     halves = [dict(images=torch.zeros(2, 3, 32, 32), labels=half) for half in labels.split(2)]
-    batches = [train.hide(half, net, SOT, 0, 0, rank, 2) for rank, half in enumerate(halves)]
+    batches = [train.hide(half, net.config, TOKENS, 0, 0, rank, 2) for rank, half in enumerate(halves)]
     joined = torch.cat([batch["labels"] for batch in batches])
     assert joined[1] == joined[3] == 4 and len(joined.unique()) == 3 and (joined[[0, 2]] < 0).all()
 

@@ -350,10 +350,10 @@ torch.optim.AdamW = lambda *arguments, **options: AdamW(*arguments, **options, e
 
 def main():
     for arguments, stop_at in json.loads(open(sys.argv[2]).read()):
-        def stopping(batch, core, sot, step, seed, rank, world):
+        def stopping(batch, c, tokenizer, step, seed, rank, world):
             if step == stop_at and rank == 0:           # one process is told, all stop
                 os.kill(os.getpid(), signal.SIGTERM)
-            return hide(batch, core, sot, step, seed, rank, world)
+            return hide(batch, c, tokenizer, step, seed, rank, world)
         train.hide = stopping
         try:
             train.train(train.parse_train_options(arguments))
@@ -989,9 +989,9 @@ def test_bfloat16_follows_float32(tmp_path):
 @pytest.mark.parametrize("method", ["maskclip", "declip"])
 def test_batches_do_not_depend_on_the_number_of_loader_processes(method, every_format):
     specs = tuple(word for word in every_format if word != "--data")
-    options = train.TrainOptions(method=method, image_size=32, data=specs)
+    options = train.TrainOptions(method=method, image_size=32, context_length=32, data=specs)
     mixed = train.open_mixed(specs, "train", "captions", 32)
-    collate = train.PairCollate(data.BytePairTokenizer([]), 32, 1)
+    collate = train.PairCollate(options, data.BytePairTokenizer([]))
     transform = train.PairTransform(options, mixed)
     batches = [list(train_loader(mixed, transform, 12, 5, range(6), workers=n, collate=collate)) for n in (0, 1, 2)]
     for several in zip(*batches, strict=True):

@@ -1,6 +1,7 @@
 """The networks against timm and open_clip, against themselves computed another way, and against their definitions."""
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import model
 from model import METHODS, PRESETS, MaskCLIP, Teacher, VisionTransformer, mask_words, random_mask
 
 SOT, EOT = 766, 767
+TOKENS = SimpleNamespace(sot=SOT, eot=EOT)        # what masking asks of a tokenizer
 TINY = replace(PRESETS["pocket"], image_size=32, width=32, depth=2, heads=2, text_width=32, text_depth=2, text_heads=2,
                embed_dim=16, context_length=12, n_codes=32, quantizer_hidden=32, quantizer_bottleneck=16)
 

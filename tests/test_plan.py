@@ -97,7 +97,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 sys.path[:0] = ["tests", "."]
 import torch, model, train
-from test_model import captions
+from test_model import TOKENS, captions
 torch.set_num_threads(1)
 
 def memory(which):
@@ -112,7 +112,7 @@ def steps(config, B, count):
     batch = dict(images=torch.zeros(B, 3, size, size, dtype=torch.uint8), tokens=captions([30] * B))
     for number in range(2):
         started = time.process_time()
-        parts = train.micro_batches(train.hide(batch, net, 766, number, 0), count, runtime.device)
+        parts = train.micro_batches(train.hide(batch, config, TOKENS, number, 0), count, runtime.device)
         optimizer.zero_grad()
         if count == 1:
             train.backward(net, net, teacher, parts[0], runtime)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import types
 from functools import partial
 from unittest import mock
@@ -20,7 +21,7 @@ import data
 import train
 from conftest import SHARED, needs_shared, on_processes
 from model import METHODS, Teacher
-from test_model import SOT, captions, tiny
+from test_model import TOKENS, captions, tiny
 from train import cosine_schedule, load_checkpoint, load_state, save_atomically
 
 # a run of seconds: 24 pairs a step can be shared by 1, 2, 3 and 4 processes
@@ -58,10 +59,10 @@ def trained_until(step: int, *arguments):
     """The same, asked to stop while it does this step."""
     hide = train.hide
 
-    def stopping(batch, core, sot, now, *rest):
+    def stopping(batch, c, tokenizer, now, *rest):
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return hide(batch, core, sot, now, *rest)
+        return hide(batch, c, tokenizer, now, *rest)
     with mock.patch.object(train, "hide", stopping), pytest.raises(SystemExit) as end:
         trained(*arguments)
     assert end.value.code == 128 + signal.SIGTERM
@@ -95,7 +96,7 @@ def test_every_draw_depends_on_seed_and_step():
     assert all(0 <= data.seed_of(*numbers) < 2 ** 32 for numbers in [(0,), (2 ** 31, 10 ** 6, 1)])
     net = tiny()
     batch = dict(images=torch.zeros(8, 3, 32, 32, dtype=torch.uint8), tokens=captions([5] * 8, 12))
-    drawn = [train.hide(batch, net, SOT, step, seed) for seed, step in ((0, 5), (0, 5), (1, 5), (0, 6))]
+    drawn = [train.hide(batch, net.config, TOKENS, step, seed) for seed, step in ((0, 5), (0, 5), (1, 5), (0, 6))]
     for name in ("keep", "corrupted"):
         same = [torch.equal(drawn[0][name], other[name]) for other in drawn[1:]]
         assert same == [True, False, False], name
@@ -184,7 +185,7 @@ def one_step(method: str, count: int, rank: int = 0, world: int = 1) -> dict[str
     batch.update(tokens=captions([3, 5, 8, 1, 2, 4, 7, 9]), tokens2=captions([3, 4, 8, 1, 2, 4, 7, 8]))
     batch = {name: value.chunk(world)[rank] for name, value in batch.items()}
     parts = [{name: value.double() if value.is_floating_point() else value for name, value in part.items()} for part in
-             train.micro_batches(train.hide(batch, net, SOT, 0, 3, rank, world), count, runtime.device)]
+             train.micro_batches(train.hide(batch, net.config, TOKENS, 0, 3, rank, world), count, runtime.device)]
     model = train.wrap(net, runtime)
     if count == 1:
         terms, answers = train.backward(model, net, teacher, parts[0], runtime)
@@ -240,7 +241,7 @@ def test_two_processes_make_the_step_of_one(two_processes):
 def test_blocks_that_are_skipped_depend_on_seed_and_step(tmp_path, monkeypatch):
     net, backward, seeds = tiny("clip", drop_path=0.5), train.backward, []
     batch = train.micro_batches(train.hide(dict(images=torch.zeros(8, 3, 32, 32, dtype=torch.uint8),
-                                                tokens=captions([3] * 8)), net, SOT, 0, 3), 1, ALONE.device)[0]
+                                                tokens=captions([3] * 8)), net.config, TOKENS, 0, 3), 1, ALONE.device)[0]
     first, again, other = (backward(net, net, None, batch, ALONE, seed)[0]["L_I"] for seed in (5, 5, 6))
     assert first == again != other
 
@@ -428,3 +429,23 @@ def test_real_pairs_train_with_clips_merges(tmp_path):
             "--method", "clip", "--steps", 2, "--out", tmp_path)
     net, tokenizer, config = load_checkpoint(tmp_path / "last.pt")
     assert config.vocab_size == tokenizer.vocab_size == 49408
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What reaches the disk is of the step it was asked at, however late; the last one is waited for."""
+    net, saved, may_write = torch.nn.Linear(2, 2), [], threading.Event()
+
+    def slow(path, state):
+        assert may_write.wait(10)
+        saved.append((state["step"], state["model"]["weight"].clone()))
+        return True
+    monkeypatch.setattr(train, "save_atomically", slow)
+    guard = train.Guard(None, ALONE, None, 3, train.Start(tmp_path, None),
+                        lambda step, bad: dict(step=step, model=net.state_dict()))
+    before = net.weight.detach().clone()
+    assert guard.write(1, wait=False) and not saved
+    with torch.no_grad():
+        net.weight.add_(1)
+    may_write.set()
+    assert guard.write(2) and [step for step, _ in saved] == [1, 2]
+    assert torch.equal(saved[0][1], before) and torch.equal(saved[1][1], before + 1)
