@@ -779,7 +779,8 @@ class Teacher(nn.Module):
         x = take(self.visual(images)[:, 1:], hidden)                                            # (B, M, D)
         if self.quantizer is None:
             return dict(features=x)
-        return dict(features=self.quantizer.bottleneck(x), codes=self.quantizer.unit_codes(), center=self.center)
+        return dict(features=self.quantizer.bottleneck(x), codes=self.quantizer.unit_codes(),
+                    center=self.center.clone())                 # which update_center will move
 
     @torch.no_grad()
     def update(self, model: MaskCLIP, momentum: float):
@@ -954,25 +955,27 @@ class DeCLIP(MaskCLIP):
         self.register_buffer("queue", unit(own_stream("queue", torch.randn, config.queue_size, E)))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
-    def forward(self, batch, answer=None):
-        """batch holds view2 (B,3,H,W), tokens2 (B,L') besides, and images are a view too.  The first caption is seen
-        with masked words only."""
+    def towers(self, batch) -> tuple[Tensor, Tensor, Tensor]:
+        """batch holds view2 (B,3,H,W), tokens2 (B,L') besides, and images are a view too -> both views of an image side
+        by side (2B, 1+N, D); the first caption, seen with masked words only (B, L, D); the second (B, L', D)"""
         views = torch.stack([batch["images"], batch["view2"]], dim=1).flatten(0, 1)             # (2B, 3, H, W)
-        text1, text2 = self.text(batch["corrupted"], self.eot), self.text(batch["tokens2"], self.eot)   # (B, L, D)
+        return self.visual(views), self.text(batch["corrupted"], self.eot), self.text(batch["tokens2"], self.eot)
+
+    def encode(self, batch):
+        return self.features(batch, *self.towers(batch))
+
+    def forward(self, batch, answer=None):
+        views, text1, text2 = self.towers(batch)
         logits = self.word_classifier(text1.flatten(0, 1)[batch["chosen"]])                     # (n, V)
         words = batch["tokens"].flatten()[batch["chosen"]]                                      # (n,)
         L_MLM = losses.masked_language_loss(logits, words, batch["word_count"])
-        return self.features(batch, self.visual(views), text1, text2), dict(L_MLM=L_MLM)
+        return self.features(batch, views, text1, text2), dict(L_MLM=L_MLM)
 
     def features(self, batch, views: Tensor, text1: Tensor, text2: Tensor) -> dict[str, Tensor]:
-        """views (2B, 1+N, D), both of an image side by side, text1 (B, L, D), text2 (B, L', D) of the towers ->
-        image1, image2 (B, E) of any length, text1, text2 (B, E) of unit length"""
+        """What the towers give -> image1, image2 (B, E) of any length, text1, text2 (B, E) of unit length"""
         image = fp32(self.image_proj(pool_tokens(views, self.config.pool)))                     # (2B, E)
         return dict(image1=image[::2], image2=image[1::2], text1=self.embed_text(text1, batch["tokens"]),
                     text2=self.embed_text(text2, batch["tokens2"]))
-
-    def encode(self, batch):
-        return self.forward(batch)[0]
 
     def contrast(self, features, labels=None):
         """L_I, L_T of each view with each caption; neighbor: of each view with the texts nearest to the captions;

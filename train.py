@@ -289,11 +289,10 @@ def train(o: TrainOptions):
                 teacher.update_center(answers, o.center_momentum)
         tested = tests.after(step, core, tokenizer, guard)
         if log.is_due(step, o.log_every) or tested:
-            terms = guard.terms
             collapse = teacher.collapse_monitor(answers[0], o.temp_t) if teacher else {}
-            log.line(step, dict(epoch=(step + 1) / steps_per_epoch, loss=core.total_loss(**terms), lr=lr,
-                                **core.named(terms), momentum=momentum, logit_scale=core.logit_scale.exp().item(),
-                                grad_norm=guard.norm, **collapse, **tested))
+            log.line(step, dict(epoch=(step + 1) / steps_per_epoch, loss=core.total_loss(**guard.terms), lr=lr,
+                                **core.named(guard.terms), momentum=momentum, grad_norm=guard.norm,
+                                logit_scale=core.logit_scale.exp().item(), **collapse, **tested))
         guard.end(step)
     guard.finish()
     if runtime.is_main:
