@@ -101,7 +101,7 @@ def parse_train_options(argv=None) -> TrainOptions:
     if chosen.method not in METHODS:
         raise UserError(f"--method {chosen.method} is unknown; choose one of {', '.join(METHODS)}")
     defaults = TrainOptions(**asdict(preset_for(chosen.preset, chosen.method)), preset=chosen.preset)
-    # icinw: YFCC15M, CC3M, CC12M and 13 M images of ImageNet-21K that are not ImageNet-1K's
+    # icinw: YFCC15M, CC3M, CC12M, and ImageNet-21K's 14.2 M images less the 1.3 M of ImageNet-1K's classes
     defaults.pairs = {"pocket": 20_000, "vit-b16-cc3m": 3_000_000,
                       "vit-b16-icinw": 43_000_000}.get(chosen.preset, defaults.pairs)
     o = parse(TrainOptions, __doc__, argv, defaults=defaults, own="vit-b16-yfcc15m")
