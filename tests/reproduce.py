@@ -14,14 +14,15 @@ line of docs/reproduction.jsonl: run (the options of train.py), seed, evaluation
 stands in several tables and is trained once.  Seconds are of processor time, on one thread each, so that they mean the
 same however many runs share the machine.
 
-The setting is that of the preset `pocket` with fewer pairs, each seen 25 times as in the paper.  How many was fixed by
-a rule before any other method was run: the fewest of 500, 1000, 2000, ... with which `clip` alone, over three seeds,
-names 30% of the 64 classes; color alone would give 12.5%.  1000 pairs gave 25.0 (16.7, 30.3, 28.0): so 2000.
+The setting is the preset `pocket` itself, so that a row of a table is a command anyone can run.  Rows of one seed start
+from the same weights in all that they share and see the same batches, so two methods are compared seed by seed: their
+mean difference has a standard error of its own, smaller than that of either mean.
 
-"equal seconds" are runs as long as those of `clip`: a method takes as many steps as the processor time of clip's 25
-epochs pays for, by the seconds a step that both took with equal steps, seed 0.
+"equal seconds" are runs as long as those of `clip`: a method takes as many steps as the processor time of clip's pays
+for, by the seconds a step that both took with equal steps, seed 0.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -35,7 +36,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
@@ -44,11 +45,13 @@ import PIL.ImageFont
 
 from conftest import ROOT
 
+import train
 from data import ShapesWorld, say
 
 CELLS, PAGE, PICTURE = (ROOT / "docs" / f"reproduction.{kind}" for kind in ("jsonl", "md", "png"))
-FIGURE = ROOT / "docs" / "reproduction-words.png"
-PAIRS, EPOCHS, BATCH = 2000, 25, 64
+FIGURE, RESULTS = ROOT / "docs" / "reproduction-words.png", ROOT / "docs" / "results.png"
+PAIRS, SEEDS = 20_000, 3
+TESTED = ["--eval-every", 0.5]        # epochs between the tests of a run that a curve is drawn of
 QUICK_STEPS = 8
 
 
@@ -69,9 +72,10 @@ def duration(seconds: float) -> str:
 # What is trained, and what is measured of it
 # ---------------------------------------------------------------------------------------------------------------------
 
-def setting(method: str, pairs: int = PAIRS, epochs: float = EPOCHS, world: str = "", **changes) -> str:
-    """A run: options of train.py; world: options of the Shapes world that are not the preset's"""
-    options = dict(method=method, data=f"shapes:train={pairs}{world and ','}{world}", epochs=epochs, **changes)
+def setting(method: str, pairs: int = PAIRS, world: str = "", **changes) -> str:
+    """A run: options of train.py; pairs, world: of the Shapes world, where they are not the preset's"""
+    parts = [f"train={pairs}"] * (pairs != PAIRS) + [world] * bool(world)
+    options = dict(method=method, **({"data": f"shapes:{','.join(parts)}"} if parts else {}), **changes)
     return shlex.join(part for name, value in options.items() for part in option(name, value))
 
 
@@ -85,12 +89,11 @@ def method_of(run: str) -> str:
     return shlex.split(run)[1]
 
 
+@functools.lru_cache(maxsize=None)
 def steps_of(run: str) -> int:
-    words = shlex.split(run)
-    if "--steps" in words:
-        return int(words[words.index("--steps") + 1])
-    pairs = int(re.search(r"train=(\d+)", run)[1]) + ("folder:" in run) * (PAIRS // 2)
-    return int(float(words[words.index("--epochs") + 1]) * (pairs // BATCH))
+    o = train.parse_train_options(shlex.split(run))
+    sizes = [re.search(r"(?:train=|labelled-)(\d+)", spec) for spec in o.data]
+    return train.length_of(o, sum(int(size[1]) if size else PAIRS for size in sizes))[1]
 
 
 # evaluation -> its command, what it takes instead with --quick, and value -> where that stands in the JSON it writes
@@ -119,6 +122,7 @@ class Row:
     paper: tuple = ()                           # what the paper reports, one a column, None where it does not
     group: str = ""                             # rows of a group are a line in the picture
     only: tuple[str, ...] = ()                  # the evaluations it takes part in, none: all of the table's
+    base: str = ""                              # the run that it is compared with, seed by seed
 
 
 @dataclass
@@ -126,11 +130,12 @@ class Table:
     title: str
     columns: dict                               # heading -> (evaluation, value)
     rows: list[Row]
-    seeds: int = 3                              # how many, where the command does not say
+    seeds: dict = field(default_factory=dict)   # evaluation -> how many seeds, where they are not SEEDS
 
-    def seeds_or(self, given: tuple[int, ...]):
-        """The seeds the command gives, or, where it gives none, the table's own"""
-        return given or range(self.seeds)
+    def seeds_of(self, evaluation: str, given: int = 0) -> range:
+        """The seeds of an evaluation; of these as many as the command gives, if it gives a number"""
+        count = self.seeds.get(evaluation, SEEDS)
+        return range(min(given, count) if given else count)
 
 
 # supplement Table 1 and Table 2 (its first row is the main text's), in the order of the columns below
@@ -163,76 +168,60 @@ SYSTEMS = {"clip": "CLIP", "slip": "SLIP", "filip": "FILIP", "declip": "DeCLIP",
 
 def tables(cells: dict) -> dict[str, Table]:
     """All of them.  Rows of equal seconds are there as soon as the seconds of equal steps are known."""
-    def both(names: dict, paper: dict, only: tuple[str, ...]) -> list[Row]:
-        rows = [Row(names[m], system(m), paper.get(m, ()), "equal steps") for m in names]
-        base = cells.get((system("clip"), 0, "train"))
+    def compared(names: dict, paper: dict) -> list[Row]:
+        clip = system("clip")
+        rows = [Row(names[m], system(m), paper.get(m, ()), "equal steps", base=clip * (m != "clip")) for m in names]
+        base = cells.get((clip, 0, "train"))
         for m in names:
             own = cells.get((system(m), 0, "train"))
             if base and own and m != "clip":
                 paid = round(steps_of(system(m)) * base["seconds"] / own["seconds"])
-                rows.append(Row(names[m], f"{system(m)} --steps {paid}", (), "equal seconds", only))
+                rows.append(Row(names[m], f"{system(m)} --steps {paid}", (), "equal seconds", ("zeroshot", "linear"),
+                                clip))
         return rows
 
-    def sweep(field: str, values: list, default, paper: dict, methods=("maskclip",)) -> list[Row]:
-        return [Row(f"{value}", setting(m, **({} if value == default else {field: value})), paper.get(value, ()), m)
+    def sweep(option: str, values: list, default, paper: dict, methods=("maskclip",)) -> list[Row]:
+        """Rows of one option; with several methods each is compared with clip, else with the default."""
+        def run(method, value):
+            return setting(method, **({} if value == default else {option: value}))
+        return [Row(f"{value}", run(m, value), paper.get(value, ()), m if len(methods) > 1 else "",
+                    base="" if m == "clip" or value == default and len(methods) == 1 else
+                    run("clip", value) if len(methods) > 1 else run(m, default))
                 for m in methods for value in values]
+    both = ("clip", "maskclip")
     return {
+        "ladder": Table("Supplement Table 2: what each part adds", {**ZEROSHOT, **LINEAR, **FINE, **DENSE, **RETRIEVAL},
+                        [Row(LADDER[m], system(m), TABLE_2[m], base=system("clip") * (m != "clip")) for m in LADDER],
+                        dict(zeroshot=9, linear=9)),
         "systems": Table("Supplement Table 1: MaskCLIP and the systems it is compared with (the paper's numbers: "
                          "ViT-B/32 on YFCC15M / ViT-B/16 on CC3M)", {**ZEROSHOT, **LINEAR, **FINE},
-                         both(SYSTEMS, {m: both_halves(m) for m in SYSTEMS}, ("zeroshot", "linear"))),
-        "ladder": Table("Supplement Table 2: what each part adds", {**ZEROSHOT, **FINE, **DENSE, **RETRIEVAL},
-                        both(LADDER, TABLE_2, ("zeroshot",))),
-        "seeds": Table("CLIP and MaskCLIP over nine seeds", {**ZEROSHOT, **LINEAR, **FINE},
-                       [Row(name, setting(m, **changes), (), m, ("zeroshot", "linear") if changes else ())
-                        for m in ("clip", "maskclip")
-                        for name, changes in (("2,000 pairs", {}), ("500 pairs", dict(pairs=500)),
-                                              ("half unsaid", dict(world="unsaid=0.5")),
-                                              ("with crops", dict(crop_min=0.5)))],
-                       seeds=9),
-        "lambda": Table("Weight of the distillation, lambda of Eq. 8", {**ZEROSHOT, **LINEAR, **FINE},
+                         compared(SYSTEMS, {m: both_halves(m) for m in SYSTEMS})),
+        "lambda": Table("Weight of the distillation, lambda of Eq. 8", {**ZEROSHOT, **LINEAR},
                         sweep("distillation_weight", [1, 0.1, 0.05, 0.01], 0.05,
-                              {1: (38.5, 68.2, 82.5), 0.1: (44.4, 73.5, 83.5), 0.05: (44.5, 73.7, 83.6),
-                               0.01: (43.6, 73.0, 83.4)})),
+                              {1: (38.5, 68.2), 0.1: (44.4, 73.5), 0.05: (44.5, 73.7), 0.01: (43.6, 73.0)})),
         "beta": Table("Weight of masked language modelling, beta of Eq. 8", {**ZEROSHOT, **RETRIEVAL},
                       sweep("mlm_weight", [1, 0.1, 0.05, 0.01], 0.05,
                             {1: (36.5, 51.7, 32.1), 0.1: (44.3, 69.2, 45.9), 0.05: (44.5, 70.1, 45.6),
                              0.01: (43.2, 70.6, 45.6)})),
-        "terms": Table("Terms of Eq. 8 left out, from the same initial weights", {**ZEROSHOT, **LINEAR, **FINE},
-                       [Row("all", setting("maskclip")), Row("no words", setting("maskclip", mlm_weight=0)),
-                        Row("no distillation", setting("maskclip", distillation_weight=0)),
-                        Row("neither", setting("maskclip", mlm_weight=0, distillation_weight=0))]),
-        "decoder": Table("Blocks of the image decoder", {**ZEROSHOT, **LINEAR},
-                         sweep("decoder_depth", [1, 2, 4], 1, {})),
-        "words-decoder": Table("Blocks of the text decoder (the paper: 0 and 4)", {**ZEROSHOT, **RETRIEVAL},
-                               sweep("text_decoder_depth", [0, 1, 4], 1,
-                                     {0: (None, 65.2, 44.1), 4: (44.5, 70.1, 45.6)})),
-        "mask": Table("Share of patches hidden from the student", {**ZEROSHOT, **LINEAR},
-                      sweep("mask_ratio", [0.5, 0.75, 0.9], 0.75, {0.75: (44.5, 73.7)})),
-        "causal": Table("Causal or bidirectional text tower", {**ZEROSHOT, **RETRIEVAL},
-                        [Row("causal", setting("maskclip")), Row("bidirectional", setting("maskclip", causal=False))]),
-        "codes": Table("Codes that the teacher chooses from (the paper is silent; iBOT's 8192 at full scale)",
-                       {**ZEROSHOT, **LINEAR}, sweep("n_codes", [64, 512, 4096], 512, {})),
-        "temperature": Table("Temperature of the teacher (the paper is silent; the student's is 0.1)",
-                             {**ZEROSHOT, **LINEAR}, sweep("temp_t", [0.04, 0.07, 0.1], 0.04, {})),
-        "crop": Table("Smallest share of a picture that a random crop keeps (SLIP's 0.5; the preset's 1: all)",
-                      {**ZEROSHOT, **LINEAR}, sweep("crop_min", [0.5, 1.0], 1.0, {}, ("clip", "maskclip"))),
-        "width": Table("Width of the image tower",
-                       {**ZEROSHOT, **LINEAR}, sweep("width", [64, 128, 256], 128, {}, ("clip", "maskclip"))),
-        "views": Table("How much of a scene the augmented views of SLIP and DeCLIP keep at least",
-                       {**ZEROSHOT, **LINEAR}, sweep("view_crop_min", [0.5, 1.0], 0.5, {}, ("slip", "declip"))),
+        "length": Table(f"How often each of {PAIRS:,} pairs is seen", {**ZEROSHOT, **LINEAR},
+                        sweep("epochs", [1.25, 2.5, 5, 10], 5, {}, both)),
+        "pairs": Table("How many pairs there are, in runs of equal length", {**ZEROSHOT, **LINEAR},
+                       [Row(f"{n:,}", setting(m, n, **({} if n == PAIRS else dict(steps=steps_of(system(m))))), (), m,
+                            base=setting("clip", n, **({} if n == PAIRS else dict(steps=steps_of(system(m))))) *
+                            (m != "clip")) for m in both for n in (1250, 5000, 20000)]),
+        "pool": Table("What stands for the image", {**ZEROSHOT, **LINEAR},
+                      sweep("pool", ["cls", "mean", "max"], "cls", {}, both)),
         "figure": Table("Supplement Figures 2 and 3: where words are found", WORDS,
-                        [Row(LADDER[m], setting(m)) for m in LADDER]),
-        "unsaid": Table("Captions that leave out half of what they could say", {**ZEROSHOT, **LINEAR, **RETRIEVAL},
-                        [Row(LADDER[m], setting(m, world=world), (), group)
-                         for group, world in (("all said", ""), ("half unsaid", "unsaid=0.5"))
-                         for m in ("clip", "clip+ema", "maskclip")]),
-        "pairs": Table("How many pairs there are, each seen 25 times", {**ZEROSHOT, **LINEAR, **RETRIEVAL},
-                       [Row(f"{n}", setting(m, pairs=n), (), m) for m in ("clip", "maskclip")
-                        for n in (500, 1000, 2000, 4000)]),
-        "length": Table(f"How often each of {PAIRS} pairs is seen", {**ZEROSHOT, **LINEAR, **RETRIEVAL},
-                        [Row(f"{n}", setting(m, epochs=n), (), m)       # a step of maskclip costs two of clip's
-                         for m, most in (("clip", 100), ("maskclip", 50)) for n in (6, 12, 25, 50, 100) if n <= most]),
+                        [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER]),
+        "needs": Table("What the effect may need", {**ZEROSHOT, **LINEAR},
+                       [Row(LADDER[m], setting(m, **changes), (), name, base=setting("clip", **changes) * (m != "clip"))
+                        for name, changes in NEEDS.items() for m in ("clip", "clip+ema", "maskclip")]),
     }
+
+
+# worlds and networks in which the masked branches might be worth more
+NEEDS = {"as it is": {}, "half unsaid": dict(world="unsaid=0.5"), "patches of 6 px": dict(patch_size=6),
+         "width 64": dict(width=64, heads=2)}
 
 
 def system(method: str) -> str:
@@ -296,9 +285,12 @@ class Lab:
             return folder
         shutil.rmtree(folder, ignore_errors=True)
         seconds = self.call("train.py", *shlex.split(run), *(["--steps", QUICK_STEPS] if self.quick else []),
-                            "--seed", seed, "--device", "cpu", "--out", folder)
+                            *TESTED, "--seed", seed, "--device", "cpu", "--out", folder)
         if not known:
-            self.record(run=run, seed=seed, evaluation="train", values={}, seconds=round(seconds, 1))
+            log = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            curve = [[line["step"] + 1, round(100 * line["zeroshot"], 2)] for line in log if "zeroshot" in line]
+            self.record(run=run, seed=seed, evaluation="train", values=dict(curve=curve) if curve else {},
+                        seconds=round(seconds, 1))
         return folder
 
     def evaluate(self, name: str, run: str, seed: int, folder: Path) -> dict:
@@ -313,7 +305,7 @@ class Lab:
         self.record(run=run, seed=seed, evaluation=name, values=values, seconds=round(seconds, 1))
         return values
 
-    def fill(self, names: list[str], seeds: tuple[int, ...]):
+    def fill(self, names: list[str], seeds: int):
         """All cells of these tables, in two rounds where the second, of equal seconds, follows from the first."""
         while True:
             cells, missing = read_cells(self.path), {}          # a network -> its evaluations, each once
@@ -357,12 +349,12 @@ def read_cells(path: Path) -> dict:
     return {(line["run"], line["seed"], line["evaluation"]): line for line in lines}
 
 
-def wanted(table: Table, seeds: tuple[int, ...], cells: dict, only: tuple[str, ...] = ()) -> dict[tuple, list[str]]:
-    """(run, seed) -> evaluations of it that are missing, of those in `only` if it names any."""
-    missing, seeds = {}, table.seeds_or(seeds)
-    for seed, row in sorted(itertools.product(seeds, table.rows), key=lambda pair: bool(pair[1].only)):
+def wanted(table: Table, seeds: int, cells: dict, only: tuple[str, ...] = ()) -> dict[tuple, list[str]]:
+    """(run, seed) -> evaluations of it that are missing, of those in `only` if it names any; whole seeds come first."""
+    missing = {}
+    for seed, row in itertools.product(range(max(table.seeds.values(), default=SEEDS)), table.rows):
         names = dict.fromkeys(evaluation for evaluation, _ in table.columns.values())
-        names = [name for name in names if (row.run, seed, name) not in cells
+        names = [name for name in names if (row.run, seed, name) not in cells and seed in table.seeds_of(name, seeds)
                  and (not row.only or name in row.only) and (not only or name in only)]
         if names:
             missing[row.run, seed] = names
@@ -376,110 +368,180 @@ def wanted(table: Table, seeds: tuple[int, ...], cells: dict, only: tuple[str, .
 MARK = "<!-- what follows is written by tests/reproduce.py -->\n"
 
 
-def values_of(row: Row, column: tuple[str, str], seeds, cells: dict) -> list[float]:
-    """Of the seeds there are"""
+def values_of(run: str, column: tuple[str, str], seeds, cells: dict) -> dict[int, float]:
+    """seed -> value, of the seeds there are"""
     evaluation, value = column
-    found = [cells.get((row.run, seed, evaluation)) for seed in seeds]
-    return [cell["values"][value] for cell in found if cell]
+    return {seed: cells[run, seed, evaluation]["values"][value] for seed in seeds if (run, seed, evaluation) in cells}
 
 
-def measured(table: Table, seeds, cells: dict) -> tuple[list[Row], dict]:
+def measured(table: Table, seeds: int, cells: dict) -> tuple[list[Row], dict]:
     """The rows of which there is some number, and the columns in which rows can be compared"""
     there = {(row.run, heading) for row in table.rows for heading, column in table.columns.items()
-             if values_of(row, column, table.seeds_or(seeds), cells)}
+             if values_of(row.run, column, table.seeds_of(column[0], seeds), cells)}
     return ([row for row in table.rows if any(run == row.run for run, _ in there)],
             {heading: column for heading, column in table.columns.items()
              if sum(name == heading for _, name in there) > 1})
 
 
-def markdown(table: Table, seeds, cells: dict, steps: int = 0, full: bool = False) -> str:
-    """mean +- standard deviation over the seeds, and beside it what the paper reports at its scale
+def spread(values: list[float], of_mean: bool = False, sign: str = "") -> str:
+    """mean +- standard deviation, or +- standard error of the mean"""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / (len(values) ** 0.5 if of_mean else 1):.1f}"
+
+
+def markdown(table: Table, seeds: int, cells: dict, steps: int = 0, full: bool = False) -> str:
+    """mean +- standard deviation over the seeds, and beside it what the paper reports at its scale; then, of rows that
+    are compared with another, the mean difference, seed by seed, +- its standard error, and each seed's.
 
     steps: how many every run took, 0: as many as its options say.  full: at full scale, all rows whether they have a
     number yet or not."""
-    seeds = table.seeds_or(seeds)
     rows, columns = (table.rows, table.columns) if full else measured(table, seeds, cells)
     groups = len({row.group for row in rows}) > 1
     head = ["", *([""] if groups else []), *columns, *([] if full else ["steps", "seconds"])]
-    lines = [f"## {table.title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rule, differences = "|---" * len(head) + "|", []
+    lines = [f"## {table.title}", "", "| " + " | ".join(head) + " |", rule]
     if table.columns == WORDS and FIGURE.exists():
         lines[1:1] = ["", f"![words in pictures, by MaskCLIP and by CLIP]({FIGURE.name})"]
     for row in rows:
-        paper = dict(zip(table.columns, row.paper))
-        texts = []
+        paper, name = dict(zip(table.columns, row.paper)), [row.name, *([row.group] if groups else [])]
+        texts, apart = [], []
         for heading, column in columns.items():
-            own = values_of(row, column, seeds, cells)
-            text = "" if not own else f"{statistics.mean(own):.1f}" + (
-                f" ± {statistics.stdev(own):.1f}" if len(own) > 1 else "") + (
-                f" ({len(own)} of {len(seeds)})" if len(own) < len(seeds) else "")
+            wanted = table.seeds_of(column[0], seeds)
+            own, base = (values_of(run, column, wanted, cells) for run in (row.run, row.base))
+            text = spread([*own.values()]) + f" ({len(own)} of {len(wanted)})" * (0 < len(own) < len(wanted))
             texts.append((text + (f" *{paper[heading]}*" if paper.get(heading) is not None else "")).strip())
-        trained = [cells[key]["seconds"] for seed in seeds if (key := (row.run, seed, "train")) in cells]
+            each = [own[seed] - base[seed] for seed in own if seed in base]
+            apart.append(spread(each, True, "+") + (f" ({', '.join(f'{x:+.1f}' for x in each)})" if each else ""))
+        trained = [cell["seconds"] for (run, _, name_), cell in cells.items() if (run, name_) == (row.run, "train")]
         if not full:
             texts += [f"{steps or steps_of(row.run)}", f"{statistics.mean(trained):.0f}" if trained else ""]
-        lines.append("| " + " | ".join([row.name, *([row.group] if groups else []), *texts]) + " |")
+        lines.append("| " + " | ".join([*name, *texts]) + " |")
+        if any(apart):
+            differences.append("| " + " | ".join([*name, *apart]) + " |")
+    if differences:
+        what = "CLIP" if any("clip" in shlex.split(row.base) for row in rows) else "the default"
+        lines += ["", f"Less {what}, seed by seed:", "", "| " + " | ".join(head[:len(name) + len(columns)]) + " |",
+                  "|---" * (len(name) + len(columns)) + "|", *differences]
     return "\n".join(lines) + "\n"
 
 
-def draw(shown: list[Table], seeds, cells: dict, width: int = 420, height: int = 250) -> PIL.Image.Image:
-    """Panels, one a column, four a line: gray dots are seeds, colored ones means, joined where rows are a scale."""
-    measures = [(table, *measured(table, seeds, cells)) for table in shown]
-    shown = [(table, rows, list(columns.items())[i:i + 4]) for table, rows, columns in measures
-             for i in range(0, len(columns), 4)]
-    across = max(len(columns) for _, _, columns in shown)
-    sheet = PIL.Image.new("RGB", (across * width, len(shown) * (height + 30)), "white")
-    pen, font, colors = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(12), ("#1f5fbf", "#c8501e")
-    for r, (table, rows, columns) in enumerate(shown):
-        top = r * (height + 30)
-        pen.text((10, top + 8), table.title.split(" (")[0], "black", PIL.ImageFont.load_default(15))
-        names, groups = list(dict.fromkeys(row.name for row in rows)), list(dict.fromkeys(row.group for row in rows))
-        for c, (heading, column) in enumerate(columns):
-            points = [(row, values_of(row, column, table.seeds_or(seeds), cells)) for row in rows]
-            every = [v for _, own in points for v in own]
-            margin = 0.1 * (max(every) - min(every)) + 0.5
-            low, high = min(every) - margin, max(every) + margin
-            x0, x1, y0, y1 = c * width + 50, (c + 1) * width - 15, top + 60, top + height - 10
+@dataclass
+class Panel:
+    """Axes in a picture: names along x, numbers along y; `at` is the upper left corner"""
+    sheet: PIL.Image.Image
+    at: tuple[int, int]
+    title: str
+    low: float
+    high: float
+    size: tuple[int, int] = (420, 250)
 
-            def place(name, value):
-                return (x0 + (x1 - x0) * (names.index(name) + 0.5) / len(names),
-                        y1 - (y1 - y0) * (value - low) / (high - low))
-            for tick in ticks(low, high):
-                y = place(names[0], tick)[1]
-                pen.line([x0, y, x1, y], "#e4e4e4")
-                pen.text((x0 - 5, y), f"{tick:.6g}", "#444444", font, anchor="rm")
-            for k, name in enumerate(names):
-                short = name.removeprefix("+ ").split(" = ")[-1]
-                pen.text((place(name, low)[0], y1 + 4 + 13 * (k % 2 if len(names) > 4 else 0)), short, "#444444", font,
-                         anchor="mt")
-            pen.text((x0, y0 - 6), heading, "black", font, anchor="ls")
+    def __post_init__(self):
+        (left, top), (width, height) = self.at, self.size
+        self.box = left + 50, top + 40, left + width - 15, top + height - 35
+        self.pen, self.font = PIL.ImageDraw.Draw(self.sheet), PIL.ImageFont.load_default(12)
+        x0, y0, x1, y1 = self.box
+        self.pen.text((x0, y0 - 6), self.title, "black", self.font, anchor="ls")
+        for tick in ticks(self.low, self.high):
+            self.pen.line([x0, self.y(tick), x1, self.y(tick)], "#e4e4e4")
+            self.pen.text((x0 - 5, self.y(tick)), f"{tick:.6g}", "#444444", self.font, anchor="rm")
+        self.pen.rectangle(self.box, outline="#888888")
+
+    def y(self, value: float) -> float:
+        return self.box[3] - (self.box[3] - self.box[1]) * (value - self.low) / (self.high - self.low)
+
+    def x(self, share: float, text: str = "", line: int = 0) -> float:
+        """A place along x in 0..1, with a text below it"""
+        place = self.box[0] + (self.box[2] - self.box[0]) * share
+        self.pen.text((place, self.box[3] + 4 + 13 * line), text, "#444444", self.font, anchor="mt")
+        return place
+
+    def key(self, line: int, text: str, color: str):
+        self.pen.text((self.box[2], self.box[1] - 6 - 14 * line), text, color, self.font, anchor="rs")
+
+
+COLORS = ("#1f5fbf", "#c8501e")
+SHOWN = ("ladder", "lambda", "length", "pool")
+
+
+def draw(shown: list[Table], seeds: int, cells: dict) -> PIL.Image.Image:
+    """A line of two panels a table: gray dots are seeds, colored ones means, joined where rows are a scale."""
+    sheet = PIL.Image.new("RGB", (840, 275 * len(shown)), "white")
+    for r, table in enumerate(shown):
+        rows, columns = measured(table, seeds, cells)
+        title = PIL.ImageDraw.Draw(sheet)
+        title.text((10, 275 * r + 4), table.title, "black", PIL.ImageFont.load_default(15))
+        names, groups = list(dict.fromkeys(row.name for row in rows)), list(dict.fromkeys(row.group for row in rows))
+        for c, (heading, column) in enumerate(list(columns.items())[:2]):
+            points = [(row, values_of(row.run, column, table.seeds_of(column[0], seeds), cells).values()) for row in rows]
+            every = [value for _, own in points for value in own]
+            margin = 0.1 * (max(every) - min(every)) + 0.5
+            panel = Panel(sheet, (420 * c, 275 * r + 20), heading, min(every) - margin, max(every) + margin)
+            place = {name: panel.x((k + 0.5) / len(names), name.removeprefix("+ ").split(" = ")[-1],
+                                   k % 2 if len(names) > 4 else 0) for k, name in enumerate(names)}
             for g, group in enumerate(groups):
-                for row, own in points:
-                    for value in own if row.group == group else ():
-                        x, y = place(row.name, value)
-                        pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill="#b8b8b8")
-                means = [place(row.name, statistics.mean(own)) for row, own in points if own and row.group == group]
+                of_group = [(place[row.name], own) for row, own in points if own and row.group == group]
+                dots = [(x, panel.y(value), 3, "#b8b8b8") for x, own in of_group for value in own]
+                means = [(x, panel.y(statistics.mean(own))) for x, own in of_group]
                 if names[0].replace(".", "").isdigit():
-                    pen.line(means, colors[g], 2)
-                for x, y in means:
-                    pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colors[g])
-                if len(groups) > 1:
-                    pen.text((x1, y0 - 6 - 14 * g), group, colors[g], font, anchor="rs")
-            pen.rectangle([x0, y0, x1, y1], outline="#888888")
+                    panel.pen.line(means, COLORS[g], 2)
+                for x, y, radius, color in dots + [(*mean, 4, COLORS[g]) for mean in means]:
+                    panel.pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color)
+                panel.key(g, group, COLORS[g])
     return sheet
 
 
-def report(seeds, cells: dict):
-    """The page's tables and its picture; what stands above the mark in the page is left as it is."""
-    shown = [table for table in tables(cells).values()
-             if len({row.name for row in measured(table, seeds, cells)[0]}) > 1]
+def draw_results(cells: dict) -> PIL.Image.Image | None:
+    """Zero-shot accuracy against steps of clip and maskclip, mean and range over the seeds that both have; beside it
+    words in pictures by both."""
+    runs = {method: setting(method) for method in ("clip", "maskclip")}
+    seeds = [seed for seed in range(100) if all((run, seed, "train") in cells and cells[run, seed, "train"]["values"]
+                                                for run in runs.values())]
+    if not seeds:
+        return None
+    curves = {method: [cells[run, seed, "train"]["values"]["curve"] for seed in seeds] for method, run in runs.items()}
+    words = PIL.Image.open(FIGURE).convert("RGB") if FIGURE.exists() else PIL.Image.new("RGB", (1, 300), "white")
+    height = 300
+    words = words.resize((round(words.width * height / words.height), height), PIL.Image.Resampling.LANCZOS)
+    sheet = PIL.Image.new("RGB", (520 + words.width, height), "white")
+    sheet.paste(words, (520, 0))
+    steps = [step for step, _ in curves["clip"][0]]
+    high = max(value for some in curves.values() for curve in some for _, value in curve)
+    panel = Panel(sheet, (0, 0), f"zero-shot accuracy, %, {len(seeds)} seeds", 0, 1.05 * high, (510, height))
+    for k, (method, some) in enumerate(curves.items()):
+        at = [panel.x(step / steps[-1]) for step in steps]
+        values = [[curve[i][1] for curve in some] for i in range(len(steps))]
+        low, mean, top = ([panel.y(f(v)) for v in values] for f in (min, statistics.mean, max))
+        shade = PIL.Image.new("L", sheet.size)
+        PIL.ImageDraw.Draw(shade).polygon([*zip(at, low), *reversed([*zip(at, top)])], fill=50)
+        sheet.paste(COLORS[k], mask=shade)
+        panel.pen.line([*zip(at, mean)], COLORS[k], 3)
+        panel.key(k, method, COLORS[k])
+    for step in ticks(0, steps[-1]):
+        panel.x(step / steps[-1], f"{step:.0f}")
+    return sheet
+
+
+def report(seeds: int, cells: dict):
+    """The page's tables and its pictures; what stands above the mark in the page is left as it is."""
+    every = tables(cells)
+    shown = {name: table for name, table in every.items()
+             if len({row.name for row in measured(table, seeds, cells)[0]}) > 1}
     above = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# The paper on a laptop\n\n"
-    written = [f"![all tables as panels]({PICTURE.name})\n", *(markdown(table, seeds, cells) for table in shown)]
+    written = [f"![four tables as panels]({PICTURE.name})\n",
+               *(markdown(table, seeds, cells) for table in shown.values())]
     PAGE.write_text(above + MARK + "\n" + "\n".join(written))
-    if shown:
-        draw(shown, seeds, cells).save(PICTURE)
+    if drawn := [table for name, table in shown.items() if name in SHOWN]:
+        draw(drawn, seeds, cells).save(PICTURE)
+    if results := draw_results(cells):
+        results.save(RESULTS)
     say(f"{PAGE.relative_to(ROOT)}, {PICTURE.relative_to(ROOT)}: {len(shown)} tables of {len(cells)} cells")
 
 
-def overview(seeds, cells: dict):
+def overview(seeds: int, cells: dict):
     """What is there, and the hours of one core that the rest takes, by what the same things have cost so far."""
     cost = {}                                   # of an evaluation, and of a step of a method
     for (run, _, evaluation), cell in cells.items():
@@ -532,9 +594,9 @@ def full_tables() -> list[Table]:
             for method, paper in half.items()]
     ladder = [row(LADDER[method], "vit-b16-yfcc15m", method, paper) for method, paper in TABLE_2.items()]
     retrieval = {heading: ("retrieval", value) for heading, (_, value) in RETRIEVAL.items()}
-    return [Table("Supplement Table 1 at full scale", {**ZEROSHOT, **LINEAR, **FINE}, rows, seeds=1),
+    return [Table("Supplement Table 1 at full scale", {**ZEROSHOT, **LINEAR, **FINE}, rows, dict.fromkeys(FULL, 1)),
             Table("Supplement Table 2 at full scale, and segmentation without training",
-                  {**ZEROSHOT, **FINE, **DENSE, **retrieval, "map mIoU": ("maps", "miou")}, ladder, seeds=1)]
+                  {**ZEROSHOT, **FINE, **DENSE, **retrieval, "map mIoU": ("maps", "miou")}, ladder, dict.fromkeys(FULL, 1))]
 
 
 def full_commands(table: Table, row: Row, o) -> dict[str, tuple[Path, str, list[str]]]:
@@ -586,14 +648,14 @@ def full(o):
                 if o.run and not unknown and subprocess.run(shlex.split(command), cwd=ROOT).returncode:
                     sys.exit(f"stopped: the command above failed; the same command as before goes on")
     for table in full_tables():
-        say("\n" + markdown(table, (), full_cells(table, o), full=True))
+        say("\n" + markdown(table, 0, full_cells(table, o), full=True))
 
 
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("tables", nargs="*", help=f"{', '.join(tables({}))}, all, or report, or full; none: an overview")
     cli.add_argument("--quick", action="store_true", help="one seed and 8 steps a run, into runs/reproduce-quick")
-    cli.add_argument("--seeds", type=int, default=0, help="default: three, and nine of the table `seeds`")
+    cli.add_argument("--seeds", type=int, default=0, help="at most so many of each number (default: three, of most of the ladder nine)")
     cli.add_argument("--only", nargs="+", default=(), choices=tuple({**EVALUATIONS, **FULL}),
                      help="these evaluations now, others later")
     cli.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
@@ -610,7 +672,7 @@ def main(argv=None):
         return full(o)
     if unknown := set(o.tables) - {*tables({}), "all", "report"}:
         cli.error(f"no table {', '.join(unknown)}; there are {', '.join(tables({}))}, all, report")
-    seeds = (0,) if o.quick else tuple(range(o.seeds))
+    seeds = 1 if o.quick else o.seeds
     folder = ROOT / "runs" / ("reproduce-quick" if o.quick else "reproduce")
     path = folder / "cells.jsonl" if o.quick else CELLS
     if not o.tables:

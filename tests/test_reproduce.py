@@ -3,6 +3,7 @@ import json
 import shlex
 import sys
 
+import numpy as np
 import pytest
 
 import dense
@@ -21,12 +22,13 @@ SEEDS = (0, 1, 2)
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_is_options_of_train(run):
     options = train.parse_train_options(shlex.split(run))
-    assert options.preset == "pocket" and run.startswith(f"--method {options.method} ")
+    assert options.preset == "pocket" and shlex.split(run)[1] == options.method
 
 
 def test_steps_are_those_that_train_takes():
     assert reproduce.steps_of("--method clip --data shapes:train=2000 --epochs 25") == 25 * 31
     assert reproduce.steps_of("--method clip --data shapes:train=2000 --epochs 25 --steps 7") == 7
+    assert reproduce.steps_of("--method clip") == int(train.parse_train_options([]).epochs * (20_000 // 64))
     assert reproduce.steps_of(reproduce.system("unicl")) == reproduce.steps_of(reproduce.system("clip"))
 
 
@@ -73,46 +75,72 @@ def test_equal_seconds_follow_from_the_seconds_of_equal_steps():
     clip, slip = reproduce.system("clip"), reproduce.system("slip")
     rows = reproduce.tables(cells_of(cell(clip, 0, "train", 200.0), cell(slip, 0, "train", 500.0)))["systems"].rows
     late = [row for row in rows if row.group == "equal seconds"]
-    assert [row.run for row in late] == [f"{slip} --steps {775 * 2 // 5}"]
-    assert reproduce.steps_of(late[0].run) == 310
+    paid = round(reproduce.steps_of(slip) * 200 / 500)
+    assert [row.run for row in late] == [f"{slip} --steps {paid}"] and reproduce.steps_of(late[0].run) == paid
 
 
 def test_what_is_missing():
     table = TABLES["beta"]
-    everything = reproduce.wanted(table, SEEDS, {})
+    everything = reproduce.wanted(table, 3, {})
     assert len(everything) == 3 * len(table.rows) and all(names == ["zeroshot"] for names in everything.values())
     run = table.rows[0].run
-    left = reproduce.wanted(table, SEEDS, cells_of(cell(run, 1, "zeroshot", top1=1.0, i2t=2.0, t2i=3.0)))
+    left = reproduce.wanted(table, 3, cells_of(cell(run, 1, "zeroshot", top1=1.0, i2t=2.0, t2i=3.0)))
     assert set(everything) - set(left) == {(run, 1)}
-    assert not reproduce.wanted(table, SEEDS, {}, only=("linear",))
+    assert not reproduce.wanted(table, 3, {}, only=("linear",))
 
 
-def test_a_table_has_its_own_number_of_seeds_where_the_command_gives_none():
-    assert {seed for _, seed in reproduce.wanted(TABLES["seeds"], (), {})} == set(range(9))
-    assert {seed for _, seed in reproduce.wanted(TABLES["beta"], (), {})} == set(SEEDS)
-    assert {seed for _, seed in reproduce.wanted(TABLES["seeds"], (0,), {})} == {0}
-    clip, maskclip = (row.run for row in TABLES["seeds"].rows if row.name == "2,000 pairs")
-    cells = cells_of(cell(maskclip, 8, "zeroshot", top1=7.0),
-                     *(cell(clip, seed, "zeroshot", top1=seed) for seed in range(9)))
-    page = reproduce.markdown(TABLES["seeds"], (), cells)
-    assert "| 2,000 pairs | clip | 4.0 ± 2.7 |" in page and "| 2,000 pairs | maskclip | 7.0 (1 of 9) |" in page
+def test_a_number_has_its_own_count_of_seeds_where_the_command_gives_none():
+    table = TABLES["ladder"]
+    wanted = reproduce.wanted(table, 0, {})
+    for evaluation, count in (("zeroshot", 9), ("linear", 9), ("finetune", 3), ("detector", 3)):
+        assert {seed for (_, seed), names in wanted.items() if evaluation in names} == set(range(count))
+    assert {seed for _, seed in reproduce.wanted(table, 1, {})} == {0}
+    assert {seed for _, seed in reproduce.wanted(TABLES["beta"], 0, {})} == set(SEEDS)
+    assert [seed for _, seed in wanted] == sorted(seed for _, seed in wanted), "a seed is whole before the next begins"
+
+
+def test_differences_are_told_seed_by_seed():
+    clip, _, _, ema, maskclip = (row.run for row in TABLES["ladder"].rows)
+    cells = cells_of(cell(maskclip, 8, "zeroshot", top1=9.0, i2t=1.0, t2i=1.0),
+                     *(cell(clip, seed, "zeroshot", top1=seed, i2t=1.0, t2i=1.0) for seed in range(9)),
+                     *(cell(ema, seed, "zeroshot", top1=seed + 2.0 * (seed > 0), i2t=1.0, t2i=1.0) for seed in range(3)))
+    page = reproduce.markdown(TABLES["ladder"], 0, cells)
+    assert "| CLIP | 4.0 ± 2.7 *37.6* |" in page and "| + MLM = MaskCLIP | 9.0 (1 of 9) *44.5* |" in page
+    assert "Less CLIP, seed by seed:" in page
+    assert "| + EMA teacher | +1.3 ± 0.7 (+0.0, +2.0, +2.0) |" in page and "| + MLM = MaskCLIP | +1.0 (+1.0) |" in page
 
 
 def test_the_page_holds_mean_spread_and_the_paper(tmp_path, monkeypatch):
     table = TABLES["beta"]
-    run = table.rows[2].run
+    run, steps = table.rows[2].run, reproduce.steps_of(table.rows[2].run)
     cells = cells_of(*(cell(run, seed, "zeroshot", top1=50.0 + seed, i2t=10.0, t2i=20.0) for seed in SEEDS),
-                     cell(run, 0, "train", 321.0), cell(table.rows[0].run, 0, "zeroshot", top1=9.0, i2t=1.0, t2i=2.0))
-    for name in ("CELLS", "PAGE", "PICTURE"):
+                     cell(run, 0, "train", 321.0),
+                     cell(table.rows[0].run, 0, "zeroshot", top1=9.0, i2t=1.0, t2i=2.0))
+    for name in ("CELLS", "PAGE", "PICTURE", "RESULTS"):
         monkeypatch.setattr(reproduce, name, tmp_path / getattr(reproduce, name).name)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     reproduce.PAGE.write_text("# Title\n\nWhat was found.\n\n" + reproduce.MARK + "old")
-    reproduce.report(SEEDS, cells)
+    reproduce.report(0, cells)
     page = reproduce.PAGE.read_text()
     assert page.startswith("# Title\n\nWhat was found.") and "old" not in page
-    assert "| 0.05 | 51.0 ± 1.0 *44.5* | 10.0 ± 0.0 *70.1* | 20.0 ± 0.0 *45.6* | 775 | 321 |" in page
+    assert f"| 0.05 | 51.0 ± 1.0 *44.5* | 10.0 ± 0.0 *70.1* | 20.0 ± 0.0 *45.6* | {steps} | 321 |" in page
     assert "| 1 | 9.0 (1 of 3) *36.5* |" in page and page.count("\n## ") == 1, "only what was measured"
-    assert reproduce.PICTURE.stat().st_size > 1000
+    assert "Less the default, seed by seed:" in page and "| 1 | -41.0 (-41.0) |" in page
+    assert not reproduce.PICTURE.exists() and not reproduce.RESULTS.exists()
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path):
+    """A dot is where its number is: of one seed each, the mean of the higher row is the higher on the page."""
+    cells = cells_of(*(cell(row.run, 0, name, top1=30.0 + 10 * k, i2t=1.0, t2i=1.0)
+                       for k, row in enumerate(TABLES["pool"].rows[:3]) for name in ("zeroshot", "linear")))
+    sheet = np.asarray(reproduce.draw([TABLES["pool"]], 0, cells))
+    means = (sheet[:, :420] == (0x1f, 0x5f, 0xbf)).all(axis=-1)
+    columns = np.flatnonzero(means[45:250].any(axis=0))
+    first, last = columns[columns < columns.min() + 9], columns[columns > columns.max() - 9]
+    assert np.flatnonzero(means[45:, first].any(axis=1)).min() > np.flatnonzero(means[45:, last].any(axis=1)).max()
+    runs = [reproduce.setting(method) for method in ("clip", "maskclip")]
+    curves = cells_of(*(cell(run, seed, "train", curve=[[100, 10.0], [200, 20.0 + seed]]) for run in runs for seed in (0, 1)))
+    assert reproduce.draw_results(curves).size[1] == 300 and reproduce.draw_results({}) is None
 
 
 def test_cells_are_lines_of_a_file(tmp_path):
