@@ -404,15 +404,18 @@ class Tests:
 
     def after(self, step: int, core: MaskCLIP, tokenizer: BytePairTokenizer, guard: "Guard") -> dict[str, float]:
         """What the log says of this step besides"""
-        last, found = guard.last, {}
-        if self.keep_every and (step + 1) % self.keep_every == 0 and guard.write(step + 1) and guard.runtime.is_main:
-            shutil.copyfile(last, last.with_name(f"step-{step + 1}.pt"))
+        found, kept = {}, []
+        if self.keep_every and (step + 1) % self.keep_every == 0:
+            kept.append(f"step-{step + 1}.pt")
         if self.every and (step + 1) % self.every == 0:
             guess, label = guess_classes(core, tokenizer, guard.runtime, self.data)
             found["zeroshot"] = (guess == label).double().mean().item()
-            if self.o.keep_best and found["zeroshot"] > self.best and guard.write(step + 1) and guard.runtime.is_main:
-                shutil.copyfile(last, last.with_name("best.pt"))
+            if self.o.keep_best and found["zeroshot"] > self.best:
+                kept.append("best.pt")
             self.best = max(self.best, found["zeroshot"])
+        if kept and guard.write(step + 1) and guard.runtime.is_main:
+            for name in kept:
+                shutil.copyfile(guard.last, guard.last.with_name(name))
         return found
 
 

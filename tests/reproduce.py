@@ -476,7 +476,8 @@ def draw(shown: list[Table], seeds: int, cells: dict) -> PIL.Image.Image:
         title.text((10, 275 * r + 4), table.title, "black", PIL.ImageFont.load_default(15))
         names, groups = list(dict.fromkeys(row.name for row in rows)), list(dict.fromkeys(row.group for row in rows))
         for c, (heading, column) in enumerate(list(columns.items())[:2]):
-            points = [(row, values_of(row.run, column, table.seeds_of(column[0], seeds), cells).values()) for row in rows]
+            wanted = table.seeds_of(column[0], seeds)
+            points = [(row, values_of(row.run, column, wanted, cells).values()) for row in rows]
             every = [value for _, own in points for value in own]
             margin = 0.1 * (max(every) - min(every)) + 0.5
             panel = Panel(sheet, (420 * c, 275 * r + 20), heading, min(every) - margin, max(every) + margin)
@@ -596,7 +597,8 @@ def full_tables() -> list[Table]:
     retrieval = {heading: ("retrieval", value) for heading, (_, value) in RETRIEVAL.items()}
     return [Table("Supplement Table 1 at full scale", {**ZEROSHOT, **LINEAR, **FINE}, rows, dict.fromkeys(FULL, 1)),
             Table("Supplement Table 2 at full scale, and segmentation without training",
-                  {**ZEROSHOT, **FINE, **DENSE, **retrieval, "map mIoU": ("maps", "miou")}, ladder, dict.fromkeys(FULL, 1))]
+                  {**ZEROSHOT, **FINE, **DENSE, **retrieval, "map mIoU": ("maps", "miou")}, ladder,
+                  dict.fromkeys(FULL, 1))]
 
 
 def full_commands(table: Table, row: Row, o) -> dict[str, tuple[Path, str, list[str]]]:
@@ -655,7 +657,8 @@ def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("tables", nargs="*", help=f"{', '.join(tables({}))}, all, or report, or full; none: an overview")
     cli.add_argument("--quick", action="store_true", help="one seed and 8 steps a run, into runs/reproduce-quick")
-    cli.add_argument("--seeds", type=int, default=0, help="at most so many of each number (default: three, of most of the ladder nine)")
+    cli.add_argument("--seeds", type=int, default=0,
+                     help="at most so many of each number (default: three, of most of the ladder nine)")
     cli.add_argument("--only", nargs="+", default=(), choices=tuple({**EVALUATIONS, **FULL}),
                      help="these evaluations now, others later")
     cli.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")

@@ -103,7 +103,8 @@ def test_differences_are_told_seed_by_seed():
     clip, _, _, ema, maskclip = (row.run for row in TABLES["ladder"].rows)
     cells = cells_of(cell(maskclip, 8, "zeroshot", top1=9.0, i2t=1.0, t2i=1.0),
                      *(cell(clip, seed, "zeroshot", top1=seed, i2t=1.0, t2i=1.0) for seed in range(9)),
-                     *(cell(ema, seed, "zeroshot", top1=seed + 2.0 * (seed > 0), i2t=1.0, t2i=1.0) for seed in range(3)))
+                     *(cell(ema, seed, "zeroshot", top1=seed + 2.0 * (seed > 0), i2t=1.0, t2i=1.0)
+                       for seed in range(3)))
     page = reproduce.markdown(TABLES["ladder"], 0, cells)
     assert "| CLIP | 4.0 ± 2.7 *37.6* |" in page and "| + MLM = MaskCLIP | 9.0 (1 of 9) *44.5* |" in page
     assert "Less CLIP, seed by seed:" in page
@@ -139,7 +140,8 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     first, last = columns[columns < columns.min() + 9], columns[columns > columns.max() - 9]
     assert np.flatnonzero(means[45:, first].any(axis=1)).min() > np.flatnonzero(means[45:, last].any(axis=1)).max()
     runs = [reproduce.setting(method) for method in ("clip", "maskclip")]
-    curves = cells_of(*(cell(run, seed, "train", curve=[[100, 10.0], [200, 20.0 + seed]]) for run in runs for seed in (0, 1)))
+    curves = cells_of(*(cell(run, seed, "train", curve=[[100, 10.0], [200, 20.0 + seed]])
+                        for run in runs for seed in (0, 1)))
     assert reproduce.draw_results(curves).size[1] == 300 and reproduce.draw_results({}) is None
 
 

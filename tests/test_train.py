@@ -240,8 +240,8 @@ def test_two_processes_make_the_step_of_one(two_processes):
 
 def test_blocks_that_are_skipped_depend_on_seed_and_step(tmp_path, monkeypatch):
     net, backward, seeds = tiny("clip", drop_path=0.5), train.backward, []
-    batch = train.micro_batches(train.hide(dict(images=torch.zeros(8, 3, 32, 32, dtype=torch.uint8),
-                                                tokens=captions([3] * 8)), net.config, TOKENS, 0, 3), 1, ALONE.device)[0]
+    batch = dict(images=torch.zeros(8, 3, 32, 32, dtype=torch.uint8), tokens=captions([3] * 8))
+    batch = train.micro_batches(train.hide(batch, net.config, TOKENS, 0, 3), 1, ALONE.device)[0]
     first, again, other = (backward(net, net, None, batch, ALONE, seed)[0]["L_I"] for seed in (5, 5, 6))
     assert first == again != other
 
