@@ -152,6 +152,33 @@ def test_dense_samples():
     assert hidden_by_others > 0, "the sample has no overlap: it does not test who covers whom"
 
 
+def test_marks_are_drawn_and_named_as_often_as_asked():
+    """A mark changes pixels of its own object alone, and neither the scene nor, unnamed, its caption's truth."""
+    plain, never, often = (ShapesWorld(count=400, size=64, objects=(1, 1), marks=marks) for marks in (None, 0.0, 0.75))
+    said = [" in it" in often.scene(i).caption for i in range(400)]
+    assert 0.68 < np.mean(said) < 0.82
+    for i in range(40):
+        thing, caption = often.scene(i).objects[0], often.scene(i).caption
+        assert said[i] == (f"with a {thing.mark} in it" in caption) and " in it" not in never.scene(i).caption
+        assert replace(thing, mark="") == plain.scene(i).objects[0] and never.scene(i).objects[0].mark in SHAPES
+        scene = often.scene(i)
+        bare = replace(scene, objects=[replace(thing, mark="")])
+        changed = (draw_scene(scene, 64) != draw_scene(bare, 64)).any(axis=-1)
+        mark = replace(thing, shape=thing.mark, size=data.MARK_SIZE * thing.size)
+        assert 0 < changed.sum() and not changed[coverage(mark, 64) == 0].any()
+    assert len({often.scene(i).objects[0].mark for i in range(100)}) == len(SHAPES)
+
+
+def test_classes_by_mark():
+    world = open_data("shapes:objects=1-1,marks=0,by_mark=1,val=20", "val", "classes", size=32)
+    assert world.classes == list(SHAPES)
+    assert [world.read(i).label for i in range(20)] == [SHAPES.index(world.scene(i).objects[0].mark) for i in range(20)]
+    with pytest.raises(UserError, match="by_mark=1 wants marks"):
+        open_data("shapes:by_mark=1", "val", "classes")
+    with pytest.raises(UserError, match="marks is"):
+        open_data("shapes:marks=2", "val", "classes")
+
+
 def test_with_forms_a_class_is_a_shape_of_any_color():
     forms, both = ShapesWorld(objects=(1, 3), dense=True, forms=True), ShapesWorld(objects=(1, 3), dense=True)
     assert forms.classes == list(SHAPES) and len(both.classes) == 64
