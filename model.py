@@ -143,7 +143,7 @@ PAPER = Config()
 PRESETS = {
     "pocket": replace(
         PAPER, image_size=48, patch_size=8, width=128, depth=4, heads=4,
-        text_width=128, text_depth=2, text_heads=4, context_length=32, vocab_size=768, embed_dim=128,
+        text_width=128, text_depth=2, text_heads=4, context_length=24, vocab_size=768, embed_dim=128,
         n_codes=512, quantizer_hidden=256, quantizer_bottleneck=64,
         slip_hidden=256, simsiam_hidden=256, token_dim=128, queue_size=1024, view_crop_min=0.5,
         epochs=5, batch_size=64, warmup_epochs=0.2,
