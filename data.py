@@ -44,7 +44,6 @@ import time
 import traceback
 import warnings
 import zlib
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +60,7 @@ import regex
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
@@ -86,10 +85,8 @@ def reading(path):
     """What goes wrong while a user's file is read becomes a UserError that names it."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+    except (OSError, ValueError, RecursionError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or one_line(error)}") from None
 
 
 @contextlib.contextmanager
@@ -114,7 +111,7 @@ def say(text: str, file=None):
 
 def say_notes(data):
     """What a data set tells of what was left out and why, a line each."""
-    for note in getattr(data, "notes", ()):
+    for note in data.notes:
         say(printable(f"note: {note}"))
 
 
@@ -159,7 +156,6 @@ def run(main: Callable):
         status, met_alike = 1, False
     if dist.is_initialized() and not met_alike:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     gc.collect()            # a DistributedDataParallel that is freed after its group waits for gloo's threads, for ever
     if dist.is_initialized():
@@ -203,17 +199,16 @@ MAX_PIXELS = 100_000_000     # a file of a few kilobytes can claim gigabytes of 
 MAX_SCANS = 100              # of a progressive JPEG, which has about ten: thousands in a small file decode for hours
 MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or counter, not a picture
 BICUBIC = Image.Resampling.BICUBIC
-TORCH_RESIZE = torch.backends.cpu.get_cpu_capability().startswith("AVX")   # faster than Pillow there, else slower
 
 if int(PIL.__version__.split(".")[0]) < 11:              # 10.0 would find every image corrupt, 10.4 turn no TIFF
     raise ImportError(f"Pillow {PIL.__version__} is too old, 11 is wanted: pip install -r requirements.txt")
 Image.MAX_IMAGE_PIXELS = None                            # open_image has a limit of its own
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26                  # bytes of a text or color profile: sound ones exceed 1 MB
 warnings.filterwarnings("ignore", module=r"PIL\.")       # Pillow's remarks on odd files; bad ones we report ourselves
 
 
 def open_image(content: bytes) -> Image.Image:
     """The image in a file's bytes, not decoded yet.  BadRecord: no image, or sides we do not accept."""
-    content = without_side_information(content)
     try:
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     except PIL.UnidentifiedImageError:
@@ -227,19 +222,6 @@ def open_image(content: bytes) -> Image.Image:
     if isinstance(image, JpegImageFile) and content.count(b"\xff\xda") > MAX_SCANS:     # whatever it calls itself
         raise BadRecord(f"corrupt image: more than {MAX_SCANS} scans, each of which would be decoded")
     return image
-
-
-def without_side_information(content: bytes) -> bytes:
-    """A PNG without its texts and color profile, over which Pillow may refuse an image that is sound; else as it is."""
-    if not content.startswith(b"\x89PNG"):
-        return content
-    kept, at = [content[:8]], 8
-    while at < len(content):
-        end = at + 12 + int.from_bytes(content[at:at + 4])       # of a chunk: length, kind, data, checksum
-        if content[at + 4:at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            kept.append(content[at:end])
-        at = end
-    return b"".join(kept)
 
 
 def orientation(image):
@@ -306,12 +288,10 @@ def resize_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -
     """The part (left, top, right, bottom) of an RGB image as uint8 tensor (3, size, size), bicubic with antialiasing.
 
     Cropped first and then resized, as torchvision does: Image.resize(box=) would mix in pixels from outside the box.
+    torch takes a quarter of Pillow's time where the processor has AVX, elsewhere 1.4 times.
     """
-    image = image.crop(box)
-    if TORCH_RESIZE:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]       # (1, 3, h, w), a view of (h, w, 3)
-        return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
-    return to_tensor(image.resize((size, size), BICUBIC))
+    pixels = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)[None]         # (1, 3, h, w)
+    return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
 def center_box(width, height, size, resize):
@@ -335,20 +315,19 @@ class TrainTransform:
     """
     size: int
     scale: tuple[float, float] = (0.5, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
     single_shot: bool = False
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         image = decode(image)
-        left, top, w, h = crop_box(*image.size, self.scale, self.ratio, rng, self.single_shot)
+        left, top, w, h = crop_box(*image.size, self.scale, (3 / 4, 4 / 3), rng, self.single_shot)
         pixels = resize_crop(image, (left, top, left + w, top + h), self.size)
         return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
 
 
 @dataclass
 class EvalTransform:
-    """The center of an image as uint8 tensor (3, size, size): its short side is made `resize` (default: size) first.
+    """The centre of an image as uint8 tensor (3, size, size): its short side is made `resize` (default: size) first.
 
     squash: all of the image instead, whatever its shape; `resize` has no meaning then.
     """
@@ -588,10 +567,8 @@ class BytePairTokenizer:
     def from_file(cls, path: str | Path) -> "BytePairTokenizer":
         """CLIP's vocabulary from its `bpe_simple_vocab_16e6.txt.gz`, packed or not: a header, then a merge a line."""
         try:
-            content = Path(path).read_bytes()
-            if content.startswith(b"\x1f\x8b"):
-                content = gzip.decompress(content)
-            lines = content.decode().split("\n", CLIP_MERGES + 1)[1 : CLIP_MERGES + 1]
+            with open_text(path) as file:
+                lines = file.read().split("\n", CLIP_MERGES + 1)[1 : CLIP_MERGES + 1]
             if len(lines) < CLIP_MERGES:
                 raise UserError(f"{len(lines)} lines after the header where {CLIP_MERGES} merges should be")
             return cls([tuple(line.split()) for line in lines])
@@ -1230,25 +1207,19 @@ class Packed:
         return self.blob[self.ends[i]:self.ends[i + 1]]
 
 
-def clean_caption(text):
-    text = text.removeprefix("\ufeff").strip()
-    with refusing("caption is not UTF-8"):       # a stray byte was kept as a surrogate; or half a pair from JSON
-        text.encode()
-    if not text:
-        raise BadRecord("empty caption")
-    return text
-
-
 def usable_captions(texts: list[str]) -> tuple[str, ...]:
     """Those that can be used: one of several is enough.  BadRecord, of the last, if none can."""
-    captions, problem = [], BadRecord("no caption")
+    captions, problem = [], "no caption"
     for text in texts:
-        try:
-            captions.append(clean_caption(text))
-        except BadRecord as error:
-            problem = error
+        text = text.removeprefix("\ufeff").strip()
+        if re.search("[\ud800-\udfff]", text):       # a stray byte was kept as a surrogate; or half a pair from JSON
+            problem = "caption is not UTF-8"
+        elif not text:
+            problem = "empty caption"
+        else:
+            captions.append(text)
     if not captions:
-        raise problem
+        raise BadRecord(problem)
     return tuple(captions)
 
 
@@ -1260,6 +1231,13 @@ def read_file(path: str) -> bytes:
         return Path(path).read_bytes()
 
 
+def write_whole(path, content: bytes):
+    """Writes a file that others read, and may write, at the same time: they find all of it or nothing."""
+    temporary = Path(f"{path}.{os.getpid()}-{threading.get_ident()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 def read_lines(path: str | Path, what: str) -> list[str]:
     """The lines of a text file, without those that are empty."""
     with reading(f"the {what} in {path}"):
@@ -1268,6 +1246,17 @@ def read_lines(path: str | Path, what: str) -> list[str]:
     if not lines:
         raise UserError(f"{path} should hold {what}, one a line, but is empty")
     return lines
+
+
+def open_text(path):
+    """A text file, whatever packs or encodes it; UserError for one that is no text."""
+    file = open(path, "rb")
+    if file.peek(2)[:2] == GZIP:
+        file = gzip.GzipFile(fileobj=file)
+    if file.peek(4)[:4] == b"PAR1":
+        raise UserError(f"{path} is a parquet file: make it a table with pandas.read_parquet(...).to_csv('table.csv')")
+    encoding = "utf-16" if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
 
 
 def read_json(path: str) -> dict:
@@ -1330,12 +1319,10 @@ def tar_members(path):
             if member.size < 0 or end > total:
                 raise ValueError(f"cut short: has {total:,} bytes, the member at {member.offset:,} ends at {end:,}")
             yield member
-        tar.fileobj.seek(tar.offset)                     # tarfile stops at a damaged header as at an end
-        header = tar.fileobj.read(512)
-        if len(header) < 512 or any(header):
-            raise ValueError(f"damaged or cut short at byte {tar.offset:,} of {total:,}")
-        if total - tar.offset > 1 << 20:
-            raise ValueError(f"has its end mark at byte {tar.offset:,} of {total:,}; what follows is not read")
+        tar.fileobj.seek(tar.offset)                     # tarfile stops at a damaged header as at an end,
+        rest = tar.fileobj.read(1 << 20)                 # where zeros stand, 10 KB or less, and nothing else
+        if not 512 <= len(rest) < 1 << 20 or any(rest):
+            raise ValueError(f"damaged or cut short at byte {tar.offset:,} of {total:,}, what follows is not read")
 
 
 def index_tar(path):
@@ -1366,9 +1353,13 @@ def index_tar(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:                           # tarfile raises nearly everything on hostile bytes
         cut = one_line(error)
-    files = by_key(members, lambda name: name.rpartition(".")[0])
-    if not any(len(kinds) > 1 for kinds in files.values()):      # WebDataset's rule: 17.image.jpg and 17.caption.txt
-        files = by_key(members, lambda name: re.match(r"(.*/)?[^./]*", name)[0])
+    for key_of in (lambda name: name.rpartition(".")[0],                    # names are cut at the last dot, or if that
+                   lambda name: re.match(r"(?s)(.*/)?[^./]*", name)[0]):    # makes no pair at the first: 17.image.jpg
+        files = defaultdict(dict)                                           # key -> {kind: (offset, size)}
+        for name, (kind, place) in members.items():
+            files[key_of(name)][kind] = place
+        if any(len(kinds) > 1 for kinds in files.values()):
+            break
     keys, pairs = [], []
     for key, members in files.items():
         caption = members.get("txt") or members.get("json")
@@ -1378,14 +1369,6 @@ def index_tar(path):
         counts["images without a caption"] += not caption
         counts["captions without an image"] += "image" not in members
     return dict(keys=keys, pairs=np.array(pairs, dtype=np.int64).reshape(-1, 5), counts=counts, cut=cut)
-
-
-def by_key(members, key_of):
-    """Members of a tar by the key in their names: key -> {"image", "txt", "json": (offset, size)}"""
-    files = defaultdict(dict)
-    for name, (kind, place) in members.items():
-        files[key_of(name)][kind] = place
-    return files
 
 
 def most_open_files() -> int:
@@ -1412,13 +1395,11 @@ def load_index(path, cache):
             index = json.loads(saved["index"].item())
             if index["stamp"] == stamp:
                 return dict(index, pairs=saved["pairs"])
-    index = dict(index_tar(path), stamp=stamp)
-    temporary = f"{file}.{os.getpid()}-{threading.get_ident()}"
+    index, out = dict(index_tar(path), stamp=stamp), io.BytesIO()
+    np.savez(out, pairs=index["pairs"], index=json.dumps(dict(index, pairs=None)).encode())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as out:
-            np.savez(out, pairs=index["pairs"], index=json.dumps(dict(index, pairs=None)).encode())
-        os.replace(temporary, file)
+        write_whole(file, out.getvalue())
     except OSError as error:
         index["counts"][f"indices were not stored in {cache} ({error.strerror})"] += 1
     return index
@@ -1515,7 +1496,7 @@ class ImageFiles:
 
     source     where the list comes from, for messages
     root       folder that the files are named from
-    listed     (file, fields of its Sample: captions, label or objects) of each
+    listed     (file, fields of its Sample: captions, label or objects; or label_map, its file) of each
     classes    what the labels mean
     counts     for notes: {"images left out": how many}
     """
@@ -1573,9 +1554,10 @@ def csv_file(spec, **_):
 
     caption=COLUMN may come several times.  FILE may be packed by gzip, in UTF-16, or hold an object of JSON a line.
     """
-    path, *columns = re.split(r",(?=image=|caption=)", spec)
-    image = ([column[6:] for column in columns if column.startswith("image=")] or ["filepath"])[-1]
-    texts = [column[8:] for column in columns if column.startswith("caption=")] or ["title"]
+    path, *options = re.split(",(image|caption)=", spec)
+    columns = list(zip(options[::2], options[1::2]))             # ("image" or "caption", name of the column)
+    image = dict(columns).get("image", "filepath")
+    texts = [name for what, name in columns if what == "caption"] or ["title"]
     counts = Counter()
     listed = list(csv_rows(path, image, texts, counts))
     files = len({file for file, _ in listed})
@@ -1584,21 +1566,10 @@ def csv_file(spec, **_):
     return captioned(path, os.path.dirname(path), listed, counts)
 
 
-def open_table(path):
-    """A text file, whatever packs or encodes it; UserError for one that is no text."""
-    file = open(path, "rb")
-    if file.peek(2)[:2] == GZIP:
-        file = gzip.GzipFile(fileobj=file)
-    if file.peek(4)[:4] == b"PAR1":
-        raise UserError(f"{path} is a parquet file: make it a table with pandas.read_parquet(...).to_csv('table.csv')")
-    encoding = "utf-16" if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
-
-
 def csv_rows(path, image, texts, counts):
     """(file, captions) of each row of a table; what looks wrong is counted."""
     csv.field_size_limit(LONGEST_FIELD)
-    with reading(path), open_table(path) as file:
+    with reading(path), open_text(path) as file:
         line, separator = file.readline(LONGEST_FIELD), ""
         if line.startswith("{"):
             names, rows = list(json.loads(line)), map(json.loads, itertools.chain([line], file))
@@ -1626,7 +1597,8 @@ def csv_rows(path, image, texts, counts):
             raise UserError(f"{path}: {error}; is there a quote that is never closed?") from None
 
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+            "test": "test", "testing": "test"}             # by the name of a folder
 
 
 def is_hidden(path):
@@ -1652,16 +1624,6 @@ def numbers_in_order(names):
     return sorted(names, key=key)
 
 
-def find_splits(root):
-    """{"train", "val", "test": the folder of the split}: one that is called so and has folders in it."""
-    found = {}
-    for name in folders_in(root):
-        for split, names in SPLITS.items():
-            if name.lower() in names and folders_in(f"{root}/{name}"):
-                found[split] = name
-    return found
-
-
 def folder(root, split, **_):
     """One folder per class; labels follow the sorted names of the folders, over all splits.
 
@@ -1670,13 +1632,14 @@ def folder(root, split, **_):
                                                     "test" stands in for a missing "val", and the other way round
                        DIR/classnames.txt           optional, lines "CLASS<TAB>name"; without it _ becomes a space
     """
-    splits = find_splits(root)
+    folders = folders_in(root)
+    splits = {SPLIT_OF[name.lower()]: name for name in folders
+              if name.lower() in SPLIT_OF and folders_in(f"{root}/{name}")}         # in each a folder for each class
     other = {"val": "test", "test": "val"}.get(split)
     part = splits.get(split) or splits.get(other) or "."
     if splits and part == ".":
         raise UserError(f"{root} has no folder {split!r} with a folder for each class in it, only "
                         f"{', '.join(splits.values())}")
-    folders = folders_in(root)
     counts, home, listed = Counter(), os.path.normpath(f"{root}/{part}"), []
     if splits:
         counts["folders beside those of the splits, not read"] = len(folders) - len(splits)
@@ -1746,7 +1709,7 @@ def coco_file(root, what, split):
         if isfile(path):
             return path, part, read_json(path)
     raise Absent(f"no {what} of the split {split!r} in {root}: wanted {root}/annotations/{what}_{split}2017.json "
-                    f"(COCO has train and val)")
+                 f"(COCO has train and val)")
 
 
 def coco_captions(root, split):
@@ -1888,20 +1851,21 @@ class LabelMaps(ImageFiles):
         pictures, labels = ({os.path.splitext(name)[0]: f"{folder}/{name}"
                              for name in sorted(os.listdir(f"{root}/{folder}")) if is_image(name)}
                             for folder in (images, maps))
-        self.pairs = []                                                              # files of an image and its map
+        listed = []
         for line in read_lines(f"{root}/{source}", "names of images") if listing else pictures:
             pair = line.split()
             if len(pair) != 2 or not all(map(is_image, pair)):
                 stem = os.path.splitext(line)[0] if is_image(line) else line
                 pair = pictures.get(stem, f"{images}/{stem}.jpg"), labels.get(stem, f"{maps}/{stem}.png")
-            self.pairs.append([file.lstrip("/") for file in pair])
+            image, label_map = (file.lstrip("/") for file in pair)
+            listed.append((image, dict(label_map=label_map)))
         classes = classes or read_lines(f"{root}/class_names.txt", "names of classes")
-        super().__init__(f"{root}/{source}", root, ((image, {}) for image, _ in self.pairs),
-                         [name.strip("_") for name in classes])
+        super().__init__(f"{root}/{source}", root, listed, [name.strip("_") for name in classes])
         self.label_of, self.reduce_zero_label = label_of, reduce_zero_label
 
     def read(self, i: int) -> Sample:
-        sample, label = super().read(i), open_image(read_file(f"{self.root}/{self.pairs[i][1]}"))
+        sample = super().read(i)
+        label = open_image(read_file(f"{self.root}/{sample.label_map}"))
         if label.mode not in ("L", "P"):
             raise BadRecord(f"not a label map: mode {label.mode}, wanted one byte a pixel")
         as_annotated(sample.image, label.size, self.ignore_exif)
@@ -1955,8 +1919,8 @@ class CocoInstances(ImageFiles):
         for i, (name,) in sorted(categories.items()):
             names[i] = f"{name} ({i})" if name in names.values() else name
         images = by_id(content, "images", path, id=ID, file_name=str, width=int | float, height=int | float)
-        self.category_ids, objects, self.left_out = list(names), {i: [] for i in images}, []
-        self.usable = dict.fromkeys(names, 0)                                           # objects of each category
+        self.category_ids, self.left_out = list(names), []
+        objects, self.usable = {i: [] for i in images}, [0] * len(names)        # of an image; how many of a category
         for where, i, category, box, area, mask, crowd in entries(
                 content, "annotations", path, image_id=ID, category_id=int, bbox=object, area=object,
                 segmentation=object, iscrowd=object):
@@ -1972,8 +1936,8 @@ class CocoInstances(ImageFiles):
                 continue
             x, y, w, h = box
             box = x, y, x + w, y + h
-            self.usable[category] += not crowd and has_area(box, *size)
             category = bisect.bisect_left(self.category_ids, category)
+            self.usable[category] += not crowd and has_area(box, *size)
             objects[i].append(dict(box=box, category=category, area=area, mask=mask, crowd=bool(crowd)))
         kept = [i for i in images if split != "train" or objects[i] and min(images[i][1:]) >= MIN_TRAINED_SIDE]
         if images and not kept:
@@ -1997,8 +1961,7 @@ class CocoInstances(ImageFiles):
     def tally(self, speaks: bool) -> tuple:
         """(classes,) how many objects are of each, crowds and those under a pixel not counted; the same in words; and
         those that cannot be used."""
-        counts = self.usable.values()
-        return counts, f"{self.source}: {sum(counts):,} objects can be learned or found", self.left_out
+        return self.usable, f"{self.source}: {sum(self.usable):,} objects can be learned or found", self.left_out
 
 
 def has_area(box: tuple, width: int, height: int) -> bool:
@@ -2035,20 +1998,18 @@ def is_rle(mask: dict, height, width) -> bool:
 
 def unpack_counts(text: bytes) -> list[int]:
     """Undoes what dense.encode_rle does to the counts."""
+    if not re.fullmatch(b"[0-o]*[0-O]", text):                 # digits 0 to 63; one under 32 is the last of its number
+        raise ValueError(f"the string {text[:20]!r} is cut off or no RLE")
     counts, number, shift = [], 0, 0
-    for digit in (code - 48 for code in text):
-        if not 0 <= digit < 64:
-            break
+    for code in text:
+        digit = code - ord("0")
         number += (digit & 31) << shift
         shift += 5
-        if digit < 32:                                         # the last of its number
+        if digit < 32:
             number -= (digit & 16) << (shift - 4)              # 16 as sign is -16, in place of +16
             counts.append(number + (counts[-2] if len(counts) > 2 else 0))
             number, shift = 0, 0
-    else:
-        if counts and shift == 0:
-            return counts
-    raise ValueError(f"the string {text[:20]!r} is cut off or no RLE")
+    return counts
 
 
 def are_numbers(values):
@@ -2114,7 +2075,6 @@ class IcinwTask:
 
 def icinw(root: str, **_) -> tuple[list[IcinwTask], list[str]]:
     """The suite's data sets that are there, and the names of the others."""
-    root = os.path.expanduser(root)
     names, templates = toolkit_prompts(f"{root}/prompts.py")
     tasks, missing = [], []
     for name, (published, *_) in ICINW.items():
@@ -2153,14 +2113,12 @@ def toolkit_prompts(path):
     """class_map and template_map of the toolkit's prompts.py, {data set: list}; both empty if there is no such file."""
     if not isfile(path):
         return {}, {}
-    values = {}                                          # of the names in the file
-    substitute = ast.NodeTransformer()
+    values, substitute = {}, ast.NodeTransformer()       # values: of the names in the file
     substitute.visit_Name = lambda node: ast.Constant(values[node.id])
     try:
         for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):      # of what is no plain list
-                name = node.targets[0].id
-                values[name] = ast.literal_eval(substitute.visit(node.value))
+                values[node.targets[0].id] = ast.literal_eval(substitute.visit(node.value))
         # of several names of a class the toolkit (evaluation/feature.py) takes the first
         names = {name: [one if isinstance(one, str) else one[0] for one in classes]
                  for name, classes in values["class_map"].items()}
@@ -2370,9 +2328,8 @@ def only_shapes(specs: tuple[str, ...]) -> bool:
 
 def same_but_moved(specs: tuple[str, ...], others: tuple[str, ...]) -> bool:
     """Whether SPECs differ in nothing but the paths of files and folders."""
-    def rest(spec: str) -> list[str]:
-        kind, _, path = spec.partition(":")
-        return [kind, path] if kind == "shapes" else [kind, *re.split(r",(?=image=|caption=)", path)[1:]]
+    def rest(spec: str) -> str:                          # csv:FILE,image=COLUMN -> csv,image=COLUMN
+        return spec if only_shapes((spec,)) else re.sub(":.*?(,(image|caption)=|$)", r"\1", spec, count=1)
     return [rest(str(spec)) for spec in specs or ()] == list(map(rest, others))
 
 
@@ -2394,14 +2351,13 @@ def open_data(spec: str, split: str | None = None, task: str = "captions", size:
 
 def open_for_reading(spec, split, task=None):
     """What `spec` names, for the task or the first that it can be opened for: a list, as icinw: is many."""
-    problems = []
     for task in [task] if task else FORMATS[kind_of(spec)].tasks:
         try:
             data = open_data(spec, split, task)
             return [one.data for one in data[0]] if task == "icinw" else [data]
-        except UserError as error:
-            problems.append(error)
-    raise next((problem for problem in problems if not isinstance(problem, Absent)), problems[0])
+        except Absent as error:
+            problem = error
+    raise problem
 
 
 class Mixed:
@@ -2435,14 +2391,12 @@ def name_classes(parts: list, excluded=()) -> list:
     The captions of an image are its class's name in each of 80 templates, and its text_label is its class over all data
     sets; those with one list of classes share its labels.  excluded: names of folders whose images are left out.
     """
-    text_labels, total = {}, 0                           # text_labels: that of the first class of each list
+    first = {}                                           # list of classes -> text_label of the first of them
     for data in parts:
         if isinstance(data, ImageFiles) and data.classes:
             want_names(data, f"folder:{data.root}")
-            if tuple(data.classes) not in text_labels:
-                text_labels[tuple(data.classes)] = total
-                total += len(data.classes)
-            data.names_classes, data.text_label = True, text_labels[tuple(data.classes)]
+            data.names_classes = True
+            data.text_label = first.setdefault(tuple(data.classes), sum(map(len, first)))
             if excluded:
                 leave_out(data, set(excluded))
     return parts
@@ -2450,18 +2404,17 @@ def name_classes(parts: list, excluded=()) -> list:
 
 def leave_out(data, folders):
     """Takes the images in folders of these names out of the data, and notes how many that were."""
-    found = set()
-
-    def stays(i):
+    found, kept = set(), []
+    for i in range(len(data)):
         own = folders.intersection(data.name(i).split("/"))
-        found.update(own)
-        return not own
-    kept = Packed(data.records[i] for i in filter(stays, range(len(data))))
+        found |= own
+        if not own:
+            kept.append(data.records[i])
     if not found:
         raise UserError(f"{data.root} has none of the {len(folders)} folders to leave out, such as {min(folders)}")
     data.notes += [f"{len(data) - len(kept):,} images left out: {data.root} has {len(found)} of the {len(folders)} "
                    f"folders to leave out"]
-    data.records = kept
+    data.records = Packed(kept)
 
 
 def hash_names(data) -> str:
@@ -2474,9 +2427,7 @@ def hash_names(data) -> str:
         digest.update(f"{data.name(i)}\n".encode())
     if kept:
         with contextlib.suppress(OSError):
-            temporary = Path(f"{kept}.{os.getpid()}")
-            temporary.write_text(digest.hexdigest())
-            os.replace(temporary, kept)
+            write_whole(kept, digest.hexdigest().encode())
     return digest.hexdigest()
 
 
@@ -2510,8 +2461,7 @@ def preview(data, out: str):
         try:
             sample = data.read(i)
             picture = decode(sample.image)
-            with refusing("too narrow to draw"):
-                picture = ImageOps.pad(picture, (CELL, CELL), BICUBIC, "white")
+            picture.thumbnail((CELL, CELL), BICUBIC)
             text = (pick_caption(sample, rng) if sample.captions else
                     data.classes[sample.label] if sample.label >= 0 else data.name(i))
         except BadRecord as error:
@@ -2525,18 +2475,19 @@ def preview(data, out: str):
 def inspect(sample, rng, tokenizer):
     """What `check` wants to know of a record, after a full read: tokens of the captions, with start and end token."""
     decode(sample.image)
-    return dict(tokens=[tokenizer.length(caption) for caption in sample.captions] if tokenizer else [])
+    return dict(tokens=list(map(tokenizer.length, sample.captions)))
 
 
-def check(data, tokenizer: BytePairTokenizer | None = None, context_length: int = 77, workers: int = 0) -> dict:
+def check(data, tokenizer: BytePairTokenizer, context_length: int = 77, workers: int = 0) -> dict:
     """Reads and decodes every record, prints a report and returns it:
 
-    records, bad: how many;  reasons: {reason: count};  bad_records: [(name, reason)] of the first 20
-    captions: how many;  tokens: [fewest, median, most] of a caption;  truncated: captions over `context_length` tokens
+    records, bad: how many;  reasons: {reason: count};  captions: how many
+    tokens: [fewest, median, most] of a caption;  truncated: captions over `context_length` tokens
     classes: how many, 0 if there are none;  sample_hash: see hash_names;  notes: the data set's own
+    bad_records: [(name, reason)] of the first 20
     """
-    loader = eval_loader(data, partial(inspect, tokenizer=tokenizer), 64, workers=workers, collate=list)
     tokens, bad = [], []
+    loader = eval_loader(data, partial(inspect, tokenizer=tokenizer), 64, workers=workers, collate=list)
     for item in progress(itertools.chain.from_iterable(loader), len(data), "records checked"):
         bad += item["bad"]
         tokens += item.get("tokens", ())
@@ -2589,8 +2540,7 @@ def main(argv: list[str] | None = None):
     check_folder_of("--json", o.json)
     if Path(o.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
-    opened = [(spec, part) for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split, o.task)]
-    data = Mixed([part for _, part in opened])
+    data = Mixed([part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split, o.task)])
     if o.command == "preview":
         return preview(data, o.out)
     tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else learn_tokenizer(data, o.vocab_size)
@@ -2598,10 +2548,8 @@ def main(argv: list[str] | None = None):
         report = check(data, tokenizer, o.context_length, o.workers)
         if o.json:
             Path(o.json).write_text(json.dumps(report))
-        for spec, part in opened:               # as training does before its first step
-            known = look_at_labels(part)
-            if isinstance(part, LabelMaps | CocoInstances) and o.split == "train":
-                look_at_labels(open_for_reading(spec, "val", part.task)[0], known)
+        for part in data.parts:                 # as training does before its first step
+            look_at_labels(part)
         return
     print(f"{tokenizer.vocab_size} entries, {len(tokenizer.merges)} of them merges")
     for text in o.text or first_captions(data, 5):
@@ -2614,10 +2562,8 @@ def first_captions(data, records: int) -> list[str]:
     captions = []
     count = min(len(data), records)
     for i in progress(range(count), count, "captions read"):
-        try:
-            captions.extend(data.read(i).captions)
-        except BadRecord:
-            pass
+        with contextlib.suppress(BadRecord):
+            captions += data.read(i).captions
     return captions
 
 

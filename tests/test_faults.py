@@ -660,7 +660,7 @@ def test_every_hostile_record_is_counted(hostile_folder, capsys):
     root, readable = hostile_folder
     folder, shards = open_data(f"folder:{root}"), open_data(f"shards:{root}/s.tar")
     tokenizer = data.BytePairTokenizer([])
-    report = data.check(folder)
+    report = data.check(folder, tokenizer)
     assert report["records"] == len(hostile_images()) and readable <= report["records"] - report["bad"]
     report = data.check(shards, tokenizer)
     good = 0
