@@ -9,18 +9,19 @@ Zero-shot features are those of the value path (VisionTransformer.value_features
 would mix all patches, so the identity takes its place, and a patch's feature stays its own.  UperNet takes the outputs
 of four blocks as they are and trains everything.  With no options each command runs on the Shapes world.
 
-Letters: B images, N patches, D width, E embedding, as everywhere; p the side of a patch, c channels of a map.  Shapes
-say (classes, height, width) for an image at its full size and (classes, h, w) for one that was resized.  Labels count
-from 0, and are 255 for pixels that do not count.         Check:  python -m pytest tests/test_segmentation.py
+Letters: B images, N patches, D width, E embedding, as everywhere; p the side of a patch, c channels of a map; of boxes
+G objects of an image, A anchors, P proposals, R boxes of all images together, S sets of boxes; n is explained where it
+stands.  Shapes say (classes, height, width) for an image at its full size and (classes, h, w) for one that was resized.
+Labels count from 0, and are 255 for pixels that do not count.    Check:  python -m pytest tests/test_segmentation.py
 """
-import colorsys
 import itertools
 import json
 import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,14 +36,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (BadRecord, MEAN, UserError, decode, eval_loader, find_templates, fingerprint, has_area,
-                  look_at_labels, normalize, only_shapes, open_data, open_image, progress, read_file, say, sheet,
-                  to_tensor, unpack_counts)
-from losses import gather, mean_over_processes
-from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, opt
+from data import (BadRecord, MEAN, Records, UserError, decode, eval_loader, fingerprint, has_area, look_at_labels,
+                  normalize, only_shapes, open_data, open_image, progress, read_file, run, say, sheet, to_tensor,
+                  unpack_counts)
+from eval_zeroshot import class_accuracy, confusion, find_templates
 from finetune import LoopOptions, fine_tune, recipe_for
-from train import (RunOptions, Start, find_resumable, first_look, gather_objects, load_checkpoint, parse, report_bad,
-                   run, setup)
+from losses import gather, mean_over_processes
+from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, load_checkpoint, opt
+from train import RunOptions, find_resumable, first_look, gather_objects, parse, report_bad, setup, show
 
 IGNORED = 255
 MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model
@@ -56,25 +57,26 @@ def send(x: Tensor, device) -> Tensor:
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, c, h, w) -> (B, c, *size), bilinear."""
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size, mode="bilinear")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels and mean IoU
 # ---------------------------------------------------------------------------------------------------------------------
 
-def reduce_zero_label(label_map: np.ndarray) -> np.ndarray:
-    """(height, width) uint8 labels of which 0 is no class: 0 -> 255, 1 -> 0, 2 -> 1, ...; 255 stays."""
-    reduced = label_map - np.uint8(1)                               # wraps around: 0 -> 255, as wanted, and 255 -> 254
-    reduced[reduced == 254] = IGNORED
-    return reduced
+def labels_of(data, sample) -> np.ndarray:
+    """(height, width) uint8; where 0 is no class, as of ADE20K, Pascal Context, Shapes, 0 -> 255, 1 -> 0, 2 -> 1 ..."""
+    if not data.reduce_zero_label:
+        return sample.label_map
+    labels = sample.label_map - np.uint8(1)                         # wraps around: 0 -> 255, as wanted, and 255 -> 254
+    labels[labels == 254] = IGNORED
+    return labels
 
 
 def confusion_matrix(truth: Tensor, predicted: Tensor, n_classes: int) -> Tensor:
     """Two label maps -> (classes, classes) counts of pixels, a row for each true class, a column a predicted one."""
-    counts = truth != IGNORED
-    pairs = truth[counts].long() * n_classes + predicted[counts].long()
-    return torch.bincount(pairs, minlength=n_classes ** 2).view(n_classes, n_classes)
+    is_known = truth != IGNORED
+    return confusion(predicted[is_known].long(), truth[is_known].long(), n_classes)
 
 
 def best_class(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -87,12 +89,12 @@ def best_class(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return label
 
 
-def mean_iou(confusion: Tensor) -> tuple[float, Tensor, float]:
+def mean_iou(counts: Tensor) -> tuple[float, Tensor, float]:
     """(classes, classes) counts over a whole data set -> mIoU, (classes,) IoU of each class, accuracy over all pixels.
 
     IoU = both / (true + predicted - both); NaN for a class that is neither true nor predicted, and not in the mean.
     """
-    both, true, predicted = confusion.diag().double(), confusion.sum(dim=1), confusion.sum(dim=0)
+    both, true, predicted = counts.diag().double(), counts.sum(dim=1), counts.sum(dim=0)
     iou = both / (true + predicted - both)
     return iou.nanmean().item(), iou, (both.sum() / true.sum()).item()
 
@@ -141,18 +143,8 @@ def slide(image: Tensor, predict: Callable[[Tensor], Tensor], window: int, strid
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Colors of classes, (256, 3) uint8: those of neighbors differ most; the last is black, for what has no class
-COLORS = np.array([colorsys.hsv_to_rgb(0.618 * i % 1, (1, 0.6, 0.8)[i % 3], (0.9, 1, 0.7)[i // 3 % 3])
-                   for i in range(IGNORED)] + [(0, 0, 0)])
-COLORS = (255 * COLORS).astype(np.uint8)
-
-
-def show(rows: list, size: int, path: Path):
-    """Leaves the sheet at `path`, unless there is nothing to see, and says so."""
-    if rows:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet(rows, size).save(path)
-        say(f"pictures of {len(rows)} images, side by side: {path}")
+COLORS = np.random.default_rng(4).integers(256, size=(256, 3), dtype=np.uint8)    # of classes: the first differ most
+COLORS[IGNORED] = 0
 
 
 def draw_labels(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> list[tuple]:
@@ -189,9 +181,8 @@ def open_labels(options: EvalOptions, split: str, task: str, size: int):
     return data
 
 
-def labels_of(data, sample) -> np.ndarray:
-    """(height, width) uint8, without label 0 where the protocol leaves it out: ADE20K, Pascal Context, Shapes."""
-    return reduce_zero_label(sample.label_map) if data.reduce_zero_label else sample.label_map
+def number_asked(data, options: EvalOptions) -> int:
+    return min(options.limit or len(data), len(data))
 
 
 @dataclass
@@ -207,18 +198,14 @@ class ResizeTransform:
         return dict(images=to_tensor(image), labels=labels_of(self.data, sample))
 
 
-def each_test_image(data, transform, options: EvalOptions, runtime, bad: list):
-    """This process's share of the test images, up to --limit, in batches of one; bad records are told and join bad."""
+def each_test_image(data, transform, options: EvalOptions, runtime):
+    """This process's share of the test images, the first --limit, in batches of one; bad ones are told and left out."""
     loader = eval_loader(data, transform, 1, runtime.rank, runtime.world, runtime.workers)
-    left = len(range(runtime.rank, options.limit or len(data), runtime.world))
-    for batch in progress(loader, len(loader), "images tested", runtime.is_main):
-        if not left:
-            break
+    count = len(range(runtime.rank, number_asked(data, options), runtime.world))
+    for batch in progress(itertools.islice(loader, count), count, "images tested", runtime.is_main):
         report_bad(batch["bad"])
-        bad += batch["bad"]
         if "images" in batch:
             yield batch
-            left -= 1
 
 
 def write_json(options, results: dict, task: str):
@@ -227,43 +214,45 @@ def write_json(options, results: dict, task: str):
 
 
 @torch.no_grad()
-def evaluate(score: Callable[[Tensor], Tensor], data, options: SegmentationOptions, runtime, out: Path, protocol: dict,
-             long_side: int = 0):
-    """Tests score, (3, h, w) -> (classes, h, w), against all labels at their own size; prints, draws and writes:
+def evaluate(predict: Callable[[Tensor], Tensor], window: int, stride: int, sides: tuple[int, int], data,
+             options: SegmentationOptions, runtime, out: Path, protocol: dict) -> dict:
+    """Tests predict, as `slide` has it, on images resized to a short and a long side of `sides` at most, against all
+    labels at their own size; prints, draws and writes:
 
     miou, accuracy, class_accuracy (its mean over classes), images, bad (records), iou [{index, class, iou: None for
     NaN}], as names may occur twice, and the protocol that these numbers depend on
     """
-    names = list(data.classes)
-    confusion = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
-    n_images, bad, drawn, started = 0, [], [], time.monotonic()
-    sides = options.test_size, long_side or 4 * options.test_size        # as scaled_sides
-    for batch in each_test_image(data, ResizeTransform(data, *sides), options, runtime, bad):
+    names, n_images, drawn, started = list(data.classes), 0, [], time.monotonic()
+    counts = torch.zeros(len(names), len(names), dtype=torch.long, device=runtime.device)
+    for batch in each_test_image(data, ResizeTransform(data, *sides), options, runtime):
         with runtime.autocast():
-            scores = score(normalize(batch["images"].to(runtime.device))[0])             # (classes, h, w)
-        truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                              # (height, width)
-        predicted = best_class(scores, truth.shape)                                                  # (height, width)
-        confusion += confusion_matrix(truth, predicted, len(names))
+            images = normalize(batch["images"].to(runtime.device))                               # (1, 3, h, w)
+            scores = slide(images[0], predict, window, stride)                                   # (classes, h, w)
+        truth = torch.from_numpy(batch["labels"][0]).to(runtime.device)                          # (height, width)
+        predicted = best_class(scores, truth.shape)                                              # (height, width)
+        counts += confusion_matrix(truth, predicted, len(names))
         n_images += 1
         if len(drawn) < options.draw:
             pixels = batch["images"][0].permute(1, 2, 0).numpy()
             drawn.append(draw_labels(pixels, truth.cpu().numpy(), predicted.cpu().numpy()))
-    confusion, n_images, n_bad = map(sum, zip(*gather_objects((confusion.cpu(), n_images, len(bad)), runtime)))
-    if not confusion.any():
+    counts, n_images = map(sum, zip(*gather_objects((counts.cpu(), n_images), runtime)))
+    if not counts.any():
         raise UserError(f"no pixel of {n_images} readable test images of {options.data} has a label")
-    miou, iou, accuracy = mean_iou(confusion)
-    by_class = (confusion.diag() / confusion.sum(dim=1)).nanmean().item()
-    protocol = dict(data=options.data, resized_to="short {}, long {}".format(*sides), **protocol,
-                    classes=f"{len(names)} ({fingerprint(names)})",
+    miou, iou, accuracy = mean_iou(counts)
+    protocol = dict(data=options.data, resized_to="short {}, long {}".format(*sides), window=window, stride=stride,
+                    **protocol, classes=f"{len(names)} ({fingerprint(names)})",
                     label_0="left out" if data.reduce_zero_label else names[0])
-    results = dict(miou=miou, accuracy=accuracy, class_accuracy=by_class, images=n_images, bad=n_bad,
+    results = dict(miou=miou, accuracy=accuracy, class_accuracy=class_accuracy(counts).nanmean().item(),
+                   images=n_images, bad=number_asked(data, options) - n_images, protocol=protocol,
                    iou=[{"index": k, "class": name, "iou": None if math.isnan(value) else value}
-                        for k, (name, value) in enumerate(zip(names, iou.tolist()))], protocol=protocol)
+                        for k, (name, value) in enumerate(zip(names, iou.tolist()))])
     if runtime.is_main:
         say("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
-        say(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {by_class:.1%}   ({n_images} images, "
-            f"{n_bad} bad, {time.monotonic() - started:.0f} s)")
-        show(drawn, 192, out / "maps.png")
+        say(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {results['class_accuracy']:.1%}   "
+            f"({n_images} images, {results['bad']} bad, {time.monotonic() - started:.0f} s)")
+        out.mkdir(parents=True, exist_ok=True)
+        if drawn:
+            show("maps.png", out, sheet, drawn, 192)
         write_json(options, results, "segmentation")
     return results
 
@@ -276,12 +265,6 @@ def evaluate(score: Callable[[Tensor], Tensor], data, options: SegmentationOptio
 class ZeroShotOptions(SegmentationOptions):
     templates: str = opt("auto", "sentences around a name: 85, 80, 7, a file, or one with {}; auto: 85 (paper), for "
                          "a model trained on shapes a {}", "test")
-
-
-def templates_for(choice: str, model: MaskCLIP) -> tuple[str, ...]:
-    """What --templates says; auto takes sentences such as the model has read."""
-    auto = "a {}" if only_shapes(model.trained_on) else "85"
-    return find_templates(auto if choice == "auto" else choice)
 
 
 def patch_scores(model: MaskCLIP, texts: Tensor) -> Callable[[Tensor], Tensor]:
@@ -303,19 +286,19 @@ def zeroshot(argv=None):
     # paper: 512, for windows of 224 with stride 112, so that positions are never resized, and Pascal Context 480; here,
     # for Pascal Context, sides of 520 at most, because the config it follows, DenseCLIP's named 480x480, tests so; for
     # shapes, windows two thirds of the image's side, because objects are large in the picture
-    window, spec, long_side = config.image_size, options.data, 0
+    window, spec = config.image_size, options.data
+    short = options.test_size or (3 * window // 2 if spec.startswith("shapes") else 512 * window // 224)
+    sides = short, 4 * short                                                                     # as scaled_sides
     if not options.test_size and spec.startswith("pascal-context"):
-        options.test_size = long_side = 520 * window // 224
-    options.test_size = options.test_size or (3 * window // 2 if spec.startswith("shapes") else 512 * window // 224)
-    templates = templates_for(options.templates, model)
-    data = open_labels(options, "val", "segmentation", options.test_size)
+        sides = 520 * window // 224, 520 * window // 224
+    templates = find_templates(model, options.templates, "85")
+    data = open_labels(options, "val", "segmentation", short)
     look_at_labels(data, None, runtime.is_main)
     texts = model.encode_classes(progress(data.classes, len(data.classes), "classes embedded", runtime.is_main),
-                                 templates, tokenizer)                                              # (classes, E)
-    evaluate(partial(slide, predict=patch_scores(model, texts), window=window, stride=window // 2), data, options,
-             runtime, Path(options.out or "runs/zeroshot-segmentation"),
-             dict(checkpoint=options.checkpoint, method=config.method, window=window, stride=window // 2,
-                  templates=len(templates)), long_side)
+                                 templates, tokenizer)                                           # (classes, E)
+    evaluate(patch_scores(model, texts), window, window // 2, sides, data, options, runtime,
+             Path(options.out or "runs/zeroshot-segmentation"),
+             dict(checkpoint=options.checkpoint, method=config.method, templates=len(templates)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,24 +327,22 @@ def words_of(caption: str, unit: str = "word") -> list[str]:
 
     unit "phrase": words with none of those, and no comma, between them stay together: "small red circle".
     """
-    runs = [[]]
-    for word in re.findall(r"\w[\w'-]*|[^\w\s]", caption.lower()):
-        if word[0].isalnum() and word not in FUNCTION_WORDS:
-            runs[-1].append(word)
-        else:
-            runs.append([])
-    found = [" ".join(run) for run in runs if run] if unit == "phrase" else itertools.chain.from_iterable(runs)
+    def is_thing(word: str) -> bool:
+        return word[0].isalnum() and word not in FUNCTION_WORDS
+    words = re.findall(r"\w[\w'-]*|[^\w\s]", caption.lower())
+    runs = [list(run) for are_things, run in itertools.groupby(words, is_thing) if are_things]
+    found = [" ".join(run) for run in runs] if unit == "phrase" else itertools.chain(*runs)
     return list(dict.fromkeys(found))
 
 
 @torch.no_grad()
-def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, size: int = 0) -> np.ndarray:
+def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor) -> np.ndarray:
     """RGB image, texts (classes, E) -> (classes, height, width) float32, cosine of text and patch, upsampled.
 
     # paper: shows such maps, silent on how they are made; here: scores of zero-shot segmentation, phrases for classes
     """
     window = model.config.image_size
-    pixels = to_tensor(image.resize(scaled_sides(*image.size, size or window), BILINEAR))
+    pixels = to_tensor(image.resize(scaled_sides(*image.size, window), BILINEAR))
     pixels = normalize(pixels[None].to(model.logit_scale.device))[0]                     # (3, h, w)
     maps = slide(pixels, patch_scores(model, texts), window, window // 2)
     return resize(maps[None], image.size[::-1])[0].cpu().numpy()
@@ -407,49 +388,45 @@ def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Im
             return [(decode(open_image(read_file(options.image))), options.caption)]
         except BadRecord as error:
             raise UserError(f"--image {options.image}: {error}") from None
-    data, pairs = open_data(options.data, "val", "captions", size=size), []
-    for i in np.random.default_rng(options.seed).permutation(len(data)).tolist():
-        if len(pairs) == options.samples:
-            break
-        try:
-            sample = data.read(i)
-            pairs.append((decode(sample.image), sample.captions[0] if sample.captions else ""))
-        except BadRecord as error:
-            report_bad([(data.name(i), str(error))])
-    return pairs
+    data = open_data(options.data, "val", "captions", size=size)
+    records = Records(data, lambda sample, rng: dict(pair=(decode(sample.image), (*sample.captions, "")[0])))
+    order, count = np.random.default_rng(options.seed).permutation(len(data)).tolist(), options.samples
+    items = [records[0, *order[k::count]] for k in range(min(count, len(data)))]       # the first of each that is good
+    report_bad([bad for item in items for bad in item["bad"]])
+    return [item["pair"] for item in items if "pair" in item]
 
 
 def words(argv=None):
     options = parse(WordOptions, __doc__, argv, positional=("checkpoint",))
     runtime, out = setup(options), Path(options.out or "runs/words")
-    paths = [options.checkpoint, options.compare] if options.compare else [options.checkpoint]
-    models, tokenizers, configs = zip(*(load_checkpoint(path, runtime.device) for path in paths))
-    methods = [config.method for config in configs]
+    if not runtime.is_main:                                 # a few pictures are not worth sharing
+        return
+    paths = [path for path in (options.checkpoint, options.compare) if path]
+    loaded = [load_checkpoint(path, runtime.device)[:2] for path in paths]              # model and tokenizer of each
+    methods, model = [model.config.method for model, _ in loaded], loaded[0][0]
     names = paths if len(set(methods)) < len(methods) else methods
-    templates = templates_for(options.templates, models[0])
+    templates = find_templates(model, options.templates, "85")
     # paper: words; here: of a model trained on shapes phrases, because it has read no form without its color
-    unit = "phrase" if only_shapes(models[0].trained_on) else "word"
+    unit = "phrase" if only_shapes(model.trained_on) else "word"
     asked = [phrase.strip() for phrase in options.words.split(",") if phrase.strip()]
-    pictures, rows, arrays = captioned_images(options, configs[0].image_size), [], {}
-    for k, (image, caption) in enumerate(progress(pictures, len(pictures), "pictures")):
+    pictures, rows = captioned_images(options, model.config.image_size), []
+    for image, caption in progress(pictures, len(pictures), "pictures"):
         phrases = asked or words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
         maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer))
-                         for model, tokenizer in zip(models, tokenizers)])          # (models, phrases, height, width)
+                         for model, tokenizer in loaded])                           # (models, phrases, height, width)
         rows.append(draw_words(image, caption, phrases, maps, names))
-        arrays.update({f"image{k}": np.asarray(image), f"words{k}": np.array(phrases), f"maps{k}": maps})
-    show(rows, 160, out / "words.png")
-    np.savez_compressed(out / "words.npz", models=np.array(paths), **arrays)
-    say(f"their arrays: {out}/words.npz")
+    out.mkdir(parents=True, exist_ok=True)
+    show("words.png", out, sheet, rows, 160)
     pointing = {}
     if options.data.startswith("shapes") and not options.image:                     # where the truth is known
-        for name, model, tokenizer, config in zip(names, models, tokenizers, configs):
-            world = open_data(options.data, "val", "segmentation", size=config.image_size)
-            hit, share = pointing_game(model, tokenizer, world, min(200, len(world)), templates)
+        for name, (model, tokenizer) in zip(names, loaded):
+            world = open_data(options.data, "val", "segmentation", size=model.config.image_size)
+            hit, chance = pointing_game(model, tokenizer, world, min(200, len(world)), templates)
             say(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
-                  f"(chance {share:.1%})")
-            pointing[name] = dict(hit=hit, chance=share)
+                f"(chance {chance:.1%})")
+            pointing[name] = dict(hit=hit, chance=chance)
     write_json(options, pointing, "words")
 
 
@@ -486,6 +463,21 @@ class Pyramid(nn.Module):
         return [self.up4(a), self.up2(b), c, self.down2(d)]
 
 
+def add_coarser(maps: list[Tensor], enlarge: Callable) -> list[Tensor]:
+    """Maps (B, c, ., .) of a pyramid, the finest first -> each with the sum of the coarser ones, enlarged, added."""
+    sums = [maps[-1]]
+    for x in maps[-2::-1]:
+        sums.insert(0, x + enlarge(sums[0], x.shape[2:]))
+    return sums
+
+
+def initialize(layers: Iterable[nn.Module], init: Callable, **how):
+    """Weights by init, biases 0."""
+    for layer in layers:
+        init(layer.weight, **how)
+        nn.init.zeros_(layer.bias)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # UperNet (Xiao et al. 2018) on the pyramid
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,21 +507,16 @@ class UperNet(nn.Module):
         self.classify = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(c, n_classes, 1))
         self.auxiliary = nn.Sequential(conv_norm(D, aux_channels, 3), nn.Dropout2d(dropout),
                                        nn.Conv2d(aux_channels, n_classes, 1))
-        for head in (self.classify, self.auxiliary):
-            nn.init.normal_(head[-1].weight, std=0.01)
-            nn.init.zeros_(head[-1].bias)
+        initialize([self.classify[-1], self.auxiliary[-1]], nn.init.normal_, std=0.01)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 3, h, w) -> scores (B, classes, 4h/p, 4w/p); in training the auxiliary head's too, at h/p, w/p"""
         *fine, coarse = self.pyramid(images)
         pooled = [resize(pool(coarse), coarse.shape[2:]) for pool in self.pools]
-        x = top = self.top(torch.cat([coarse, *pooled], dim=1))                                     # (B, c, h/2p, w/2p)
-        levels = []
-        for lateral, smooth, y in zip(self.lateral[::-1], self.smooth[::-1], fine[::-1]):
-            x = lateral(y) + resize(x, y.shape[2:])
-            levels.append(smooth(x))
-        size = x.shape[2:]                                                                           # 4h/p, 4w/p
-        x = self.fuse(torch.cat([resize(level, size) for level in (*levels[::-1], top)], dim=1))     # (B, c, *size)
+        levels = [lateral(x) for lateral, x in zip(self.lateral, fine)]                          # (B, c, ., .) each
+        levels = add_coarser([*levels, self.top(torch.cat([coarse, *pooled], dim=1))], resize)
+        levels[:3] = [smooth(x) for smooth, x in zip(self.smooth, levels)]
+        x = self.fuse(torch.cat([resize(x, levels[0].shape[2:]) for x in levels], dim=1))        # (B, c, 4h/p, 4w/p)
         return self.classify(x), self.auxiliary(fine[2]) if self.training else None
 
     def predict(self, images: Tensor) -> Tensor:
@@ -538,7 +525,7 @@ class UperNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training: augmentation, loss, and the loop that UperNet and Mask R-CNN share
+# Training UperNet: options, augmentation, loss, and the command.  The loop is finetune.fine_tune
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -608,6 +595,13 @@ def photometric_distortion(image: PIL.Image.Image, rng: np.random.Generator) -> 
     return image if contrast_first else image.point(lambda value: gain * value)
 
 
+def on_canvas(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (3, h, w) -> (3, height, width), the image in the upper left of the mean color."""
+    canvas = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
+    canvas[:, :image.shape[1], :image.shape[2]] = image
+    return canvas
+
+
 @dataclass
 class CropTransform:
     """A record, rescaled, cropped, flipped, distorted, padded -> images uint8 (3, crop, crop), labels (crop, crop)."""
@@ -618,33 +612,30 @@ class CropTransform:
 
     def __call__(self, sample, rng: np.random.Generator) -> dict:
         image = decode(sample.image)
-        labels = PIL.Image.fromarray(labels_of(self.data, sample))
         sides = scaled_sides(*image.size, self.size * rng.uniform(0.5, 2))
-        labels = labels.resize(sides, NEAREST)
-        area = self.area(np.asarray(labels), rng)
-        image, labels = image.resize(sides, BILINEAR).crop(area), labels.crop(area)
-        if rng.random() < 0.5:
-            image, labels = (picture.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) for picture in (image, labels))
+        labels = np.array(PIL.Image.fromarray(labels_of(self.data, sample)).resize(sides, NEAREST))
+        left, top = self.corner(labels, rng)
+        labels = labels[top:top + self.crop, left:left + self.crop]
+        h, w = labels.shape
+        image = image.resize(sides, BILINEAR).crop((left, top, left + w, top + h))
+        mirrored = rng.random() < 0.5
         if self.distort:
             image = photometric_distortion(image, rng)
-        labels = torch.from_numpy(np.array(self.padded(labels, IGNORED)))
-        return dict(images=to_tensor(self.padded(image, MEAN_COLOR)), labels=labels.long())
+        image, labels = to_tensor(image), torch.from_numpy(labels).long()
+        if mirrored:
+            image, labels = image.flip(-1), labels.flip(-1)
+        labels = F.pad(labels, (0, self.crop - w, 0, self.crop - h), value=IGNORED)
+        return dict(images=on_canvas(image, self.crop, self.crop), labels=labels)
 
-    def area(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """A random crop with several classes, none over 75% of what has a label; ten redraws at most."""
-        height, width = labels.shape
+    def corner(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+        """Left and top of a random crop with several classes, none over 75% of what is labeled; ten redraws at most."""
         for _ in range(1 + 10):
-            top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in (height, width))
-            bottom, right = min(top + self.crop, height), min(left + self.crop, width)
-            count = np.bincount(labels[top:bottom, left:right].ravel(), minlength=256)[:IGNORED]
+            top, left = (int(rng.integers(max(side - self.crop, 0) + 1)) for side in labels.shape)
+            some = labels[top:top + self.crop, left:left + self.crop]
+            count = np.bincount(some.ravel(), minlength=256)[:IGNORED]
             if (count > 0).sum() > 1 and count.max() < 0.75 * count.sum():
                 break
-        return left, top, right, bottom
-
-    def padded(self, picture: PIL.Image.Image, color) -> PIL.Image.Image:
-        canvas = PIL.Image.new(picture.mode, (self.crop, self.crop), color)
-        canvas.paste(picture)
-        return canvas
+        return left, top
 
 
 def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
@@ -656,29 +647,33 @@ def pixel_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     return total / labels.numel()
 
 
-def begin(options, out: Path, kind: str) -> tuple[Start, Config, VisionTransformer]:
-    """Where the run begins: anew, or with an earlier OUT/last.pt; the config of the image tower, and the tower."""
+def begin(options, kind: str, task: str, size: int) -> tuple:
+    """What a run of fine-tuning needs before it has its network:
+
+    runtime          which holds the folder OUT from now on
+    train, test      the data, which hold something to learn and to measure
+    start            where it begins: anew, or with an earlier OUT/last.pt
+    config, visual   of the image tower, and the tower
+    """
+    runtime, out = setup(options), Path(options.out)
+    train, test = (open_labels(options, split, task, size) for split in ("train", "val"))
+    look_at_labels(test, look_at_labels(train, None, runtime.is_main), runtime.is_main)
+    runtime.claim(out)
     start = find_resumable(options, out, kind)
     if start.state:
         config = Config(**start.state["backbone"])
     else:
         model, _, config = load_checkpoint(options.checkpoint)
-    return start, config, image_tower(config) if start.state or options.from_scratch else model.visual
+    visual = image_tower(config) if start.state or options.from_scratch else model.visual
+    return runtime, train, test, start, config, visual
 
 
-def open_splits(options, task: str, size: int, runtime) -> tuple:
-    """The data to train on and to test on, once both hold something to learn and to measure."""
-    train, test = (open_labels(options, split, task, size) for split in ("train", "val"))
-    look_at_labels(test, look_at_labels(train, None, runtime.is_main), runtime.is_main)
-    return train, test
-
-
-def announce(what: str, net: nn.Module, options, data, n_classes: int, runtime):
+def announce(what: str, net: nn.Module, options, data, runtime):
     if runtime.is_main:
         start = "random weights" if options.from_scratch else options.checkpoint
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         say(f"{what}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M parameters, "
-              f"{n_classes} classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
+            f"{len(data.classes)} classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
 
 
 @torch.no_grad()
@@ -693,18 +688,15 @@ def upernet(argv=None):
     options = parse_upernet(argv)
     if options.batch_size < 2:
         raise UserError("--batch-size 1: batch normalization of the coarsest map's mean wants 2 images or more")
-    runtime, out = setup(options), Path(options.out)
-    runtime.claim(out)
-    start, config, visual = begin(options, out, "upernet")
+    runtime, data, test, start, config, visual = begin(options, "upernet", "segmentation", options.test_size)
     coarsest = 2 * config.patch_size
     if options.crop % coarsest:
         raise UserError(f"--crop {options.crop}: wanted a multiple of two of this network's patches of "
                         f"{config.patch_size} pixels, such as {-(-options.crop // coarsest) * coarsest}")
-    data, test = open_splits(options, "segmentation", options.test_size, runtime)
     resize_positions(visual, options.crop)
     net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
     net = net.to(runtime.device)
-    announce(f"UperNet, recipe {options.recipe}", net, options, data, len(data.classes), runtime)
+    announce(f"UperNet, recipe {options.recipe}", net, options, data, runtime)
 
     def losses_of(net: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = (send(batch[name], runtime.device) for name in ("images", "labels"))
@@ -713,11 +705,11 @@ def upernet(argv=None):
                     auxiliary=0.4 * pixel_cross_entropy(auxiliary, labels))        # mmsegmentation's weight
 
     transform = CropTransform(data, options.test_size, options.crop, options.distort)
-    fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, out, start,
+    fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, start.out, start,
               dict(kind="upernet", backbone=asdict(config), classes=list(data.classes)))
     stride = options.crop * 2 // 3                                  # 341 of 512, as in BEiT, iBOT and BootMAE
-    evaluate(partial(slide, predict=net.predict, window=options.crop, stride=stride), test, options, runtime, out,
-             dict(checkpoint=options.checkpoint, steps=options.steps, window=options.crop, stride=stride))
+    evaluate(net.predict, options.crop, stride, (options.test_size, 4 * options.test_size), test, options, runtime,
+             start.out, dict(checkpoint=options.checkpoint, steps=options.steps))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -731,10 +723,10 @@ ALIGNED_BOXES = 64             # boxes that roi_align pools at a time: these two
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes a (..., N, 4) with b (..., M, 4) -> (..., N, M); 0 for boxes without area."""
-    x1, y1, x2, y2 = a.movedim(-1, 0)[..., None]                                   # (..., N, 1) each
-    u1, v1, u2, v2 = b.movedim(-1, 0).contiguous()[..., None, :]                   # (..., 1, M) each
-    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)           # (..., N, M)
+    """Intersection over union of boxes a (..., n, 4) with b (..., m, 4) -> (..., n, m); 0 for boxes without area."""
+    x1, y1, x2, y2 = a.movedim(-1, 0)[..., None]                                   # (..., n, 1) each
+    u1, v1, u2, v2 = b.movedim(-1, 0).contiguous()[..., None, :]                   # (..., 1, m) each
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)           # (..., n, m)
     height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)
     shared = width * height
     union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared
@@ -761,28 +753,28 @@ def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Non-maximum suppression: indices of the boxes (N, 4) kept, by falling score (N,), of equals the first first."""
+    """Non-maximum suppression: indices of the boxes (n, 4) kept, by falling score (n,), of equals the first first."""
     kept = suppress(boxes[None], scores[None], iou_threshold)[0].nonzero()[:, 0]
     return kept[scores[kept].argsort(descending=True, stable=True)]
 
 
-def bin_weights(low: Tensor, step: Tensor, length: Tensor, bins: int, sampling_ratio: int,
-                largest: int) -> tuple[Tensor, Tensor]:
-    """One axis of RoIAlign: the pixels that a bin reads, and what each adds to the mean of its samples.
+def bin_weights(low: Tensor, step: Tensor, length: Tensor, bins: int, sampling_ratio: int, largest: int) -> tuple:
+    """One axis of RoIAlign: what each pixel adds to the mean of a bin's samples, and which pixels a bin reads.
 
-    low, step, length   (...) of each box: where it begins, in coordinates where the center of the first pixel is 0; the
+    low, step, length   (R,) of each box: where it begins, in coordinates where the center of the first pixel is 0; the
                         side of a bin; the pixels of the map.  The largest step, rounded up, is `largest`
-    -> weights and pixels, (..., bins, n) each
+    -> weights and pixels, (R, bins, n) each
     """
-    low, step, length = (x[..., None, None] for x in (low, step, length))
-    count = (torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil()).clamp(min=1)
+    low, step, length = (x[:, None, None] for x in (low, step, length))
+    samples = torch.full_like(step, sampling_ratio) if sampling_ratio else step.ceil()     # 0 in a box without length
+    count = samples.clamp(min=1)
     bin = torch.arange(bins, device=low.device)[:, None]
     k = torch.arange(sampling_ratio or largest, device=low.device)
-    at = low + (bin + (k + 0.5) / count) * step                                    # (..., bins, samples)
-    is_read = (k < (sampling_ratio or step)) & (at >= -1) & (at <= length)         # a sample farther out is zero
+    at = low + (bin + (k + 0.5) / count) * step                                    # (R, bins, samples)
+    is_read = (k < samples) & (at >= -1) & (at <= length)                          # a sample farther out is zero
     at = at.clamp(min=0).minimum(length - 1)
-    pixel = at.amin(dim=-1, keepdim=True).floor() + torch.arange(largest + 2, device=low.device)   # (..., bins, n)
-    near = (1 - (at[..., None] - pixel[..., None, :]).abs()).clamp(min=0)          # (..., bins, samples, n)
+    pixel = at.amin(dim=-1, keepdim=True).floor() + torch.arange(largest + 2, device=low.device)   # (R, bins, n)
+    near = (1 - (at[..., None] - pixel[..., None, :]).abs()).clamp(min=0)          # (R, bins, samples, n)
     return ((is_read / count)[..., None] * near).sum(dim=-2), pixel.minimum(length - 1).long()
 
 
@@ -803,18 +795,18 @@ def roi_align(features: Tensor | list[Tensor], boxes: Tensor, output_size: int |
     tables = [x.permute(1, 2, 0).flatten(0, 1) for x in features]                  # a row a pixel
     table, begin = torch.cat(tables).to(boxes.dtype), np.cumsum([0, *map(len, tables)])
     layout = torch.tensor([(x.shape[2], x.shape[1], first) for x, first in zip(features, begin)])
-    layout = send(layout, boxes.device)[boxes[:, 0].long()].T                      # (3, R) width, height, first pixel
-    low, high = (boxes[:, 1:].detach() * spatial_scale - 0.5).T.unflatten(0, (2, 2))       # (2, R) each: x, y
-    step = torch.stack([(high - low)[0] / columns, (high - low)[1] / rows])
-    steps, order = step.abs().amax(dim=0).sort(descending=True)                    # those alike read as many pixels
+    width, height, first = send(layout, boxes.device)[boxes[:, 0].long()].T        # (R,) each, of the map of each box
+    x1, y1, x2, y2 = (boxes[:, 1:].detach() * spatial_scale - 0.5).T
+    x_step, y_step = (x2 - x1) / columns, (y2 - y1) / rows
+    steps, order = x_step.abs().maximum(y_step.abs()).sort(descending=True)        # those alike read as many pixels
     pooled = [table[:0]]
     for r, largest in zip(order.split(ALIGNED_BOXES), steps[::ALIGNED_BOXES].tolist()):    # waits for a GPU once
-        (wx, wy), (x, y) = bin_weights(low[:, r], step[:, r], layout[:2, r], max(rows, columns), sampling_ratio,
-                                       max(math.ceil(largest), 1))                 # (2, r, bins, n) each
-        width, _, first = layout[:, r, None, None]
-        weight = wy[:, :rows, None, :, None] * wx[:, None, :columns, None]         # (r, rows, columns, n, n)
-        pixel = (first + width * y)[:, :rows, None, :, None] + x[:, None, :columns, None]
-        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight, pixel))
+        largest = max(math.ceil(largest), 1)
+        x_weight, x = bin_weights(x1[r], x_step[r], width[r], columns, sampling_ratio, largest)        # (r, columns, n)
+        y_weight, y = bin_weights(y1[r], y_step[r], height[r], rows, sampling_ratio, largest)          # (r, rows, n)
+        weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None]        # (r, rows, columns, n, n)
+        row = (first[r, None, None] + width[r, None, None] * y)[:, :, None, :, None]       # its begin in the table
+        weight, pixel = (bags.flatten(3).flatten(0, 2) for bags in (weight, row + x[:, None, :, None]))
         pooled.append(F.embedding_bag(pixel, table, mode="sum", per_sample_weights=weight))    # (r * rows * columns, c)
     pooled = torch.cat(pooled).view(-1, rows, columns, table.shape[1]).permute(0, 3, 1, 2)
     return pooled[order.argsort()]
@@ -851,9 +843,6 @@ def encode_rle(mask: np.ndarray) -> dict:
     From the fourth on, a count is stored less the count two before it.  Each number is cut into digits of five bits,
     lowest first, until the rest is only sign; bit 5 of a digit says that more follow, and adding 48 makes it text.
     """
-    mask = np.asarray(mask)
-    if mask.ndim != 2:
-        raise ValueError(f"want one mask (height, width), got an array of shape {mask.shape}")
     changes = np.flatnonzero(np.diff(mask.T.ravel() != 0, prepend=False))
     counts, text = np.diff(changes, prepend=0, append=mask.size).tolist(), bytearray()
     for k, number in enumerate(counts):
@@ -868,17 +857,12 @@ def encode_rle(mask: np.ndarray) -> dict:
 
 
 def decode_rle(rle: dict) -> np.ndarray:
-    """RLE, its counts a list, str or bytes -> mask (height, width) uint8, 1 inside.  ValueError if it is malformed."""
-    try:
-        (height, width), counts = rle["size"], rle["counts"]
-        if isinstance(counts, (str, bytes)):
-            counts = unpack_counts(counts.encode() if isinstance(counts, str) else counts)
-        counts = np.asarray(counts, dtype=np.int64)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"malformed RLE, want size [h, w] and counts, integers or a string: {error!r}") from None
-    if (counts < 0).any() or counts.sum() != height * width:
-        raise ValueError(f"malformed RLE: runs of {counts.sum()} pixels in all for a mask of {height}x{width}")
-    return np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts).reshape(width, height).T
+    """RLE, its counts a list, str or bytes -> mask (height, width) uint8, 1 inside."""
+    (height, width), counts = rle["size"], rle["counts"]
+    if isinstance(counts, (str, bytes)):
+        counts = unpack_counts(counts.encode() if isinstance(counts, str) else counts)
+    is_inside = np.arange(len(counts), dtype=np.uint8) % 2
+    return np.repeat(is_inside, counts).reshape(width, height).T
 
 
 def polygons_to_mask(polygons: list, height: int, width: int) -> np.ndarray:
@@ -887,24 +871,20 @@ def polygons_to_mask(polygons: list, height: int, width: int) -> np.ndarray:
     An outline is walked on a grid five times finer than the pixels.  Where it crosses the middle of a pixel column,
     inside and outside change places for all pixels from there on: the crossings, sorted, are the edges of an RLE.
     """
-    try:
-        outlines = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons]
-    except (TypeError, ValueError):
-        outlines = []
-    if not outlines or any(len(points) < 3 or not np.isfinite(points).all() for points in outlines):
-        raise ValueError(f"want polygons [x1, y1, x2, y2, ...] of 3 points or more, got {str(polygons)[:60]}")
     union = np.zeros((height, width), dtype=np.uint8)
-    for points in outlines:
-        corners = (5 * points + 0.5).astype(np.int64)                              # toward zero, as a cast in C
+    for polygon in polygons:
+        corners = (5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(np.int64)        # toward zero, as a cast in C
         crossings = [crossed_columns(*ends, height, width) for ends in zip(corners, np.roll(corners, -1, axis=0))]
         counts = np.diff(np.sort(np.concatenate(crossings)), prepend=0, append=height * width)
         union |= decode_rle({"size": [height, width], "counts": counts})
     return union
 
 
-def read_mask(mask: list | dict, height: int, width: int) -> np.ndarray:
-    """What COCO's files hold -> mask (height, width) uint8.  ValueError if it is malformed."""
-    return polygons_to_mask(mask, height, width) if isinstance(mask, list) else decode_rle(mask)
+def read_mask(mask: np.ndarray | list | dict, height: int, width: int) -> np.ndarray:
+    """An object's mask, drawn or as COCO's files have it -> (height, width) bool."""
+    if isinstance(mask, list):
+        mask = polygons_to_mask(mask, height, width)
+    return (decode_rle(mask) if isinstance(mask, dict) else mask) == 1
 
 
 def crossed_columns(start: np.ndarray, end: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -966,13 +946,12 @@ def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type:
     unknown = {detection["image_id"] for detection in detections} - set(images)
     if unknown:
         raise ValueError(f"detections of {len(unknown)} images not in the ground truth, such as {unknown.pop()!r}")
-    objects, found = by_category_and_image(ground_truth["annotations"]), by_category_and_image(detections)
-    groups = []
+    objects, found = by_category(ground_truth["annotations"]), by_category(detections)
+    curves = []
     for category in sorted({category["id"] for category in ground_truth["categories"]}):
-        here, there = objects.get(category, {}), found.get(category, {})
-        groups.append([Scene(here.get(i, []), there.get(i, []), images[i], iou_type)
-                       for i in sorted(images) if i in here or i in there])
-    curves = [precision_and_recall(scenes, low, high) for scenes in groups for low, high in AREAS]
+        here, there = objects[category], found[category]                           # {image: [records]}
+        scenes = [Scene(here[i], there[i], images[i], iou_type) for i in sorted(images) if i in here or i in there]
+        curves += [precision_and_recall(scenes, low, high) for low, high in AREAS]
     precision = np.array([curve for curve, _ in curves]).reshape(-1, 4, 10, 101)   # (categories, areas, IoUs, recalls)
     recall = np.array([values for _, values in curves]).reshape(-1, 4, 3, 10)      # (categories, areas, counts, IoUs)
 
@@ -987,11 +966,11 @@ def coco_average_precision(ground_truth: dict, detections: list[dict], iou_type:
     return {name: mean(values) for name, values in results.items()}
 
 
-def by_category_and_image(records: list[dict]) -> dict:
-    """Records -> {category: {image: [records]}}"""
-    groups = {}
+def by_category(records: list[dict]) -> dict:
+    """Records -> {category: {image: [records]}}, empty where there are none"""
+    groups = defaultdict(lambda: defaultdict(list))
     for record in records:
-        groups.setdefault(record["category_id"], {}).setdefault(record["image_id"], []).append(record)
+        groups[record["category_id"]][record["image_id"]].append(record)
     return groups
 
 
@@ -1003,14 +982,13 @@ class Scene:
     def __init__(self, objects: list[dict], found: list[dict], image: dict, iou_type: str):
         found = sorted(found, key=lambda record: -record["score"])[:MAX_DETECTIONS[-1]]        # equals keep their order
         shapes, object_shapes = ([read_shape(record, image, iou_type) for record in some] for some in (found, objects))
-        areas, object_areas = ([area_of(shape) for shape in some] for some in (shapes, object_shapes))
+        measure = box_areas if iou_type == "bbox" else mask_areas
+        areas, object_areas, shared = measure(shapes, object_shapes)                           # (n,), (G,), (n, G)
         self.is_crowd = np.array([bool(record.get("iscrowd")) for record in objects], dtype=bool)
-        shared = np.array([[shared_area(a, b) for b in object_shapes] for a in shapes])
-        shared = shared.reshape(len(found), len(objects))
-        union = np.array(areas)[:, None] + np.where(self.is_crowd, 0, np.array(object_areas) - shared)
+        union = areas[:, None] + np.where(self.is_crowd, 0, object_areas - shared)
         self.iou = shared / np.maximum(union, 1e-10)           # of a crowd any part will do
         self.scores = np.array([record["score"] for record in found], dtype=float)
-        self.sizes = np.array([area_of(record["bbox"]) if "bbox" in record else area
+        self.sizes = np.array([record["bbox"][2] * record["bbox"][3] if "bbox" in record else area
                                for record, area in zip(found, areas)])
         self.object_sizes = np.array([record.get("area", area) for record, area in zip(objects, object_areas)])
 
@@ -1019,32 +997,34 @@ class Scene:
         return self.is_crowd | (self.object_sizes < low) | (self.object_sizes > high)
 
 
-def read_shape(record: dict, image: dict, iou_type: str) -> list | np.ndarray:
-    """A record's box [x, y, width, height], or its mask, (height * width,) bool."""
+def read_shape(record: dict, image: dict, iou_type: str) -> np.ndarray:
+    """A record's box, x, y, width, height, or its mask, (height * width,) bool."""
     try:
         if iou_type == "bbox":
             x, y, width, height = map(float, record["bbox"])
-            return [x, y, width, height]
+            return np.array([x, y, width, height])
         size = image["height"], image["width"]
         mask = read_mask(record["segmentation"], *size)
         if mask.shape != size:
             raise ValueError(f"the mask is of size {list(mask.shape)}, the image {list(size)}")
-        return mask.ravel(order="F") == 1
+        return mask.ravel(order="F")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"image {record['image_id']!r} has a record without a valid {iou_type}: {error}") from None
 
 
-def area_of(shape: list | np.ndarray) -> float:
-    return np.count_nonzero(shape) if isinstance(shape, np.ndarray) else shape[2] * shape[3]
+def box_areas(found: list[np.ndarray], objects: list[np.ndarray]) -> tuple:
+    """n and G boxes -> their areas (n,), (G,), and those that they share (n, G)."""
+    a, b = np.reshape(found, (-1, 1, 4)), np.reshape(objects, (-1, 4))
+    low = np.maximum(a[..., :2], b[:, :2])
+    high = np.minimum(a[..., :2] + a[..., 2:], b[:, :2] + b[:, 2:])
+    return a[:, 0, 2] * a[:, 0, 3], b[:, 2] * b[:, 3], (high - low).clip(0).prod(axis=-1)
 
 
-def shared_area(a: list | np.ndarray, b: list | np.ndarray) -> float:
-    """The area that two boxes or two masks share."""
-    if isinstance(a, np.ndarray):
-        return np.count_nonzero(a & b)
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    return max(width, 0) * max(height, 0)
+def mask_areas(found: list[np.ndarray], objects: list[np.ndarray]) -> tuple:
+    """The same of masks."""
+    shared = np.array([[np.count_nonzero(a & b) for b in objects] for a in found])
+    areas, object_areas = (np.array([np.count_nonzero(mask) for mask in some]) for some in (found, objects))
+    return areas, object_areas, shared.reshape(len(found), len(objects))
 
 
 def match(scene: Scene, low: float, high: float) -> np.ndarray:
@@ -1094,8 +1074,6 @@ def precision_and_recall(scenes: list[Scene], low: float, high: float) -> tuple:
 #     images ─► Pyramid ─► FeaturePyramid ─► 5 maps ─► ProposalHead ─► propose ─► boxes that may hold something
 #                                            4 of them ─► roi_align, 7 x 7 ─► BoxHead ─► class, better box
 #                                                     ─► roi_align, 14 x 14 ─► MaskHead ─► mask, 28 x 28
-#
-# Letters: G objects of an image, A anchors, P proposals, R boxes given to a head, c channels.
 # ---------------------------------------------------------------------------------------------------------------------
 
 ANCHOR_SIDE = 8                         # of a square anchor, in strides
@@ -1108,7 +1086,7 @@ DRAWN_SIZE = 320                        # longer side of a picture of detections
 NEGATIVE, UNUSED = -1, -2               # what `assign` says of boxes that are to find no object
 
 
-# ---- anchors, box coding, targets -----------------------------------------------------------------------------------
+# ---- anchors, box coding, which box is to find what -----------------------------------------------------------------
 
 def make_anchors(rows: int, columns: int, stride: float, device=None) -> Tensor:
     """(rows * columns * 3, 4) boxes around the upper left corners of a map's cells: row by row, three ratios each."""
@@ -1187,7 +1165,7 @@ def roi_levels(boxes: Tensor, finest_side: float) -> Tensor:
     return (side / finest_side + 1e-6).log2().floor().clamp(0, 3).long()
 
 
-def mask_targets(masks: list[Tensor], image: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
+def cut_masks(masks: list[Tensor], image: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
     """Of the masks (G, h, w) of each image the one of `owner` (R,) in `image` (R,), cut out by boxes (R, 4)
     -> (R, 28, 28), 1 inside"""
     maps = [boxes.new_zeros(1, 1, 1), *(mask[None] for some in masks for mask in some)]    # never none
@@ -1205,15 +1183,11 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.lateral = nn.ModuleList([nn.Conv2d(inputs, channels, 1) for _ in range(4)])
         self.smooth = nn.ModuleList([nn.Conv2d(channels, channels, 3, padding=1) for _ in range(4)])
-        for conv in (*self.lateral, *self.smooth):
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+        initialize([*self.lateral, *self.smooth], nn.init.xavier_uniform_)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Four maps (B, D, ., .), each twice as fine as the next -> five maps (B, c, ., .)"""
-        levels = [lateral(x) for lateral, x in zip(self.lateral, maps)]
-        for i in (2, 1, 0):
-            levels[i] = levels[i] + F.interpolate(levels[i + 1], levels[i].shape[2:], mode="nearest")
+        levels = add_coarser([lateral(x) for lateral, x in zip(self.lateral, maps)], F.interpolate)     # nearest
         levels = [smooth(x) for smooth, x in zip(self.smooth, levels)]
         return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 
@@ -1226,9 +1200,7 @@ class ProposalHead(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.score = nn.Conv2d(channels, len(ANCHOR_RATIOS), 1)
         self.delta = nn.Conv2d(channels, 4 * len(ANCHOR_RATIOS), 1)
-        for conv in (self.conv, self.score, self.delta):
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
+        initialize(self.children(), nn.init.normal_, std=0.01)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, c, rows, columns) -> scores (B, A), deltas (B, A, 4), in the order of make_anchors"""
@@ -1244,12 +1216,9 @@ class BoxHead(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(channels * BOX_BINS ** 2, width), nn.Linear(width, width)
         self.score, self.delta = nn.Linear(width, n_classes + 1), nn.Linear(width, 4 * n_classes)
-        for layer in (self.fc1, self.fc2):
-            nn.init.xavier_uniform_(layer.weight)
-        nn.init.normal_(self.score.weight, std=0.01)
-        nn.init.normal_(self.delta.weight, std=0.001)
-        for layer in self.children():
-            nn.init.zeros_(layer.bias)
+        initialize([self.fc1, self.fc2], nn.init.xavier_uniform_)
+        initialize([self.score], nn.init.normal_, std=0.01)
+        initialize([self.delta], nn.init.normal_, std=0.001)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(R, c, 7, 7) -> scores (R, classes + 1), deltas (R, classes, 4)"""
@@ -1264,9 +1233,7 @@ class MaskHead(nn.Sequential):
         layers = [layer for _ in range(depth) for layer in (nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())]
         layers += [nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU(), nn.Conv2d(channels, n_classes, 1)]
         super().__init__(*layers)
-        for layer in layers[::2]:
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        initialize(layers[::2], nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self[-1].weight, std=0.01)      # mmdetection: as above, far too large if there are few classes
 
 
@@ -1315,11 +1282,11 @@ class MaskRCNN(nn.Module):
         rois = torch.cat([(len(maps[0]) * level + image)[:, None], boxes], dim=1)
         return roi_align([one for x in maps[:4] for one in x], rois, bins, 0.5 ** level[:, None] / self.strides[0])
 
-    def forward(self, images: Tensor, sizes: Tensor, targets: dict) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, sizes: Tensor, truth: dict) -> dict[str, Tensor]:
         """The five losses of a batch.
 
         images   (B, 3, height, width), padded to multiples of 2p;  sizes  (B, 2) height and width of what is in them
-        targets  boxes (B, G, 4) and labels (B, G) of the objects of each image, filled up with 0; a list of the masks
+        truth    boxes (B, G, 4) and labels (B, G) of the objects of each image, filled up with 0; a list of the masks
                  (., h, w) bool of each image's, and of the generators of what is drawn in it
 
             rpn_score, rpn_box   something or nothing, and L1 of where: mean over the sampled anchors
@@ -1327,19 +1294,19 @@ class MaskRCNN(nn.Module):
             mask                 cross-entropy of the true class's mask: mean over the pixels of boxes with an object
         """
         o, (maps, scores, deltas, anchors) = self.options, self.see(images)
-        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), targets,
+        losses = proposal_losses(torch.cat(scores, dim=1), torch.cat(deltas, dim=1), torch.cat(anchors), truth,
                                  rounded_up(sizes, self.strides[3]), o.rpn_samples)
         proposals = self.propose(scores, deltas, anchors, sizes, 2 * o.proposals, o.proposals)
-        image, boxes, owner = draw_rois(proposals, targets, o.roi_samples)                 # (R,), (R, 4), (R+,)
+        image, boxes, owner = draw_rois(proposals, truth, o.roi_samples)                   # (R,), (R, 4), (R+,)
         scores, deltas = self.box_head(self.pool(maps, image, boxes, BOX_BINS))     # (R, classes + 1), (R, classes, 4)
         image, boxes, deltas = (x[:len(owner)] for x in (image, boxes, deltas))            # those with an object
-        true_boxes, labels = (targets[name][image, owner] for name in ("boxes", "labels"))
-        truth = F.pad(labels, (0, len(scores) - len(labels)), value=scores.shape[1] - 1)   # (R,), the last for nothing
+        true_boxes, labels = (truth[name][image, owner] for name in ("boxes", "labels"))
+        classes = F.pad(labels, (0, len(scores) - len(labels)), value=scores.shape[1] - 1)     # (R,), the last: nothing
         wanted = encode_boxes(true_boxes, boxes, BOX_SCALE)                                # (R+, 4)
         masks = of_class(self.mask_head(self.pool(maps, image, boxes, MASK_BINS)), labels)     # (R+, 28, 28)
-        true_masks = mask_targets(targets["masks"], image, owner, boxes)
+        true_masks = cut_masks(truth["masks"], image, owner, boxes)
         return losses | dict(
-            label=per_sample(F.cross_entropy(scores, truth, reduction="sum"), len(scores)),
+            label=per_sample(F.cross_entropy(scores, classes, reduction="sum"), len(scores)),
             box=per_sample((of_class(deltas, labels) - wanted).abs().sum(), len(scores)),
             mask=per_sample(F.binary_cross_entropy_with_logits(masks, true_masks, reduction="sum"), masks.numel()))
 
@@ -1373,7 +1340,7 @@ def per_sample(total: Tensor, count: int) -> Tensor:
     return total / mean_over_processes(total.new_full((), count)).clamp(min=1)
 
 
-def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: dict, areas: Tensor, count: int) -> dict:
+def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, truth: dict, areas: Tensor, count: int) -> dict:
     """The RPN's two losses: scores (B, A), deltas (B, A, 4) and anchors (A, 4), `count` of which are drawn an image.
 
     # paper: silent on padding; here: anchors centered beyond an image's own area (B, 2) take no part, as in
@@ -1381,24 +1348,24 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, targets: di
     """
     x, y = center_and_size(anchors)[0].round().T                                           # (A,) each
     inside = (x < areas[:, 1:]) & (y < areas[:, :1])                                       # (B, A)
-    iou = box_iou(targets["boxes"], anchors) * inside[:, None]                             # (B, G, A)
+    iou = box_iou(truth["boxes"], anchors) * inside[:, None]                               # (B, G, A)
     assigned = assign(iou, 0.7, 0.3, low_quality=0.3).where(inside, UNUSED)
-    image, index, owner = draw_boxes(assigned, targets["generators"], count, 0.5)          # (R,), (R,), (R+,)
+    image, index, owner = draw_boxes(assigned, truth["generators"], count, 0.5)            # (R,), (R,), (R+,)
     scores, n = scores[image, index], len(owner)                                           # the first n have an object
     score_loss = F.softplus(-scores[:n]).sum() + F.softplus(scores[n:]).sum()              # -log p, -log(1 - p)
     image, index = image[:n], index[:n]
-    wanted = encode_boxes(targets["boxes"][image, owner], anchors[index])
+    wanted = encode_boxes(truth["boxes"][image, owner], anchors[index])
     box_loss = (deltas[image, index] - wanted).abs().sum()
     return dict(rpn_score=per_sample(score_loss, len(scores)), rpn_box=per_sample(box_loss, len(scores)))
 
 
-def draw_rois(proposals: Tensor, targets: dict, count: int) -> tuple:
+def draw_rois(proposals: Tensor, truth: dict, count: int) -> tuple:
     """What the heads learn from: image (R,), boxes (R, 4), first those with an object, a quarter of `count` an image at
     most, and owner (R+,), their objects.  The true boxes (B, G, 4) stand in line with the proposals (B, P, 4)."""
-    boxes = torch.cat([proposals, targets["boxes"]], dim=1)                                # (B, A, 4)
+    boxes = torch.cat([proposals, truth["boxes"]], dim=1)                                  # (B, P + G, 4)
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
-    assigned = assign(box_iou(targets["boxes"], boxes), 0.5, 0.5).where(boxes.any(dim=2), UNUSED)
-    image, index, owner = draw_boxes(assigned, targets["generators"], count, 0.25)
+    assigned = assign(box_iou(truth["boxes"], boxes), 0.5, 0.5).where(boxes.any(dim=2), UNUSED)
+    image, index, owner = draw_boxes(assigned, truth["generators"], count, 0.25)
     return image, boxes[image, index], owner
 
 
@@ -1444,50 +1411,45 @@ def step_schedule(step: int, total: int, warmup: int) -> float:
 
 # ---- images and objects, for training and test ----------------------------------------------------------------------
 
-def decode_mask(mask, height: int, width: int) -> np.ndarray:
-    """An object's mask, drawn or as COCO has it -> (height, width) bool."""
-    return mask if isinstance(mask, np.ndarray) else read_mask(mask, height, width) == 1
-
-
 @dataclass
 class TrainObjects:
     """A record, resized, mirrored half of the time -> images uint8 (3, h, w), and of the objects that are trained on
-    boxes (G, 4), labels (G,) and masks (G, h, w) bool: those of a known class, a pixel or more each way, no crowds.
+    boxes (G, 4), labels (G,) and masks (G, h, w) bool: those with a pixel or more each way, no crowds.
     All are arrays, which data.collate leaves as lists."""
     short: int
     long: int
-    label_of: list[int]
 
     def __call__(self, sample, rng: np.random.Generator) -> dict:
         image = decode(sample.image)
         width, height = image.size
-        sides = fitted_sides(width, height, self.short, self.long)
-        image, mirrored = image.resize(sides, BILINEAR), rng.random() < 0.5
-        boxes, labels, masks = np.zeros((0, 4)), [], np.zeros((0, *sides[::-1]), dtype=bool)
-        for thing in sample.objects:
-            label = self.label_of[thing["category"]]
-            if label >= 0 and not thing["crowd"] and has_area(thing["box"], width, height):
-                mask = PIL.Image.fromarray(decode_mask(thing["mask"], height, width)).resize(sides, NEAREST)
-                boxes, masks = np.append(boxes, [thing["box"]], axis=0), np.append(masks, [mask], axis=0)
-                labels.append(label)
+        w, h = sides = fitted_sides(width, height, self.short, self.long)
+        pixels = to_tensor(image.resize(sides, BILINEAR)).numpy()
+        things = [thing for thing in sample.objects if not thing["crowd"] and has_area(thing["box"], width, height)]
+        boxes = np.array([thing["box"] for thing in things], dtype=float).reshape(-1, 4)
         boxes = boxes.clip(0, [width, height] * 2) / ([width, height] * 2) * (sides * 2)
-        if mirrored:
-            image, masks = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1].copy()
-            boxes[:, [0, 2]] = sides[0] - boxes[:, [2, 0]]
-        return dict(images=to_tensor(image).numpy(), boxes=boxes.astype(np.float32),
-                    labels=np.array(labels, dtype=np.int64), masks=masks)
+        masks = [PIL.Image.fromarray(read_mask(thing["mask"], height, width)) for thing in things]
+        masks = np.array([mask.resize(sides, NEAREST) for mask in masks], dtype=bool).reshape(-1, h, w)
+        if rng.random() < 0.5:
+            pixels, masks = pixels[:, :, ::-1].copy(), masks[:, :, ::-1].copy()
+            boxes[:, [0, 2]] = w - boxes[:, [2, 0]]
+        return dict(images=pixels, boxes=boxes.astype(np.float32), masks=masks,
+                    labels=np.array([thing["category"] for thing in things], dtype=np.int64))
 
 
-class EvalObjects(TrainObjects):
+@dataclass
+class EvalObjects:
     """A record, resized -> images uint8 (3, h, w), full_size (height, width) before that, and truth, COCO's annotations
     of all objects of a known class, with category_id the class and without image_id."""
+    short: int
+    long: int
+    label_of: list[int]         # of each category of the data, -1 if unknown
 
     def __call__(self, sample, rng) -> dict:
         image, truth = decode(sample.image), []
         for thing in sample.objects:
             (x1, y1, x2, y2), mask, label = thing["box"], thing["mask"], self.label_of[thing["category"]]
             if label >= 0:
-                area = thing.get("area") or float(decode_mask(mask, image.height, image.width).sum())
+                area = thing.get("area") or float(read_mask(mask, image.height, image.width).sum())
                 truth.append(dict(category_id=label, bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=int(thing["crowd"]),
                                   area=area, segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
         resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
@@ -1498,12 +1460,10 @@ def rounded_up(sizes: Tensor, multiple: int) -> Tensor:
     return -(-sizes // multiple) * multiple
 
 
-def on_canvas(images: list[np.ndarray], size: list[int], device) -> Tensor:
-    """Images uint8 (3, h, w) of any size -> (B, 3, *size) normalized, each in the upper left of the mean color."""
-    canvas = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].repeat(len(images), 1, *size)
-    for place, image in zip(canvas, images):
-        place[:, :image.shape[1], :image.shape[2]] = torch.from_numpy(image)
-    return normalize(send(canvas, device))
+def as_input(images: list[np.ndarray], size: list[int], device) -> Tensor:
+    """Images uint8 (3, h, w) of any sizes -> (B, 3, *size), normalized, each on a canvas."""
+    canvases = torch.stack([on_canvas(torch.from_numpy(image), *size) for image in images])
+    return normalize(send(canvases, device))
 
 
 def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNOptions, multiple: int) -> dict:
@@ -1512,14 +1472,14 @@ def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNO
     # paper: silent on the canvas; here: the largest sides of all processes' images, where mmdetection takes those of a
     # process's, because then any number of processes sees the same: attention reaches the padding too
     """
-    targets = {name: send(pad_sequence([torch.from_numpy(x) for x in batch[name]], batch_first=True), device)
-               for name in ("boxes", "labels")}
-    targets["masks"] = [send(torch.from_numpy(masks), device) for masks in batch["masks"]]
-    targets["generators"] = [torch.Generator().manual_seed(hash((options.seed, step, i)))
-                             for i in batch["index"].tolist()]
+    truth = {name: send(pad_sequence([torch.from_numpy(x) for x in batch[name]], batch_first=True), device)
+             for name in ("boxes", "labels")}
+    truth["masks"] = [send(torch.from_numpy(masks), device) for masks in batch["masks"]]
+    truth["generators"] = [torch.Generator().manual_seed(hash((options.seed, step, i)))
+                           for i in batch["index"].tolist()]
     sizes = send(torch.tensor([image.shape[1:] for image in batch["images"]]), device)
     largest = rounded_up(gather(sizes).amax(dim=0), multiple).tolist()
-    return net(on_canvas(batch["images"], largest, device), sizes, targets)
+    return net(as_input(batch["images"], largest, device), sizes, truth)
 
 
 # ---- test -----------------------------------------------------------------------------------------------------------
@@ -1532,39 +1492,41 @@ def evaluate_detector(net: MaskRCNN, names: list[str], data, options: MaskRCNNOp
     OUT/detections.json   all that was found, as COCO's server takes it
     """
     label_of = [names.index(name) if name in names else -1 for name in data.classes]
-    images, annotations, found, drawn, bad, started = [], [], [], [], [], time.monotonic()
+    images, annotations, found, drawn, started = [], [], [], [], time.monotonic()
     transform = EvalObjects(options.short_side, options.long_side, label_of)
-    for batch in each_test_image(data, transform, options, runtime, bad):
-        pixels, (height, width), i, truth = (batch[key][0] for key in ("images", "full_size", "index", "truth"))
-        h, w = pixels.shape[1:]
-        sizes = torch.tensor([(h, w)])
-        canvas = on_canvas([pixels], rounded_up(sizes[0], net.strides[3]).tolist(), runtime.device)
+    for batch in each_test_image(data, transform, options, runtime):
+        pixels, full_size, truth = (batch[key][0] for key in ("images", "full_size", "truth"))
+        size = torch.tensor([pixels.shape[1:]])                                            # (1, 2)
+        canvas = as_input([pixels], rounded_up(size[0], net.strides[3]).tolist(), runtime.device)
         with runtime.autocast():
-            objects = net.detect(canvas, sizes.to(runtime.device))
-        records = as_records(objects, height / h, width / w, (height, width))
-        images.append(dict(id=int(i), height=height, width=width))
-        annotations += [dict(record, image_id=int(i)) for record in truth]
-        found += [dict(record, image_id=int(i)) for record in records]
+            objects = net.detect(canvas, size.to(runtime.device))
+        records, i = as_records(objects, pixels.shape[1:], full_size), batch["index"].item()
+        for record in (*truth, *records):
+            record["image_id"] = i
+        images.append(dict(id=i, height=full_size[0], width=full_size[1]))
+        annotations += truth
+        found += records
         if len(drawn) < options.draw:
-            image = PIL.Image.fromarray(pixels.transpose(1, 2, 0)).resize((width, height))
+            image = PIL.Image.fromarray(pixels.transpose(1, 2, 0)).resize(full_size[::-1])
             drawn.append([("truth", draw_records(image, truth, names)), ("found", draw_records(image, records, names))])
-    images, annotations, found, bad = (sum(parts, []) for parts in
-                                       zip(*gather_objects((images, annotations, found, bad), runtime)))
+    everyone = zip(*gather_objects((images, annotations, found), runtime))
+    images, annotations, found = (sum(parts, []) for parts in everyone)
     if not images:
         raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
     truth = dict(images=images, annotations=annotations, categories=[dict(id=k) for k in range(len(names))])
     masks = [{key: value for key, value in record.items() if key != "bbox"} for record in found]     # sized by the mask
     said = ("data", "checkpoint", "from_scratch", "steps", "score_threshold")
     results = dict(box=coco_average_precision(truth, found, "bbox"), mask=coco_average_precision(truth, masks, "segm"),
-                   images=len(images), bad=len(bad), classes=len(names),
+                   images=len(images), bad=number_asked(data, options) - len(images), classes=len(names),
                    protocol={key: getattr(options, key) for key in said})
     if runtime.is_main:
         for what in ("box", "mask"):
             say(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
-                                          for key, value in results[what].items()))
-        say(f"({len(images)} images, {len(bad)} bad, {time.monotonic() - started:.0f} s)")
-        show(drawn, DRAWN_SIZE, out / "detections.png")
+                                        for key, value in results[what].items()))
+        say(f"({len(images)} images, {results['bad']} bad, {time.monotonic() - started:.0f} s)")
         out.mkdir(parents=True, exist_ok=True)
+        if drawn:
+            show("detections.png", out, sheet, drawn, DRAWN_SIZE)
         (out / "detections.json").write_text(json.dumps(with_own_ids(found, data, label_of)))
         write_json(options, results, "detection")
     return results
@@ -1575,38 +1537,37 @@ def with_own_ids(found: list[dict], data, label_of: list[int]) -> list[dict]:
     images, categories = (getattr(data, name, range(count)) for name, count in (
         ("image_ids", len(data)), ("category_ids", len(data.classes))))
     own = {label: categories[k] for k, label in enumerate(label_of)}
-    return [dict(record, image_id=images[record["image_id"]], category_id=own[record["category_id"]],
-                 segmentation=dict(record["segmentation"], counts=record["segmentation"]["counts"].decode()))
+    return [dict(record, image_id=images[record["image_id"]], category_id=own[record["category_id"]])
             for record in found if record["category_id"] in own]
 
 
-def as_records(objects: dict, down: float, across: float, size: tuple[int, int]) -> list[dict]:
-    """What MaskRCNN.detect found in a resized image -> COCO's records without image_id, in the image of `size` (height,
-    width), `down` times as high and `across` times as wide."""
-    boxes = objects["boxes"] * objects["boxes"].new_tensor([across, down, across, down])
-    masks = paste_masks(objects["masks"], boxes, size).cpu().numpy()                       # (R, height, width)
-    return [dict(category_id=label, score=score, bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=encode_rle(mask))
+def as_records(objects: dict, size: tuple[int, int], full_size: tuple[int, int]) -> list[dict]:
+    """What MaskRCNN.detect found in an image resized to `size` (height, width) -> COCO's records without image_id, in
+    the image of `full_size`."""
+    (h, w), (height, width) = size, full_size
+    boxes = objects["boxes"] * objects["boxes"].new_tensor([width / w, height / h] * 2)
+    masks = paste_masks(objects["masks"], boxes, full_size).cpu().numpy()                  # (R, height, width)
+    return [dict(category_id=label, score=score, bbox=[x1, y1, x2 - x1, y2 - y1],
+                 segmentation=dict(size=full_size, counts=encode_rle(mask)["counts"].decode()))
             for (x1, y1, x2, y2), label, score, mask in zip(
                 boxes.tolist(), objects["labels"].tolist(), objects["scores"].tolist(), masks)]
 
 
-def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], least: float = 0.5) -> PIL.Image.Image:
-    """The image, resized to DRAWN_SIZE, with mask, box, name and score of COCO's records that score `least` or more."""
-    records = [record for record in records if record.get("score", 1) >= least]
+def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str]) -> PIL.Image.Image:
+    """The image, resized to DRAWN_SIZE, with mask, box, name and score of COCO's records that score 0.5 or more."""
+    records = [record for record in records if record.get("score", 1) >= 0.5]
     pixels = np.array(image)
     for record in records:
-        inside = decode_mask(record["segmentation"], image.height, image.width)
+        inside = read_mask(record["segmentation"], image.height, image.width)
         pixels[inside] = 0.4 * pixels[inside] + 0.6 * COLORS[record["category_id"] % IGNORED]
     picture = PIL.ImageOps.contain(PIL.Image.fromarray(pixels), (DRAWN_SIZE, DRAWN_SIZE))
-    times = picture.width / image.width
     pen, font = PIL.ImageDraw.Draw(picture), PIL.ImageFont.load_default(13)
     for record in records:
-        x, y, width, height = (times * side for side in record["bbox"])
-        x, y, *end = np.clip([x, y, x + width, y + height], -9, DRAWN_SIZE + 9).tolist()   # Pillow walks all of an edge
-        color = tuple(COLORS[record["category_id"] % IGNORED].tolist())
-        pen.rectangle((x, y, *end), outline=color, width=2)
+        x, y, width, height = np.multiply(record["bbox"], picture.width / image.width)
+        x1, y1, x2, y2 = np.clip([x, y, x + width, y + height], -9, DRAWN_SIZE + 9)        # Pillow walks all of an edge
+        pen.rectangle((x1, y1, x2, y2), outline=tuple(COLORS[record["category_id"] % IGNORED]), width=2)
         text = names[record["category_id"]] + (f" {record['score']:.0%}" if "score" in record else "")
-        pen.text((x + 4, y + 2), text, "white", font, stroke_width=2, stroke_fill="black")
+        pen.text((x1 + 4, y1 + 2), text, "white", font, stroke_width=2, stroke_fill="black")
     return picture
 
 
@@ -1614,18 +1575,15 @@ def draw_records(image: PIL.Image.Image, records: list[dict], names: list[str], 
 
 def maskrcnn(argv=None):
     options = parse_maskrcnn(argv)
-    runtime, out = setup(options), Path(options.out)
-    data, test = open_splits(options, "detection", options.short_side, runtime)
+    runtime, data, test, start, config, visual = begin(options, "maskrcnn", "detection", options.short_side)
     names = data.classes
     options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
-    runtime.claim(out)
-    start, config, visual = begin(options, out, "maskrcnn")
     net = MaskRCNN(visual, len(names), options).to(runtime.device)
-    announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, len(names), runtime)
+    announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, runtime)
     fine_tune(net, partial(losses_of, device=runtime.device, options=options, multiple=net.strides[3]), step_schedule,
-              data, TrainObjects(options.short_side, options.long_side, range(len(names))), options, runtime, out,
-              start, dict(kind="maskrcnn", backbone=asdict(config), classes=names))
-    evaluate_detector(net, names, test, options, runtime, out)
+              data, TrainObjects(options.short_side, options.long_side), options, runtime, start.out, start,
+              dict(kind="maskrcnn", backbone=asdict(config), classes=names))
+    evaluate_detector(net, names, test, options, runtime, start.out)
 
 
 COMMANDS = dict(zeroshot=zeroshot, words=words, upernet=upernet, maskrcnn=maskrcnn)

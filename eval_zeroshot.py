@@ -88,9 +88,10 @@ def embed_classes(model: MaskCLIP, tokenizer: BytePairTokenizer, classes: Sequen
     return F.normalize(torch.stack([rows.mean(dim=0) for rows in embedded]), dim=-1)
 
 
-def find_templates(model: MaskCLIP, asked: str, root: str = "") -> tuple[str, ...]:
-    """What --templates says; auto takes those in the data's folder root, else sentences such as the model has read."""
-    auto, own = "a {}" if data_module.only_shapes(model.trained_on) else "7", Path(root) / "templates.txt"
+def find_templates(model: MaskCLIP, asked: str, usual: str = "7", root: str = "") -> tuple[str, ...]:
+    """What --templates says; auto takes those in the data's folder root, else sentences such as the model has read:
+    "a {}" of the Shapes world, the `usual` ones of photographs."""
+    auto, own = "a {}" if data_module.only_shapes(model.trained_on) else usual, Path(root) / "templates.txt"
     if root and own.is_file():
         auto = str(own)
     return data_module.find_templates(auto if asked == "auto" else asked)
@@ -181,7 +182,7 @@ def top_k(scores: Tensor, label: Tensor, k: int) -> float:
     label = label[:, None]
     own = scores.gather(1, label)                                                                   # (n, 1)
     is_before = (scores > own) | (scores == own) & (torch.arange(scores.shape[1], device=scores.device) < label)
-    return (is_before.sum(dim=1) < k).double().mean().item()
+    return share(is_before.sum(dim=1) < k)
 
 
 def confusion(guess: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -308,7 +309,7 @@ def classify(job: Job, spec: str) -> dict:
     """
     o, data = job.options, job.open(spec, "classes")
     classes = names_of_classes(job, data, spec)
-    templates = find_templates(job.model, o.templates, getattr(data, "root", ""))
+    templates = find_templates(job.model, o.templates, root=getattr(data, "root", ""))
     scores, found = job.class_scores(data, classes, templates, o.squash)
     known = found["label"] >= 0
     scores, label = scores[known], found["label"][known]

@@ -1,4 +1,4 @@
-"""Mask R-CNN: anchors, box coding, targets, sampling, networks, losses, COCO's folders, the run.
+"""Mask R-CNN: anchors, box coding, which box is to find what, sampling, networks, losses, COCO's folders, the run.
 
     python -m pytest tests/test_maskrcnn.py
 """
@@ -180,8 +180,8 @@ def test_each_is_drawn_as_often():
 def test_draw_rois_adds_the_true_boxes():
     true_boxes = torch.tensor([[[0.0, 0, 10, 10], [50, 50, 60, 70]], [[0, 0, 5, 5], [0, 0, 0, 0]]])
     proposals = torch.tensor([[[0.0, 0, 10, 6], [90, 0, 99, 9]], [[30, 30, 40, 40], [0, 0, 0, 0]]])
-    targets = dict(boxes=true_boxes, generators=[None, None])
-    image, boxes, owner = dense.draw_rois(proposals, targets, 100)
+    truth = dict(boxes=true_boxes, generators=[None, None])
+    image, boxes, owner = dense.draw_rois(proposals, truth, 100)
     found = sorted(zip(image.tolist(), owner.tolist(), boxes.tolist()))
     assert found == [(0, 0, [0, 0, 10, 6]), (0, 0, [0, 0, 10, 10]), (0, 1, [50, 50, 60, 70]), (1, 0, [0, 0, 5, 5])]
     assert list(zip(image.tolist(), boxes.tolist()))[4:] == [(0, [90, 0, 99, 9]), (1, [30, 30, 40, 40])]
@@ -203,21 +203,21 @@ def test_levels_are_torchvisions():
     assert torch.equal(dense.roi_levels(boxes, 56), poolers.LevelMapper(2, 5)([boxes]))
 
 
-def test_mask_targets_of_squares():
+def test_masks_of_squares_cut_out():
     masks = [torch.zeros(1, 64, 64, dtype=torch.bool), torch.zeros(2, 64, 56, dtype=torch.bool)]     # of two images
     masks[0][0, 10:38, 20:48] = True
     masks[1][1, 0:32] = True
     boxes = torch.tensor([[20.0, 10, 48, 38], [6, 10, 62, 38], [0, 0, 56, 64], [20, 10, 48, 38]])
-    targets = dense.mask_targets(masks, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]), boxes)
-    assert targets.shape == (4, 28, 28) and targets.unique().tolist() == [0, 1]
-    assert targets[0].all(), "the box of the square: all of it"
+    cut = dense.cut_masks(masks, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]), boxes)
+    assert cut.shape == (4, 28, 28) and cut.unique().tolist() == [0, 1]
+    assert cut[0].all(), "the box of the square: all of it"
     want = torch.zeros(28, 28)
     want[:, 7:21] = 1
-    assert torch.equal(targets[1], want), "twice as wide: the middle half"
+    assert torch.equal(cut[1], want), "twice as wide: the middle half"
     want = torch.zeros(28, 28)
     want[:14] = 1
-    assert torch.equal(targets[2], want), "the upper half"
-    assert targets[3, :22].all() and not targets[3, 22:].any(), "rows 10 to 32 of 10 to 38"
+    assert torch.equal(cut[2], want), "the upper half"
+    assert cut[3, :22].all() and not cut[3, 22:].any(), "rows 10 to 32 of 10 to 38"
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
@@ -231,8 +231,8 @@ def small_net(n_classes: int = 3, **more) -> dense.MaskRCNN:
     return dense.MaskRCNN(VisionTransformer(32, 8, 32, 3, 2), n_classes, small_options(**more))
 
 
-def targets_of(*images: list[tuple]) -> dict:
-    """[(x1, y1, x2, y2, label), ...] of each image of 64 x 64 -> targets, with masks that fill the boxes."""
+def truth_of(*images: list[tuple]) -> dict:
+    """[(x1, y1, x2, y2, label), ...] of each image of 64 x 64 -> truth, with masks that fill the boxes."""
     masks = [torch.zeros(len(things), 64, 64, dtype=torch.bool) for things in images]
     for things, some in zip(images, masks):
         for mask, (x1, y1, x2, y2, _) in zip(some, things):
@@ -323,12 +323,12 @@ def test_proposals():
 
 def test_proposal_losses_by_a_loop():
     anchors, generator = make_anchors(4, 4, 4), torch.Generator().manual_seed(0)
-    targets = targets_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)], [])
+    truth = truth_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)], [])
     scores, deltas = torch.randn(2, 48, generator=generator), torch.randn(2, 48, 4, generator=generator)
     areas = torch.tensor([(64, 64)] * 2)
-    losses = dense.proposal_losses(scores, deltas, anchors, targets, areas, count=1000)           # all are drawn
+    losses = dense.proposal_losses(scores, deltas, anchors, truth, areas, count=1000)           # all are drawn
     score_loss, box_loss, n = 0.0, 0.0, 0
-    for b, true_boxes in enumerate((targets["boxes"][0], targets["boxes"][1, :0])):
+    for b, true_boxes in enumerate((truth["boxes"][0], truth["boxes"][1, :0])):
         for a, owner in enumerate(slow_assign(dense.box_iou(true_boxes, anchors), 0.7, 0.3, 0.3)):
             if owner != UNUSED:
                 p = scores[b, a].sigmoid().item()
@@ -345,7 +345,7 @@ def test_padding_takes_no_part_in_the_proposals(patch_size):
     """Whatever the canvas, and whatever the network says of the rest of it: an image's own anchors count, all drawn."""
     generator, multiple, losses = torch.Generator().manual_seed(0), 2 * patch_size, []
     whole, area = 4 * multiple, (2 * multiple, 3 * multiple)
-    targets = targets_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)])
+    truth = truth_of([(0, 0, 30, 30, 0), (5, 5, 20, 14, 1)])
     numbers = {stride: torch.randn(whole, whole, 5, generator=generator) for stride in (patch_size / 4, patch_size)}
     for height, width in (area, (whole, area[1]), (whole, whole)):
         anchors, scores, deltas = [], [], []
@@ -354,7 +354,7 @@ def test_padding_takes_no_part_in_the_proposals(patch_size):
             anchors.append(make_anchors(rows, columns, stride))
             scores.append(score[:rows, :columns, None].expand(-1, -1, 3).flatten())
             deltas.append(torch.stack(delta, dim=2)[:rows, :columns, None].expand(-1, -1, 3, -1).flatten(0, 2))
-        found = dense.proposal_losses(torch.cat(scores)[None], torch.cat(deltas)[None], torch.cat(anchors), targets,
+        found = dense.proposal_losses(torch.cat(scores)[None], torch.cat(deltas)[None], torch.cat(anchors), truth,
                                       torch.tensor([area]), count=99_999)
         losses.append(torch.stack([found["rpn_score"], found["rpn_box"]]))
     torch.testing.assert_close(losses[1], losses[0])
@@ -374,26 +374,26 @@ def test_levels_and_anchors_of_patches_of_14_pixels():
 def test_losses_at_the_start(n_classes):
     """Nothing is known: a coin for something or nothing and for each pixel of a mask, C + 1 faces for the class."""
     net = small_net(n_classes).train()
-    targets = targets_of([(8, 8, 40, 40, 0)], [(20, 10, 50, 60, 2)])
-    losses = net(torch.randn(2, 3, 64, 64), torch.tensor([(64, 64)] * 2), targets)
+    truth = truth_of([(8, 8, 40, 40, 0)], [(20, 10, 50, 60, 2)])
+    losses = net(torch.randn(2, 3, 64, 64), torch.tensor([(64, 64)] * 2), truth)
     want = dict(rpn_score=math.log(2), label=math.log(n_classes + 1), mask=math.log(2))
     for name, value in want.items():
         assert losses[name].item() == pytest.approx(value, rel=0.15), name
     assert set(losses) == {*want, "rpn_box", "box"} and all(0 < loss.item() < 10 for loss in losses.values())
 
 
-@pytest.mark.parametrize("targets", [
-    targets_of([], []),                                             # no objects at all
-    targets_of([(8, 8, 40, 40, 0)], []),                            # in one image none
-    targets_of([(8, 8, 9, 9, 0)], [(0, 0, 1, 1, 1), (63, 63, 64, 64, 2)]),      # one pixel each
-    targets_of([(0, 0, 64, 64, 0)] * 3, [(0, 0, 64, 1, 1)]),        # the whole image three times; a line
-    targets_of([(x, y, x + 4, y + 4, 1) for x in range(0, 60, 4) for y in range(0, 60, 4)], []),         # 225 objects
+@pytest.mark.parametrize("truth", [
+    truth_of([], []),                                             # no objects at all
+    truth_of([(8, 8, 40, 40, 0)], []),                            # in one image none
+    truth_of([(8, 8, 9, 9, 0)], [(0, 0, 1, 1, 1), (63, 63, 64, 64, 2)]),      # one pixel each
+    truth_of([(0, 0, 64, 64, 0)] * 3, [(0, 0, 64, 1, 1)]),        # the whole image three times; a line
+    truth_of([(x, y, x + 4, y + 4, 1) for x in range(0, 60, 4) for y in range(0, 60, 4)], []),         # 225 objects
 ])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_hostile_targets(targets, bf16):
+def test_hostile_truth(truth, bf16):
     net = small_net(roi_samples=16).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        losses = net(torch.randn(2, 3, 64, 64), torch.tensor([(64, 64), (50, 64)]), targets)
+        losses = net(torch.randn(2, 3, 64, 64), torch.tensor([(64, 64), (50, 64)]), truth)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     for name, parameter in net.named_parameters():                  # DDP waits for all of them
@@ -406,7 +406,7 @@ def test_nothing_found():
     found = net.detect(torch.randn(1, 3, 64, 64), torch.tensor([(50, 64)]))
     assert {key: tuple(value.shape) for key, value in found.items()} == dict(
         boxes=(0, 4), labels=(0,), scores=(0,), masks=(0, 28, 28))
-    assert dense.as_records(found, 2.0, 2.0, (128, 128)) == []
+    assert dense.as_records(found, (64, 64), (128, 128)) == []
 
 
 @pytest.mark.slow
@@ -417,19 +417,19 @@ def test_overfits_two_images():
     for image, some in zip(images, things):
         for x1, y1, x2, y2, label in some:
             image[label, y1:y2, x1:x2] = 2
-    net, targets, sizes = small_net(drop_path=0.0).train(), targets_of(*things), torch.tensor([(64, 64)] * 2)
+    net, truth, sizes = small_net(drop_path=0.0).train(), truth_of(*things), torch.tensor([(64, 64)] * 2)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     for step in range(150):
         optimizer.param_groups[0]["lr"] = 3e-3 * dense.step_schedule(step, 150, 5)
         optimizer.zero_grad()
-        sum(net(images, sizes, targets).values()).backward()
+        sum(net(images, sizes, truth).values()).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimizer.step()
     net.eval()
     for k, some in enumerate(things):
         found, n = net.detect(images[k:k + 1], sizes[k:k + 1]), len(some)
         assert sorted(found["labels"][:len(some)].tolist()) == [thing[4] for thing in some] and found["scores"][0] > 0.6
-        for label, box, mask in zip(*(targets[key][k][:n] for key in ("labels", "boxes", "masks"))):
+        for label, box, mask in zip(*(truth[key][k][:n] for key in ("labels", "boxes", "masks"))):
             i = (found["labels"] == label).nonzero()[0, 0]                      # the best of this class
             assert dense.box_iou(found["boxes"][i][None], box[None]).item() > 0.7
             pasted = dense.paste_masks(found["masks"][i][None], found["boxes"][i][None], (64, 64))[0]
@@ -442,7 +442,7 @@ def joined_batch(rank: int, world: int):
     things = [(6, 8, 30, 34, 0), (34, 20, 60, 60, 1)], [(10, 30, 38, 56, 2)], [], []
     sizes, rng = [(64, 64), (60, 40), (40, 90), (50, 50)], RNG(1)
     images = [rng.integers(0, 256, (3, *size), dtype=np.uint8) for size in sizes]
-    boxes, labels, masks = ([x[:len(some)].numpy() for x, some in zip(targets_of(*things)[key], things)]
+    boxes, labels, masks = ([x[:len(some)].numpy() for x, some in zip(truth_of(*things)[key], things)]
                             for key in ("boxes", "labels", "masks"))
     masks = [np.pad(mask, ((0, 0), (0, 0), (0, 30)))[:, :h, :w] for mask, (h, w) in zip(masks, sizes)]
     rows = slice(4 // world * rank, 4 // world * (rank + 1))
@@ -502,7 +502,7 @@ def gray_sample(*boxes, crowd=(), size=(60, 40)) -> data.Sample:
 
 
 def test_boxes_and_masks_stay_with_their_pixels():
-    transform, mirrored = dense.TrainObjects(80, 120, [0, 1, 2]), 0
+    transform, mirrored = dense.TrainObjects(80, 120), 0
     for seed in range(20):
         item = transform(gray_sample((5, 5, 25, 20), (30, 10, 40, 36)), RNG(seed))
         assert item["images"].shape == (3, 80, 120) and item["labels"].tolist() == [0, 1]
@@ -516,15 +516,14 @@ def test_boxes_and_masks_stay_with_their_pixels():
     assert 4 < mirrored < 16
 
 
-@pytest.mark.parametrize("boxes, crowd, label_of, want", [
-    ([(5, 5, 25, 20)] * 3, (), [0, 1, 2], [0, 1, 2]),
-    ([(5, 5, 25, 20)] * 3, (1,), [0, 1, 2], [0, 2]),                        # crowds are not trained on
-    ([(5, 5, 25, 20)] * 3, (), [0, -1, 1], [0, 1]),                         # a category the model does not know
-    ([(5, 5, 25, 5), (9, 9, 9, 9), (70, 5, 80, 9)], (), [0, 1, 2], []),     # no area, or none inside the image
-    ([(5, 5, 6, 6), (59, 39, 60, 40), (-9, -9, 1, 1)], (), [0, 1, 2], [0, 1, 2]),       # one pixel is enough
+@pytest.mark.parametrize("boxes, crowd, want", [
+    ([(5, 5, 25, 20)] * 3, (), [0, 1, 2]),
+    ([(5, 5, 25, 20)] * 3, (1,), [0, 2]),                           # crowds are not trained on
+    ([(5, 5, 25, 5), (9, 9, 9, 9), (70, 5, 80, 9)], (), []),        # no area, or none inside the image
+    ([(5, 5, 6, 6), (59, 39, 60, 40), (-9, -9, 1, 1)], (), [0, 1, 2]),      # one pixel is enough
 ])
-def test_what_is_trained_on(boxes, crowd, label_of, want):
-    item = dense.TrainObjects(80, 120, label_of)(gray_sample(*boxes, crowd=crowd), RNG(0))
+def test_what_is_trained_on(boxes, crowd, want):
+    item = dense.TrainObjects(80, 120)(gray_sample(*boxes, crowd=crowd), RNG(0))
     assert item["labels"].tolist() == want and len(item["boxes"]) == len(item["masks"]) == len(want)
     assert (item["boxes"][:, 2:] > item["boxes"][:, :2]).all() and item["masks"].any(axis=(1, 2)).all()
     assert (item["boxes"] >= 0).all() and (item["boxes"] <= [120, 80, 120, 80]).all()
@@ -533,7 +532,7 @@ def test_what_is_trained_on(boxes, crowd, label_of, want):
 def test_images_share_a_canvas():
     images = [np.full((3, h, w), k, dtype=np.uint8) for k, (h, w) in enumerate([(20, 33), (31, 16)])]
     assert dense.rounded_up(torch.tensor([(31, 33), (32, 1)]), 16).tolist() == [[32, 48], [32, 16]]
-    canvas = dense.on_canvas(images, [32, 48], "cpu")
+    canvas = dense.as_input(images, [32, 48], "cpu")
     torch.testing.assert_close(canvas[1, :, :31, :16], data.normalize(torch.from_numpy(images[1])[None])[0])
     assert canvas.shape == (2, 3, 32, 48) and canvas[1, :, :, 16:].abs().max() < 0.02, "padding is about 0 to the model"
 
@@ -593,7 +592,7 @@ def test_coco_folder(tmp_path):
         sample = val.read(k)
         assert [thing["crowd"] for thing in sample.objects] == ([] if k == 3 else [False, k == 5])
         for thing in sample.objects:
-            mask = dense.decode_mask(thing["mask"], *sample.image.size[::-1])
+            mask = dense.read_mask(thing["mask"], *sample.image.size[::-1])
             x1, y1, x2, y2 = thing["box"]
             assert mask.sum() == thing["area"] == mask[y1:y2, x1:x2].sum() and thing["category"] in (0, 1)
             red = np.asarray(data.decode(sample.image))[..., 0] > 150
@@ -755,7 +754,7 @@ def test_exif_and_the_pixels_that_annotations_were_drawn_on(orientation, stored,
     objects, maps = (dense.open_labels(dense.EvalOptions(data=f"{kind}:{tmp_path}", ignore_exif="told" in drawn_on),
                                        "val", task, 0).read(0)
                      for kind, task in (("coco", "detection"), ("voc", "segmentation")))
-    for sample, mask in ((objects, dense.decode_mask(objects.objects[0]["mask"], height, width)),
+    for sample, mask in ((objects, dense.read_mask(objects.objects[0]["mask"], height, width)),
                          (maps, maps.label_map == 1)):
         red = np.asarray(data.decode(sample.image))[..., 0] > 170
         assert (red.shape == mask.shape and (red == mask).mean() > 0.98) == right
@@ -833,7 +832,7 @@ def test_real_photographs(tmp_path):
         sample = photos.read(k)
         assert len(sample.objects) > 0
         for thing in sample.objects:
-            mask = dense.decode_mask(thing["mask"], *sample.image.size[::-1])
+            mask = dense.read_mask(thing["mask"], *sample.image.size[::-1])
             rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
             assert mask.sum() == pytest.approx(thing["area"], rel=0.1, abs=60)      # labelme counts the outline too
             around = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
@@ -855,12 +854,12 @@ class Oracle:
         assert images.shape[2] % 16 == images.shape[3] % 16 == 0
         things = [thing for thing in sample.objects if not thing["crowd"]]
         boxes = torch.tensor([thing["box"] for thing in things], dtype=torch.float32).reshape(-1, 4)
-        masks = torch.stack([torch.from_numpy(dense.decode_mask(thing["mask"], H, W)) for thing in things]
+        masks = torch.stack([torch.from_numpy(dense.read_mask(thing["mask"], H, W)) for thing in things]
                             ) if things else torch.zeros(0, H, W)
         owner = torch.arange(len(things))
         return dict(boxes=boxes * torch.tensor([w / W, h / H] * 2), scores=torch.linspace(0.9, 0.8, len(things)),
                      labels=torch.tensor([self.label_of[t["category"]] for t in things], dtype=torch.long),
-                     masks=dense.mask_targets([masks], 0 * owner, owner, boxes))
+                     masks=dense.cut_masks([masks], 0 * owner, owner, boxes))
 
 
 @pytest.mark.parametrize("names, unknown", [
@@ -1033,8 +1032,8 @@ boxes[:, 2:] = boxes[:, :2] + 150
 masks = torch.zeros(20, 800, 1333, dtype=torch.bool)
 masks[:, 100:400, 100:400] = True
 started = time.time()
-targets = dict(boxes=boxes[None], labels=torch.arange(20)[None], masks=[masks], generators=[None])
-losses = net(torch.randn(1, 3, 800, 1344), torch.tensor([(800, 1333)]), targets)
+truth = dict(boxes=boxes[None], labels=torch.arange(20)[None], masks=[masks], generators=[None])
+losses = net(torch.randn(1, 3, 800, 1344), torch.tensor([(800, 1333)]), truth)
 sum(losses.values()).backward()
 optimizer.step()
 assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

@@ -28,6 +28,7 @@ from model import PRESETS, MaskCLIP, SyncBatchNorm, VisionTransformer
 from train import layer_decay_groups, load_state, save_checkpoint
 
 RNG = np.random.default_rng
+REDUCED = SimpleNamespace(reduce_zero_label=True)
 
 
 # ---- class names -----------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_real_layouts(kind, above, n_classes, reduced, tmp_path):
             assert sample.label_map.dtype == np.uint8
             want = COCO_STUFF_LABEL[label] if kind == "coco-stuff" else label
             assert np.array_equal(sample.label_map, want)
-            classes = dense.reduce_zero_label(sample.label_map) if reduced else sample.label_map
+            classes = dense.labels_of(val, sample)
             assert classes[classes < 255].max() == n_classes - 1
 
 
@@ -190,10 +191,11 @@ def test_real_folder():
 
 # ---- labels and mean IoU ---------------------------------------------------------------------------------------------
 
-def test_reduce_zero_label():
-    label_map = np.array([[0, 1, 2, 150, 253, 255]], dtype=np.uint8)
-    assert dense.reduce_zero_label(label_map).tolist() == [[255, 0, 1, 149, 252, 255]]
-    assert label_map[0, 0] == 0, "the argument was changed"
+def test_label_0_may_be_no_class():
+    sample = data.Sample(None, label_map=np.array([[0, 1, 2, 150, 253, 255]], dtype=np.uint8))
+    assert dense.labels_of(REDUCED, sample).tolist() == [[255, 0, 1, 149, 252, 255]]
+    assert dense.labels_of(SimpleNamespace(reduce_zero_label=False), sample) is sample.label_map
+    assert sample.label_map[0, 0] == 0, "the argument was changed"
 
 
 @pytest.mark.parametrize("limit, world, want", [(5, 2, 5), (1, 2, 1), (0, 3, 7), (4, 4, 4), (9, 2, 7)])
@@ -213,7 +215,7 @@ def test_exactly_as_many_images_as_asked(limit, world, want):
         runtime = SimpleNamespace(rank=rank, world=world, workers=0, is_main=rank == 0)
         options = dense.EvalOptions(limit=limit)
         seen += [batch["index"].item() for batch in
-                 dense.each_test_image(Numbers(), lambda i, rng: dict(images=torch.zeros(1)), options, runtime, [])]
+                 dense.each_test_image(Numbers(), lambda i, rng: dict(images=torch.zeros(1)), options, runtime)]
     assert sorted(seen) == list(range(want))
 
 
@@ -440,8 +442,7 @@ def test_zero_shot_with_a_perfect_model(tmp_path):
     model, options = ColorModel(), dense.ZeroShotOptions(data=f"voc:{tmp_path}", test_size=116)
     predict = dense.patch_scores(model, model.encode_classes(colors, (), None))
     runtime, val = dense.setup(replace(options, device="cpu")), open_data(options.data, "val", "segmentation")
-    results = dense.evaluate(lambda image: dense.slide(image, predict, 32, 16), val, options, runtime,
-                             tmp_path / "out", {})
+    results = dense.evaluate(predict, 32, 16, (116, 464), val, options, runtime, tmp_path / "out", {})
     assert results["images"] == 3 and results["miou"] > 0.93 and results["accuracy"] > 0.96
     assert [(entry["index"], entry["class"]) for entry in results["iou"]] == list(enumerate(colors)), "of one name too"
     assert [entry["iou"] is None for entry in results["iou"]] == [False] * 4 + [True]
@@ -456,7 +457,8 @@ def test_word_map_lights_up_where_the_word_is():
         for color, thing in zip(colors, sample.objects):
             if colors.count(color) == 1 and color not in ("white", "black", "orange"):
                 model = ColorModel()
-                maps = dense.text_maps(model, sample.image, model.encode_classes([color], (), None), size=64)
+                model.config = SimpleNamespace(image_size=64, patch_size=8)
+                maps = dense.text_maps(model, sample.image, model.encode_classes([color], (), None))
                 assert maps.shape == (1, 96, 96) and maps.dtype == np.float32
                 assert maps[0][thing["mask"]].mean() > maps[0][~thing["mask"]].mean() + 0.3, (i, color)
                 picture = np.asarray(dense.overlay(sample.image, maps[0], maps.min(), maps.max())).astype(int)
@@ -485,17 +487,28 @@ def test_words_of_a_caption():
         "golden retriever", "tongue out", "dog's day", "beach"]
 
 
+@pytest.fixture
+def drawn_words(monkeypatch) -> list[tuple]:
+    """The phrases of each picture that dense.words draws, and their maps."""
+    real, drawn = dense.draw_words, []
+
+    def draw_words(image, caption, phrases, maps, names):
+        drawn.append((phrases, maps))
+        return real(image, caption, phrases, maps, names)
+    monkeypatch.setattr(dense, "draw_words", draw_words)
+    return drawn
+
+
 @pytest.mark.parametrize("more, n_models, phrases", [
     (["--words", "red circle, moon"], 1, ["red circle", "moon"]),
     (["--compare", "same"], 2, None),
 ])
-def test_words_command(checkpoint, tmp_path, more, n_models, phrases):
+def test_words_command(checkpoint, tmp_path, drawn_words, more, n_models, phrases):
     more = [str(checkpoint) if word == "same" else word for word in more]
     dense.main(["words", str(checkpoint), "--samples", "2", "--out", str(tmp_path), *more])
-    saved = np.load(tmp_path / "words.npz")
-    for k in range(2):
-        assert saved[f"maps{k}"].shape == (n_models, len(saved[f"words{k}"]), 32, 32)
-        assert phrases is None or saved[f"words{k}"].tolist() == phrases
+    assert len(drawn_words) == 2
+    for found, maps in drawn_words:
+        assert maps.shape == (n_models, len(found), 32, 32) and (phrases is None or found == phrases)
     assert PIL.Image.open(tmp_path / "words.png").size[1] == 2 * (160 + 6 + 18 * (2 if n_models == 1 else 3))
 
 
@@ -504,17 +517,17 @@ def test_words_command(checkpoint, tmp_path, more, n_models, phrases):
     (["shapes", "csv:pairs.csv"], "85", ["small", "red", "circle"]),
     ([], "85", ["small", "red", "circle"]),                                # weights from elsewhere
 ])
-def test_a_model_is_asked_in_words_it_has_read(checkpoint, trained_on, tmp_path, specs, template, words):
+def test_a_model_is_asked_in_words_it_has_read(checkpoint, trained_on, tmp_path, drawn_words, specs, template, words):
     trained_on[:] = specs
     model = dense.load_checkpoint(checkpoint)[0]
-    assert dense.templates_for("auto", model) == data.find_templates(template)
-    assert dense.templates_for("7", model) == data.TEMPLATES_7
+    assert dense.find_templates(model, "auto", "85") == data.find_templates(template)
+    assert dense.find_templates(model, "7", "85") == data.TEMPLATES_7
     photo = tmp_path / "photo.png"
     PIL.Image.new("RGB", (40, 30), "red").save(photo)
     dense.main(["words", str(checkpoint), "--image", str(photo), "--caption", "A small red circle.", "--out",
                 str(tmp_path)])
-    saved = np.load(tmp_path / "words.npz")
-    assert saved["maps0"].shape == (1, len(words), 30, 40) and saved["words0"].tolist() == words
+    (found, maps), = drawn_words
+    assert maps.shape == (1, len(words), 30, 40) and found == words
 
 
 def test_zeroshot_command(checkpoint, tmp_path):
@@ -539,7 +552,7 @@ def test_protocol_of_each_data_set(checkpoint, trained_on, tmp_path, monkeypatch
     trained_on.append("shards:pairs.tar")
     build(kind, tmp_path)
     sizes, real = [], dense.slide
-    monkeypatch.setattr(dense, "slide", lambda image, **how: sizes.append(image.shape[1:]) or real(image, **how))
+    monkeypatch.setattr(dense, "slide", lambda image, *how: sizes.append(image.shape[1:]) or real(image, *how))
     dense.main(["zeroshot", str(checkpoint), "--data", f"{kind}:{tmp_path}", "--limit", "2", "--draw", "0", "--json",
                 str(tmp_path / "r.json"), *more])
     result = json.loads((tmp_path / "r.json").read_text())
@@ -787,9 +800,6 @@ def scene(height: int = 40, width: int = 60) -> data.Sample:
     return data.Sample(PIL.Image.fromarray(pixels), label_map=label_map + np.uint8(1))
 
 
-REDUCED = SimpleNamespace(reduce_zero_label=True)
-
-
 def test_labels_stay_with_their_pixels():
     transform, flipped, padded = dense.CropTransform(REDUCED, 40, 32, distort=False), 0, 0
     for seed in range(60):
@@ -818,14 +828,13 @@ def test_no_class_fills_a_crop():
     labels[:28, :28] = 1                                                # most crops of 32 show class 0 alone
     transform, good = dense.CropTransform(None, 64, 32, False), 0
     for seed in range(50):
-        left, top, right, bottom = transform.area(labels, RNG(seed))
-        assert (right - left, bottom - top) == (32, 32)
-        share = (labels[top:bottom, left:right] == 0).mean()
-        good += share < 0.75
+        left, top = transform.corner(labels, RNG(seed))
+        assert 0 <= left <= 32 and 0 <= top <= 32
+        good += (labels[top:top + 32, left:left + 32] == 0).mean() < 0.75
     anywhere = np.mean([(labels[t:t + 32, l:l + 32] == 0).mean() < 0.75 for t in range(33) for l in range(33)])
     assert anywhere < 0.3 and good / 50 > 0.8                           # 1 - 0.7 ** 11
     labels[:] = 255                                                     # nothing labeled: any crop, after ten redraws
-    assert all(0 <= at <= 32 for at in transform.area(labels, RNG(0))[:2])
+    assert all(0 <= at <= 32 for at in transform.corner(labels, RNG(0)))
 
 
 def test_photometric_distortion_changes_within_its_bounds():
