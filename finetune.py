@@ -35,7 +35,7 @@ from PIL import ImageEnhance, ImageOps
 from torch import Tensor, nn
 
 import data as data_module
-from data import BICUBIC, MEAN, STD, BadRecord, UserError, crop_box, normalize, run, say, seed_of, to_tensor
+from data import BICUBIC, MEAN, BadRecord, UserError, crop_box, normalize, run, say, seed_of, to_tensor
 from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt
 from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, draw_curves,
                    extract, find_resumable, first_look, layer_decay_groups, open_mixed, parse, set_learning_rate, setup,
@@ -263,6 +263,7 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
     def losses_of(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
         images, labels = normalize(images), smooth(labels, len(data.classes), o.smoothing)
+        erase(images, batch["erased"], [seed_of(o.seed, step, i) for i in batch["index"].tolist()])
         if mixes:
             own = draw_mixing(o.mixup, o.cutmix, *images.shape[2:], np.random.default_rng((o.seed, step)))
             images, labels = mix(images, labels, own)
@@ -364,20 +365,20 @@ def rand_augment(image: PIL.Image.Image, magnitude: float, rng: np.random.Genera
 # Erasing, mixing, smoothing
 # ---------------------------------------------------------------------------------------------------------------------
 
-def erase(pixels: Tensor, rng: np.random.Generator):
-    """Random erasing, in place: a rectangle of uint8 (3, H, W) becomes noise, normal (0, 1) once it is normalized.
-
-    Its area is 2% to a third of the image's, its shape log-uniform between 0.3 and 1 / 0.3.
-    timm erases after normalization, we before it: the 3% of the noise beyond what a pixel can hold are cut.
-    """
-    left, top, w, h = crop_box(pixels.shape[2], pixels.shape[1], (0.02, 1 / 3), (0.3, 1 / 0.3), rng)
-    noise = 255 * (rng.standard_normal((h, w, 3)) * STD + MEAN)
-    pixels[:, top:top + h, left:left + w] = torch.from_numpy(noise.round().clip(0, 255)).permute(2, 0, 1)
+def erase(images: Tensor, boxes: Tensor, seeds: list[int]):
+    """Random erasing, in place: in each image (3, H, W) of normalized pixels its box, (left, top, width, height) on the
+    CPU, becomes noise, normal (0, 1), that follows from its seed; a box of width 0 is none."""
+    generator = torch.Generator(images.device)
+    for image, (left, top, w, h), seed in zip(images, boxes.tolist(), seeds):
+        if w:
+            noise = torch.randn(3, h, w, generator=generator.manual_seed(seed), device=images.device)
+            image[:, top:top + h, left:left + w] = noise
 
 
 @dataclass
 class Augment:
-    """A record -> images uint8 (3, size, size), cropped, mirrored, RandAugmented, erased; labels, its class."""
+    """A record -> images uint8 (3, size, size), cropped, mirrored, RandAugmented; labels, its class; erased, the box that
+    the device shall erase: 2% to a third of the image's area, its shape log-uniform between 0.3 and 1 / 0.3."""
     size: int
     options: Options
 
@@ -389,9 +390,9 @@ class Augment:
         if o.randaugment:
             image = PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
             pixels = to_tensor(rand_augment(image, o.randaugment, rng))
-        if rng.random() < o.erasing:
-            erase(pixels, rng)
-        return dict(images=pixels, labels=sample.label)
+        is_erased = rng.random() < o.erasing
+        box = crop_box(self.size, self.size, (0.02, 1 / 3), (0.3, 1 / 0.3), rng) if is_erased else (0, 0, 0, 0)
+        return dict(images=pixels, labels=sample.label, erased=torch.tensor(box))
 
 
 def draw_mixing(mixup: float, cutmix: float, height: int, width: int, rng: np.random.Generator) -> np.ndarray:

@@ -17,7 +17,7 @@ from conftest import ROOT, run_script
 from torch import nn
 
 import finetune
-from data import MEAN, STD, BadRecord, BytePairTokenizer, Sample, UserError, normalize
+from data import MEAN, BadRecord, BytePairTokenizer, Sample, UserError, normalize
 from finetune import Classifier, draw_mixing, erase, layer_decay_groups, mix, parse_options, rand_augment, smooth
 from model import Config, MaskCLIP, VisionTransformer
 from train import Runtime, load_state, save_checkpoint
@@ -206,23 +206,26 @@ def test_rand_augment_draws_two_operations_half_of_them_applied(monkeypatch):
 # ---- erasing, mixing, smoothing -------------------------------------------------------------------------------------
 
 def test_erase():
-    rng, areas, aspects, noise = np.random.default_rng(0), [], [], []
-    for _ in range(400):
-        pixels = torch.full((3, 60, 80), 7, dtype=torch.uint8)
-        erase(pixels, rng)
-        rows, columns = (pixels != 7).any(dim=0).nonzero(as_tuple=True)
-        h, w = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
-        areas.append(h * w / 4800)
-        aspects.append(math.log(h / w))
-        inside = pixels[:, rows.min():rows.max() + 1, columns.min():columns.max() + 1]
-        assert (pixels != 7).sum() == (inside != 7).sum(), "something outside the rectangle changed"
-        noise.append(normalize(inside[None])[0].flatten(1))
-    assert 0.018 < min(areas) < 0.03 and 0.3 < max(areas) < 0.34                  # 0.02 to 1/3, but for rounding
-    assert -math.log(1 / 0.27) < min(aspects) and max(aspects) < math.log(1 / 0.27)
-    noise = torch.cat(noise, dim=1)                                               # (3, n)
-    assert noise.mean(dim=1).abs().max() < 0.03 and (noise.std(dim=1) - 0.99).abs().max() < 0.03
-    white, black = ((np.array([1, 0])[:, None] - MEAN) / STD)
-    assert (noise.amax(dim=1).numpy() <= white + 1e-4).all() and (noise.amin(dim=1).numpy() >= black - 1e-4).all()
+    """A quarter of the images loses a box: 2% to a third of the area, to 3 1/3 times as wide as high; normal noise."""
+    rng, augment = np.random.default_rng(0), finetune.Augment(60, finetune.Options(erasing=0.25, randaugment=0.0))
+    boxes = torch.stack([augment(Sample(picture(), label=0), rng)["erased"] for _ in range(1600)])
+    left, top, w, h = boxes.T
+    is_erased = w > 0
+    assert 0.22 < is_erased.double().mean() < 0.28 and not boxes[~is_erased].any()
+    assert (left + w <= 60).all() and (top + h <= 60).all()
+    area, aspect = (w * h / 3600)[is_erased], (w / h)[is_erased].log()
+    assert 0.018 < area.min() < 0.03 and 0.3 < area.max() < 0.34 and aspect.abs().max() < math.log(1 / 0.27)
+    images = torch.full((1600, 3, 60, 60), 7.0)
+    erase(images, boxes, list(range(1600)))
+    want = torch.stack([torch.nn.functional.pad(torch.ones(h, w), (l, 60 - l - w, t, 60 - t - h))
+                        for l, t, w, h in boxes.tolist()])
+    assert torch.equal(images != 7, want[:, None].bool().expand(-1, 3, -1, -1)), "the box, and nothing outside"
+    noise = images[images != 7]
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    again = torch.full((4, 3, 60, 60), 7.0)
+    some = is_erased.nonzero()[:4, 0].tolist()
+    erase(again, boxes[some], some)
+    assert torch.equal(again, images[some]), "whatever else is in the batch"
 
 
 @pytest.mark.parametrize("erasing, flip, magnitude", [(0.0, False, 0.0), (1.0, False, 0.0), (0.25, True, 9.0)])
@@ -232,6 +235,7 @@ def test_augment_follows_from_the_generator(erasing, flip, magnitude):
     one, same, other = (augment(Sample(picture(), label=3), np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert one["images"].shape == (3, 16, 16) and one["images"].dtype == torch.uint8 and one["labels"] == 3
     assert torch.equal(one["images"], same["images"]) and not torch.equal(one["images"], other["images"])
+    assert torch.equal(one["erased"], same["erased"]) and one["erased"].any() == (erasing == 1)
     with pytest.raises(BadRecord, match="no class"):
         augment(Sample(picture()), np.random.default_rng(0))
 
