@@ -377,8 +377,8 @@ def erase(images: Tensor, boxes: Tensor, seeds: list[int]):
 
 @dataclass
 class Augment:
-    """A record -> images uint8 (3, size, size), cropped, mirrored, RandAugmented; labels, its class; erased, the box that
-    the device shall erase: 2% to a third of the image's area, its shape log-uniform between 0.3 and 1 / 0.3."""
+    """A record -> images uint8 (3, size, size), cropped, mirrored, RandAugmented; labels, its class; erased, the box
+    that the device shall erase: 2% to a third of the image's area, its shape log-uniform between 0.3 and 1 / 0.3."""
     size: int
     options: Options
 
