@@ -146,7 +146,7 @@ PRESETS = {
         text_width=128, text_depth=2, text_heads=4, context_length=24, vocab_size=768, embed_dim=128,
         n_codes=512, quantizer_hidden=256, quantizer_bottleneck=64,
         slip_hidden=256, simsiam_hidden=256, token_dim=128, queue_size=1024, view_crop_min=0.5,
-        epochs=5, batch_size=64, warmup_epochs=0.2,
+        epochs=6, batch_size=64, warmup_epochs=0.24,
         # paper: 0.999 over 90,000 steps; here: less, because the teacher must be able to follow within two thousand
         momentum=0.99, momentum_end=0.999),
     "vit-b16-yfcc15m": PAPER,
