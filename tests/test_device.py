@@ -224,9 +224,11 @@ def grouped(tensors, **options):
     return {(GPU if on_gpu(tensors[0][0]) else device, dtype): group for (device, dtype), group in groups.items()}
 
 
-def a_generator(device=None, real=torch.Generator):
+class AnyGenerator(torch.Generator):
     """A CPU's, where a GPU's is asked for: it draws what the pretended device holds."""
-    return real()
+
+    def __new__(cls, device=None):
+        return super().__new__(cls)
 
 
 @contextlib.contextmanager
@@ -242,7 +244,7 @@ def pretended_gpu(processes: int = 1):
         for owner, name, value in (
                 (torch.cuda, "is_available", lambda: True), (torch.cuda, "_lazy_init", lambda: None),
                 (torch.cuda, "set_device", lambda device: None), (train.Guard, "readable", marking),
-                (data.DataLoader, "__iter__", as_if_pinned), (torch, "Generator", a_generator),
+                (data.DataLoader, "__iter__", as_if_pinned), (torch, "Generator", AnyGenerator),
                 (torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", grouped)):
             stack.enter_context(mock.patch.object(owner, name, value))
         if processes > 1:
