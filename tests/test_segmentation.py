@@ -959,10 +959,11 @@ def test_clipping_is_an_option(argv, recipe, clip_grad):
 
 @pytest.mark.slow
 def test_upernet_learns_on_two_processes(checkpoint, tmp_path):
-    run_script("dense.py", "upernet", checkpoint, *SMALL, "--steps", 80, "--lr", 3e-3, "--out", tmp_path,
+    few = ["--data", "shapes:objects=2-3,forms=1,train=4,val=4", *SMALL[2:]]           # learned by heart
+    run_script("dense.py", "upernet", checkpoint, *few, "--steps", 80, "--lr", 3e-3, "--out", tmp_path,
                "--json", tmp_path / "r.json", processes=2)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert np.mean(losses[-10:]) < 0.94 * np.mean(losses[:5])
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10]), losses
     assert json.loads((tmp_path / "r.json").read_text())["images"] == 4
 
 
