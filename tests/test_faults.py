@@ -984,6 +984,24 @@ def test_bfloat16_follows_float32(tmp_path):
     assert (a * b).sum(dim=1).min() > 0.995
 
 
+@pytest.mark.slow
+def test_float16_follows_float32_and_an_overflow_halves_the_scale(tmp_path, capsys):
+    """On CPU: losses of the first step within 2%.  As long as gradients overflow the update is skipped and the scale
+    halved, until they fit: then their norm is float32's, and the run goes on."""
+    for precision in ("fp32", "fp16"):
+        trained(*FEW, "--precision", precision, "--lr", 1e-6, "--steps", 12, "--drop-path", 0,
+                "--out", tmp_path / precision)
+    exact, rough = (metrics(tmp_path / precision) for precision in ("fp32", "fp16"))
+    for name in ("loss", "contrastive", "distillation", "mlm"):
+        assert rough[0][name] == pytest.approx(exact[0][name], rel=0.02), name
+    assert capsys.readouterr().err.count("update skipped") < 10
+    assert rough[-1]["grad_norm"] == pytest.approx(exact[-1]["grad_norm"], rel=0.15), "the scale is taken out again"
+    runtime, weight = train.Runtime(0, 1, torch.device("cpu"), "fp16", 0), torch.nn.Parameter(torch.ones(2))
+    optimizer, scale = torch.optim.AdamW([weight], lr=0.1), runtime.scaler.get_scale()
+    runtime.scaler.scale(weight.sum() * torch.inf).backward()
+    assert not train.clip_gradient(optimizer, 0.0, runtime).isfinite() and runtime.scaler.get_scale() == scale / 2
+
+
 # ------------------------------------------------------------------------------------------------------ determinism
 
 @pytest.mark.parametrize("method", ["maskclip", "declip"])
