@@ -263,7 +263,7 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
     def losses_of(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = (batch[name].to(runtime.device, non_blocking=True) for name in ("images", "labels"))
         images, labels = normalize(images), smooth(labels, len(data.classes), o.smoothing)
-        erase(images, batch["erased"], [seed_of(o.seed, step, i) for i in batch["index"].tolist()])
+        erase(images, batch["erased"], batch["index"], o.seed, step)
         if mixes:
             own = draw_mixing(o.mixup, o.cutmix, *images.shape[2:], np.random.default_rng((o.seed, step)))
             images, labels = mix(images, labels, own)
@@ -365,13 +365,17 @@ def rand_augment(image: PIL.Image.Image, magnitude: float, rng: np.random.Genera
 # Erasing, mixing, smoothing
 # ---------------------------------------------------------------------------------------------------------------------
 
-def erase(images: Tensor, boxes: Tensor, seeds: list[int]):
-    """Random erasing, in place: in each image (3, H, W) of normalized pixels its box, (left, top, width, height) on the
-    CPU, becomes noise, normal (0, 1), that follows from its seed; a box of width 0 is none."""
+def erase(images: Tensor, boxes: Tensor, records: Tensor, *seed: int):
+    """Random erasing, in place: in each image (3, H, W) of normalized pixels its box, (left, top, width, height),
+    becomes noise, normal (0, 1), that follows from seed and record; a box of width 0 is none.
+
+    boxes (B, 4), records (B,): on the CPU
+    """
     generator = torch.Generator(images.device)
-    for image, (left, top, w, h), seed in zip(images, boxes.tolist(), seeds):
+    for image, (left, top, w, h), record in zip(images, boxes.tolist(), records.tolist()):
         if w:
-            noise = torch.randn(3, h, w, generator=generator.manual_seed(seed), device=images.device)
+            generator.manual_seed(seed_of(*seed, record))
+            noise = torch.randn(3, h, w, generator=generator, device=images.device)
             image[:, top:top + h, left:left + w] = noise
 
 
