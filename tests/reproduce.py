@@ -47,6 +47,7 @@ from conftest import ROOT
 
 import train
 from data import ShapesWorld, say
+from model import PRESETS
 
 CELLS, PAGE, PICTURE = (ROOT / "docs" / f"reproduction.{kind}" for kind in ("jsonl", "md", "png"))
 FIGURE, RESULTS = ROOT / "docs" / "reproduction-words.png", ROOT / "docs" / "results.png"
@@ -183,15 +184,17 @@ def tables(cells: dict) -> dict[str, Table]:
                                 clip))
         return rows
 
-    def sweep(option: str, values: list, default, paper: dict, methods=("maskclip",)) -> list[Row]:
-        """Rows of one option; with several methods each is compared with clip, else with the default."""
+    def sweep(option: str, values: list, paper: dict, methods=("maskclip",)) -> list[Row]:
+        """Rows of one option; with several methods each is compared with clip, else with the preset's value."""
+        default = getattr(PRESETS["pocket"], option)
+
         def run(method, value):
             return setting(method, **({} if value == default else {option: value}))
         return [Row(f"{value}", run(m, value), paper.get(value, ()), m if len(methods) > 1 else "",
                     base="" if m == "clip" or value == default and len(methods) == 1 else
                     run("clip", value) if len(methods) > 1 else run(m, default))
                 for m in methods for value in values]
-    both = ("clip", "maskclip")
+    both, whole = ("clip", "maskclip"), dict(steps=steps_of(system("clip")))
     return {
         "ladder": Table("Supplement Table 2: what each part adds", {**ZEROSHOT, **LINEAR, **FINE, **DENSE, **RETRIEVAL},
                         [Row(LADDER[m], system(m), TABLE_2[m], base=system("clip") * (m != "clip")) for m in LADDER],
@@ -200,20 +203,19 @@ def tables(cells: dict) -> dict[str, Table]:
                          "ViT-B/32 on YFCC15M / ViT-B/16 on CC3M)", {**ZEROSHOT, **LINEAR, **FINE},
                          compared(SYSTEMS, {m: both_halves(m) for m in SYSTEMS})),
         "lambda": Table("Weight of the distillation, lambda of Eq. 8", {**ZEROSHOT, **LINEAR},
-                        sweep("distillation_weight", [1, 0.1, 0.05, 0.01], 0.05,
+                        sweep("distillation_weight", [1, 0.1, 0.05, 0.01],
                               {1: (38.5, 68.2), 0.1: (44.4, 73.5), 0.05: (44.5, 73.7), 0.01: (43.6, 73.0)})),
         "beta": Table("Weight of masked language modelling, beta of Eq. 8", {**ZEROSHOT, **RETRIEVAL},
-                      sweep("mlm_weight", [1, 0.1, 0.05, 0.01], 0.05,
+                      sweep("mlm_weight", [1, 0.1, 0.05, 0.01],
                             {1: (36.5, 51.7, 32.1), 0.1: (44.3, 69.2, 45.9), 0.05: (44.5, 70.1, 45.6),
                              0.01: (43.2, 70.6, 45.6)})),
         "length": Table(f"How often each of {PAIRS:,} pairs is seen", {**ZEROSHOT, **LINEAR},
-                        sweep("epochs", [1.25, 2.5, 5, 10], 5, {}, both)),
+                        sweep("epochs", [1.5, 3, 6, 12], {}, both)),
         "pairs": Table("How many pairs there are, in runs of equal length", {**ZEROSHOT, **LINEAR},
-                       [Row(f"{n:,}", setting(m, n, **({} if n == PAIRS else dict(steps=steps_of(system(m))))), (), m,
-                            base=setting("clip", n, **({} if n == PAIRS else dict(steps=steps_of(system(m))))) *
-                            (m != "clip")) for m in both for n in (1250, 5000, 20000)]),
+                       [Row(f"{n:,}", setting(m, n, **length), (), m, base=setting("clip", n, **length) * (m != "clip"))
+                        for m in both for n, length in ((1250, whole), (5000, whole), (PAIRS, {}))]),
         "pool": Table("What stands for the image", {**ZEROSHOT, **LINEAR},
-                      sweep("pool", ["cls", "mean", "max"], "cls", {}, both)),
+                      sweep("pool", ["cls", "mean", "max"], {}, both)),
         "figure": Table("Supplement Figures 2 and 3: where words are found", WORDS,
                         [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER]),
         "momentum": Table("Momentum of the teacher, from the first step to the last", {**ZEROSHOT, **LINEAR},

@@ -32,6 +32,14 @@ def test_steps_are_those_that_train_takes():
     assert reproduce.steps_of(reproduce.system("unicl")) == reproduce.steps_of(reproduce.system("clip"))
 
 
+def test_the_presets_own_value_is_a_row_of_the_preset():
+    """A row's name is the value that its run has."""
+    for name, option in dict(length="epochs", pool="pool", beta="mlm_weight").items():
+        for row in TABLES[name].rows:
+            options = train.parse_train_options(shlex.split(row.run))
+            assert row.name == f"{getattr(options, option):g}" if name != "pool" else row.name == options.pool
+
+
 def test_options_of_all_kinds():
     assert reproduce.setting("maskclip", causal=False, mask_ratio=0.5).endswith("--no-causal --mask-ratio 0.5")
     assert train.parse_train_options(shlex.split(reproduce.setting("maskclip", causal=False))).causal is False
