@@ -47,7 +47,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from os.path import isdir, isfile
 from pathlib import Path
@@ -696,8 +696,11 @@ OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image of ", "a d
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 LONE_SIZE = (0.45, 0.8)     # smallest and largest size of a lone object; n are n ** -0.4 times as large, or less to fit
 LONE_SHARE = 0.7            # of the scenes have one object, where one to several are allowed
-MARK_SIZE = 0.45     # of a mark, a small form of the opposite color inside an object, in sizes of the object
-SHAPES_OPTIONS = dict(train=int, val=int, size=int, seed=int, unsaid=float, forms=int, marks=float, by_mark=int)
+PATTERNS = {"checks": ("checkered", 0), "dots": ("dotted", 0), "upright stripes": ("striped", 0),        # and angle
+            "level stripes": ("striped", 90), "rising stripes": ("striped", 45), "falling stripes": ("striped", 135)}
+PATTERN_PERIOD = 0.09
+SHAPES_OPTIONS = dict(train=int, val=int, size=int, seed=int, unsaid=float, forms=int, patterns=float,
+                      by_pattern=int)
 MAX_NOISE = 8        # colors keep this far from 0 and 255, so that noise is never clipped
 
 
@@ -711,7 +714,8 @@ class Thing:
     size: float
     angle: float
     rgb: tuple[float, ...]
-    mark: str = ""
+    pattern: str = ""
+    phases: tuple[float, float] = (0.0, 0.0)                     # of the pattern
 
     @property
     def category(self):
@@ -783,21 +787,21 @@ def square_wave(t, step):
     return ((np.abs(t - np.floor(t) - 0.5) - 0.25) / step + 0.5).clip(0, 1)
 
 
-def texture_map(scene, size, rng):
-    """(size, size) in 0..1: the share of the second tone in each pixel of the background."""
+def texture_map(texture, angle, period, phases, size, rng):
+    """(size, size) in 0..1: the share of the second tone in each pixel."""
     x = (np.arange(size, dtype=np.float32) + 0.5) / size
     y = x[:, None]
-    if scene.texture == "cloudy":                                # a coarse random grid, smoothly enlarged
+    if texture == "cloudy":                                    # a coarse random grid, smoothly enlarged
         cells = Image.frombytes("L", (7, 7), rng.randbytes(49))
         return np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
-    cos, sin = turn(scene.angle)
-    if scene.texture == "plain":                                 # a faint gradient
+    cos, sin = turn(angle)
+    if texture == "plain":                                 # a faint gradient
         return 0.5 + 0.3 * (cos * (x - 0.5) + sin * (y - 0.5))
-    step = 1 / (scene.period * size)                             # periods a pixel
-    if scene.texture == "striped":
-        return square_wave((cos * x + sin * y) / scene.period + scene.phases[0], step)
-    x, y = x / scene.period + scene.phases[0], y / scene.period + scene.phases[1]
-    if scene.texture == "checkered":
+    step = 1 / (period * size)                                   # periods a pixel
+    if texture == "striped":
+        return square_wave((cos * x + sin * y) / period + phases[0], step)
+    x, y = x / period + phases[0], y / period + phases[1]
+    if texture == "checkered":
         x, y = square_wave(x, step), square_wave(y, step)
         return x + y - 2 * x * y
     x, y = x - np.floor(x) - 0.5, y - np.floor(y) - 0.5          # dotted
@@ -808,13 +812,14 @@ def draw_scene(scene: Scene, size: int) -> np.ndarray:
     """(size, size, 3) uint8: texture, objects in order, fine noise."""
     rng = random.Random(scene.noise_seed)
     dark, light = np.array(scene.tones, dtype=np.float32)[:, :, None, None]                # (3, 1, 1) each
-    canvas = dark + (light - dark) * texture_map(scene, size, rng)                         # (3, size, size)
+    second = texture_map(scene.texture, scene.angle, scene.period, scene.phases, size, rng)
+    canvas = dark + (light - dark) * second                                                # (3, size, size)
     for thing in scene.objects:
         rgb = np.array(thing.rgb, dtype=np.float32)[:, None, None]                         # (3, 1, 1)
+        if thing.pattern:                                        # its second tone is nearer to gray
+            second = texture_map(*PATTERNS[thing.pattern], PATTERN_PERIOD, thing.phases, size, rng)
+            rgb = rgb + 0.7 * (128 - rgb) * second
         canvas += coverage(thing, size) * (rgb - canvas)
-        if thing.mark:
-            mark = replace(thing, shape=thing.mark, size=MARK_SIZE * thing.size)
-            canvas += coverage(mark, size) * (255 - rgb - canvas)
     canvas += np.frombuffer(rng.randbytes(size * size), dtype=np.int8).reshape(size, size) >> 4    # -8 .. 7
     return np.stack(canvas.astype(np.uint8), axis=-1)                                      # (size, size, 3)
 
@@ -868,7 +873,7 @@ def listing(phrases):
     return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
 
 
-def scene_caption(rng, things, texture, unsaid, marks):
+def scene_caption(rng, things, texture, unsaid, patterns):
     """A true sentence about the scene.  Objects of one class share a phrase, "two red circles"."""
     def chance(p):
         return rng.random() < p
@@ -882,8 +887,8 @@ def scene_caption(rng, things, texture, unsaid, marks):
         else:
             words = [rng.choice(size_words(group[0])) if chance(0.4) else "", color, shape]
             words = ["an" if "".join(words)[0] in "aeiou" else "a", *words]
-            if group[0].mark and chance(marks):
-                words.append(f"with a {group[0].mark} in it")
+            if group[0].pattern and chance(patterns):
+                words.append(f"with {group[0].pattern}")
         return " ".join(filter(None, words))
 
     def placed(words, group):
@@ -940,8 +945,8 @@ class ShapesWorld:
     unsaid       probability that the caption leaves out an object after the first, or an object's color or shape
     dense        read() gives label_map and objects too
     forms        a class is a shape of any color, and there are 8; else color and shape, and there are 64
-    marks        each object has a mark, which its phrase names with this probability; without the option none has one
-    by_mark      a class is a mark, and there are 8
+    patterns     each object has a pattern, which its phrase names with this probability; without the option it has none
+    by_pattern   a class is a pattern, and there are 6
 
     A scene is in "val" if a hash of its layout (color and shape of its objects, their places and sizes in sixteenths of
     the side) is a multiple of 4, else in "train".  So no layout is in both, whatever the seeds and options, while both
@@ -955,8 +960,8 @@ class ShapesWorld:
     unsaid: float = 0.0
     dense: bool = False
     forms: bool = False
-    marks: float | None = None
-    by_mark: bool = False
+    patterns: float | None = None
+    by_pattern: bool = False
 
     classes = KINDS
     notes = ()
@@ -967,13 +972,13 @@ class ShapesWorld:
         fewest, most = self.objects
         for what, values, least, largest in (("objects", (fewest, most), 1, 6), ("count", [self.count], 1, 10 ** 9),
                                              ("size", [self.size], 16, 10 ** 5), ("unsaid", [self.unsaid], 0, 1),
-                                             ("marks", [self.marks or 0], 0, 1)):
+                                             ("patterns", [self.patterns or 0], 0, 1)):
             if not least <= values[0] <= values[-1] <= largest:
                 raise UserError(f"Shapes world: {what} is {values}, wanted numbers that rise from {least} to {largest}")
-        if self.by_mark and self.marks is None:
-            raise UserError("Shapes world: by_mark=1 wants marks: marks=0.5, or what else they were in training")
-        if self.forms or self.by_mark:
-            self.classes = list(SHAPES)
+        if self.by_pattern and self.patterns is None:
+            raise UserError("Shapes world: by_pattern=1 wants patterns: patterns=0.5, or what else it was in training")
+        if self.forms or self.by_pattern:
+            self.classes = list(PATTERNS if self.by_pattern else SHAPES)
 
     def __len__(self):
         return self.count
@@ -993,12 +998,12 @@ class ShapesWorld:
             cells = sorted((t.category, int(16 * t.cx), int(16 * t.cy), int(16 * t.size)) for t in things)
             held_out = hashlib.blake2b(bytes(sum(cells, ()))).digest()[0] % 4 == 0
         texture, gray, contrast = rng.choice(TEXTURES), rng.uniform(108, 142), rng.uniform(12, 22)
-        for thing in things if self.marks is not None else ():
-            thing.mark = rng.choice(SHAPES)
+        for thing in things if self.patterns is not None else ():
+            thing.pattern, thing.phases = rng.choice(list(PATTERNS)), (rng.random(), rng.random())
         tones = [tuple(tone + rng.uniform(-12, 12) for _ in range(3)) for tone in (gray - contrast, gray + contrast)]
         return Scene(things, texture, tones, period=rng.uniform(0.14, 0.3), angle=rng.uniform(0, 180),
                      phases=(rng.random(), rng.random()), noise_seed=rng.getrandbits(32),
-                     caption=scene_caption(rng, things, texture, self.unsaid, self.marks))
+                     caption=scene_caption(rng, things, texture, self.unsaid, self.patterns))
 
     def array(self, i):
         """Image (size, size, 3) uint8, and caption."""
@@ -1008,7 +1013,7 @@ class ShapesWorld:
     def read(self, i: int) -> Sample:
         scene = self.scene(i)
         sample = Sample(Image.fromarray(draw_scene(scene, self.size)), (scene.caption,))
-        labels = [SHAPES.index(thing.mark) if self.by_mark else thing.category % len(self.classes)
+        labels = [self.classes.index(thing.pattern) if self.by_pattern else thing.category % len(self.classes)
                   for thing in scene.objects]                                        # forms: KINDS' inner loop
         if len(labels) == 1:
             sample.label = labels[0]
@@ -1041,8 +1046,8 @@ def shapes(text, split, task, size, **_):
                 options[key] = SHAPES_OPTIONS[key](value)
         except (KeyError, ValueError):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
-                            f"seed=0, objects=1-4, unsaid=0.2 (from 0 to 1), forms=1 (or 0), marks=0.5 (from 0 to "
-                            f"1), by_mark=1 (or 0)") from None
+                            f"seed=0, objects=1-4, unsaid=0.2 (from 0 to 1), forms=1 (or 0), patterns=0.5 (from 0 "
+                            f"to 1), by_pattern=1 (or 0)") from None
     counts = dict(train=options.pop("train"), val=options.pop("val"))
     split = "train" if split == "train" else "val"
     return ShapesWorld(split, counts[split], dense=task in ("segmentation", "detection"), **options)

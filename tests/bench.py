@@ -68,14 +68,14 @@ def race(contestants: dict, o, rounds: int = 0) -> dict[str, list[float]]:
     """{name: prepare}, prepare(round) -> what is timed  ->  {name: seconds of each round}"""
     clock = dict(wall=time.perf_counter, cpu=time.process_time)[o.clock]
     seconds = {name: [] for name in contestants}
-    for i in range(-1, rounds or o.rounds):
+    for i in range(1 + (rounds or o.rounds)):                   # round 0 does not count
         for name in list(contestants)[::1 if i % 2 else -1]:
             run = contestants[name](i)
             synchronize()
             start = clock()
             run()
             synchronize()
-            if i >= 0:
+            if i:
                 seconds[name].append(clock() - start)
     return seconds
 
@@ -113,7 +113,7 @@ class Pairs:
         self.crop = data.TrainTransform(size)
 
     def batch(self, number: int, B: int) -> tuple[torch.Tensor, list[str]]:
-        rng = np.random.default_rng(number + 1)
+        rng = np.random.default_rng(number)
         samples = [self.data.read(int(i)) for i in rng.choice(len(self.data), B, replace=False)]
         return torch.stack([self.crop(s.image, rng) for s in samples]), [s.captions[0] for s in samples]
 
@@ -145,7 +145,7 @@ class Ours:
     def step(self, images: torch.Tensor, captions: list[str], number: int = 0):
         o, runtime = self.options, self.runtime
         batch = dict(images=images, tokens=self.tokens(captions))
-        batch = train.hide(batch, o, self.tokenizer, number + 1, o.seed, runtime.rank, runtime.world)
+        batch = train.hide(batch, o, self.tokenizer, number, o.seed, runtime.rank, runtime.world)
         batch = train.micro_batches(batch, 1, DEVICE)[0]
         self.optimizer.zero_grad()
         terms, answers = train.backward(self.net, self.core, self.teacher, batch, runtime)

@@ -107,9 +107,10 @@ EVALUATIONS = {
         top1=lambda j: j["results"]["checkpoint"]["top1"])),
     "finetune": (["finetune.py", *LABELLED, "--epochs", "40", "--warmup-epochs", "4", "--batch-size", "64",
                   "--lr", "3e-3"], ["--epochs", "1"], dict(top1=lambda j: j["top1"])),
-    "marked": (["eval_zeroshot.py", "--data", "shapes:marks=0"], [], dict(top1=lambda j: j["results"][0]["top1"])),
-    "marks": (["eval_linear.py", "--data", "shapes:objects=1-1,train=1000,marks=0,by_mark=1"], ["--epochs", "5"],
-              dict(top1=lambda j: j["results"]["checkpoint"]["top1"])),
+    "patterned": (["eval_zeroshot.py", "--data", "shapes:patterns=0"], [],
+                  dict(top1=lambda j: j["results"][0]["top1"])),
+    "patterns": (["eval_linear.py", "--data", "shapes:objects=1-1,train=1000,patterns=0,by_pattern=1"],
+                 ["--epochs", "5"], dict(top1=lambda j: j["results"]["checkpoint"]["top1"])),
     "words": (["dense.py", "words"], ["--samples", "1"], dict(hit=lambda j: next(iter(j.values()))["hit"])),
     "maps": (["dense.py", "zeroshot", "--limit", "256"], ["--limit", "16"], dict(miou=lambda j: j["miou"])),
     "upernet": (["dense.py", "upernet", "--data", "shapes:objects=2-4,forms=1", "--steps", "600", "--limit", "256"],
@@ -222,12 +223,12 @@ def tables(cells: dict) -> dict[str, Table]:
                           [Row("0.99 to 0.999, the preset's", system("maskclip")),
                            Row("0.999 to 0.9999, the paper's", setting("maskclip", momentum=0.999, momentum_end=0.9999),
                                base=system("maskclip"))]),
-        "marks": Table("How often captions name the marks of objects",
-                       {"0-shot": ("marked", "top1"), "marks, linear": ("marks", "top1")},
-                       [Row(LADDER[m], setting(m, world=f"marks={p}"), (), name,
-                            base=setting("clip", world=f"marks={p}") * (m != "clip"))
-                        for p, name in ((0, "never"), (0.1, "one in ten"), (1, "always"))
-                        for m in ("clip", "clip+ema", "maskclip")]),
+        "patterns": Table("How often captions name the patterns of objects",
+                          {"0-shot": ("patterned", "top1"), "patterns, linear": ("patterns", "top1")},
+                          [Row(LADDER[m], setting(m, world=f"patterns={p}"), (), name,
+                               base=setting("clip", world=f"patterns={p}") * (m != "clip"))
+                           for p, name in ((0, "never"), (0.1, "one in ten"), (1, "always"))
+                           for m in ("clip", "clip+ema", "maskclip")]),
         "needs": Table("What the effect may need", {**ZEROSHOT, **LINEAR},
                        [Row(LADDER[m], setting(m, **changes), (), name, base=setting("clip", **changes) * (m != "clip"))
                         for name, changes in NEEDS.items() for m in ("clip", "clip+ema", "maskclip")]),

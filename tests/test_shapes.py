@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import data
-from data import (COLORS, LONE_SHARE, LONE_SIZE, SHAPES, ShapesWorld, Thing, UserError, coverage, draw_scene,
+from data import (COLORS, LONE_SHARE, LONE_SIZE, PATTERNS, SHAPES, ShapesWorld, Thing, UserError, coverage, draw_scene,
                   hash_names, open_data, visible_masks)
 
 
@@ -152,31 +152,44 @@ def test_dense_samples():
     assert hidden_by_others > 0, "the sample has no overlap: it does not test who covers whom"
 
 
-def test_marks_are_drawn_and_named_as_often_as_asked():
-    """A mark changes pixels of its own object alone, and neither the scene nor, unnamed, its caption's truth."""
-    plain, never, often = (ShapesWorld(count=400, size=64, objects=(1, 1), marks=marks) for marks in (None, 0.0, 0.75))
-    said = [" in it" in often.scene(i).caption for i in range(400)]
+def test_patterns_are_drawn_and_named_as_often_as_asked():
+    """A pattern changes pixels of its own object alone, and neither the scene nor, unnamed, its caption's truth."""
+    plain, never, often = (ShapesWorld(count=400, objects=(1, 1), patterns=p) for p in (None, 0.0, 0.75))
+    said = [any(name in often.scene(i).caption for name in PATTERNS) for i in range(400)]
     assert 0.68 < np.mean(said) < 0.82
     for i in range(40):
         thing, caption = often.scene(i).objects[0], often.scene(i).caption
-        assert said[i] == (f"with a {thing.mark} in it" in caption) and " in it" not in never.scene(i).caption
-        assert replace(thing, mark="") == plain.scene(i).objects[0] and never.scene(i).objects[0].mark in SHAPES
+        assert said[i] == (f"with {thing.pattern}" in caption)
+        assert never.scene(i).objects[0] == thing and not any(name in never.scene(i).caption for name in PATTERNS)
+        bare = replace(thing, pattern="", phases=(0.0, 0.0))
+        assert bare == plain.scene(i).objects[0]
         scene = often.scene(i)
-        bare = replace(scene, objects=[replace(thing, mark="")])
-        changed = (draw_scene(scene, 64) != draw_scene(bare, 64)).any(axis=-1)
-        mark = replace(thing, shape=thing.mark, size=data.MARK_SIZE * thing.size)
-        assert 0 < changed.sum() and not changed[coverage(mark, 64) == 0].any()
-    assert len({often.scene(i).objects[0].mark for i in range(100)}) == len(SHAPES)
+        changed = (draw_scene(scene, 64) != draw_scene(replace(scene, objects=[bare]), 64)).any(axis=-1)
+        inside = coverage(thing, 64) == 1
+        assert 0.3 < changed[inside].mean() < 1 and not changed[coverage(thing, 64) == 0].any()
+    assert {often.scene(i).objects[0].pattern for i in range(100)} == set(PATTERNS)
 
 
-def test_classes_by_mark():
-    world = open_data("shapes:objects=1-1,marks=0,by_mark=1,val=20", "val", "classes", size=32)
-    assert world.classes == list(SHAPES)
-    assert [world.read(i).label for i in range(20)] == [SHAPES.index(world.scene(i).objects[0].mark) for i in range(20)]
-    with pytest.raises(UserError, match="by_mark=1 wants marks"):
-        open_data("shapes:by_mark=1", "val", "classes")
-    with pytest.raises(UserError, match="marks is"):
-        open_data("shapes:marks=2", "val", "classes")
+def test_stripes_run_as_their_name_says():
+    """Along its stripes an object's color stays, across them it changes; y points down: rising ones have x + y equal"""
+    thing = replace(ShapesWorld(objects=(1, 1)).scene(1).objects[0], shape="square", size=0.9, cx=0.5, cy=0.5, angle=0)
+    scene = replace(ShapesWorld(objects=(1, 1)).scene(1), objects=[thing])
+    for name, along in {"upright": (1, 0), "level": (0, 1), "rising": (-1, 1), "falling": (1, 1)}.items():
+        image = draw_scene(replace(scene, objects=[replace(thing, pattern=f"{name} stripes")]), 64)[20:44, 20:44, 0]
+        change = {step: np.abs(np.roll(image.astype(int), step, (0, 1)) - image)[2:-2, 2:-2].mean()
+                  for step in ((1, 0), (0, 1), (-1, 1), (1, 1))}
+        assert min(change, key=change.get) == along, (name, change)
+
+
+def test_classes_by_pattern():
+    world = open_data("shapes:objects=1-1,patterns=0,by_pattern=1,val=20", "val", "classes", size=32)
+    assert world.classes == list(PATTERNS)
+    for i in range(20):
+        assert world.classes[world.read(i).label] == world.scene(i).objects[0].pattern
+    with pytest.raises(UserError, match="by_pattern=1 wants patterns"):
+        open_data("shapes:by_pattern=1", "val", "classes")
+    with pytest.raises(UserError, match="patterns is"):
+        open_data("shapes:patterns=2", "val", "classes")
 
 
 def test_with_forms_a_class_is_a_shape_of_any_color():
