@@ -99,6 +99,7 @@ def steps_of(run: str) -> int:
 
 # evaluation -> its command, what it takes instead with --quick, and value -> where that stands in the JSON it writes
 LABELLED = ["--data", "shapes:objects=1-1,train=1000"]
+PATTERNED = ["eval_linear.py", "--data", "shapes:objects=1-1,train=1000,patterns=0,by_pattern=1"]
 EVALUATIONS = {
     "zeroshot": (["eval_zeroshot.py"], [], dict(
         top1=lambda j: j["results"][0]["top1"],
@@ -109,8 +110,9 @@ EVALUATIONS = {
                   "--lr", "3e-3"], ["--epochs", "1"], dict(top1=lambda j: j["top1"])),
     "patterned": (["eval_zeroshot.py", "--data", "shapes:patterns=0"], [],
                   dict(top1=lambda j: j["results"][0]["top1"])),
-    "patterns": (["eval_linear.py", "--data", "shapes:objects=1-1,train=1000,patterns=0,by_pattern=1"],
-                 ["--epochs", "5"], dict(top1=lambda j: j["results"]["checkpoint"]["top1"])),
+    "patterns": (PATTERNED, ["--epochs", "5"], dict(top1=lambda j: j["results"]["checkpoint"]["top1"])),
+    "patches": ([*PATTERNED, "--feature", "mean", "--control"], ["--epochs", "5"], dict(
+        top1=lambda j: j["results"]["checkpoint"]["top1"], untrained=lambda j: j["results"]["untrained"]["top1"])),
     "words": (["dense.py", "words"], ["--samples", "1"], dict(hit=lambda j: next(iter(j.values()))["hit"])),
     "maps": (["dense.py", "zeroshot", "--limit", "256"], ["--limit", "16"], dict(miou=lambda j: j["miou"])),
     "upernet": (["dense.py", "upernet", "--data", "shapes:objects=2-4,forms=1", "--steps", "600", "--limit", "256"],
@@ -224,7 +226,8 @@ def tables(cells: dict) -> dict[str, Table]:
                            Row("0.999 to 0.9999, the paper's", setting("maskclip", momentum=0.999, momentum_end=0.9999),
                                base=system("maskclip"))]),
         "patterns": Table("How often captions name the patterns of objects",
-                          {"0-shot": ("patterned", "top1"), "patterns, linear": ("patterns", "top1")},
+                          {"0-shot": ("patterned", "top1"), "patterns, linear": ("patterns", "top1"),
+                           "of the patches": ("patches", "top1"), "untrained": ("patches", "untrained")},
                           [Row(LADDER[m], setting(m, world=f"patterns={p}"), (), name,
                                base=setting("clip", world=f"patterns={p}") * (m != "clip"))
                            for p, name in ((0, "never"), (0.1, "one in ten"), (1, "always"))
