@@ -715,7 +715,7 @@ class Thing:
     angle: float
     rgb: tuple[float, ...]
     pattern: str = ""
-    phases: tuple[float, float] = (0.0, 0.0)                     # of the pattern
+    phases: tuple = ()                                           # of the pattern, as a texture's
 
     @property
     def category(self):

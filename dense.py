@@ -265,13 +265,15 @@ def evaluate(predict: Callable[[Tensor], Tensor], window: int, stride: int, side
 class ZeroShotOptions(SegmentationOptions):
     templates: str = opt("auto", "sentences around a name: 85, 80, 7, a file, or one with {}; auto: 85 (paper), for "
                          "a model trained on shapes a {}", "test")
+    path: str = opt("code", "a patch's feature: its value with the last block's residual and MLP, as DenseCLIP's code, "
+                    "or the value alone, as its text says", "test", ("code", "plain"))
 
 
-def patch_scores(model: MaskCLIP, texts: Tensor) -> Callable[[Tensor], Tensor]:
+def patch_scores(model: MaskCLIP, texts: Tensor, path: str) -> Callable[[Tensor], Tensor]:
     """texts (classes, E), unit length -> function (n, 3, h, w) -> (n, classes, h, w), cosines of patches, upsampled."""
     def predict(images: Tensor) -> Tensor:
         h, w = images.shape[2:]
-        patches = model.encode_patches(images)                                                 # (n, N, E)
+        patches = model.encode_patches(images, path)                                           # (n, N, E)
         with torch.autocast(images.device.type, enabled=False):      # ranked: rounded to bf16, many would tie
             cosine = patches.float() @ texts.float().T                                         # (n, N, classes)
         grid = h // model.config.patch_size, w // model.config.patch_size
@@ -296,7 +298,7 @@ def zeroshot(argv=None):
     look_at_labels(data, None, runtime.is_main)
     texts = model.encode_classes(progress(data.classes, len(data.classes), "classes embedded", runtime.is_main),
                                  templates, tokenizer)                                           # (classes, E)
-    evaluate(patch_scores(model, texts), window, window // 2, sides, data, options, runtime,
+    evaluate(patch_scores(model, texts, options.path), window, window // 2, sides, data, options, runtime,
              Path(options.out or "runs/zeroshot-segmentation"),
              dict(checkpoint=options.checkpoint, method=config.method, templates=len(templates)))
 
@@ -320,6 +322,7 @@ class WordOptions(RunOptions):
     caption: str = opt("", "its caption")
     words: str = opt("", "words or phrases to look for, with commas; empty: those of the caption that mean something")
     templates: str = opt("auto", "sentences around a word, as for zeroshot (paper silent)")
+    path: str = opt("plain", "a patch's feature, as for zeroshot (paper silent)", choices=("code", "plain"))
 
 
 def words_of(caption: str, unit: str = "word") -> list[str]:
@@ -336,7 +339,7 @@ def words_of(caption: str, unit: str = "word") -> list[str]:
 
 
 @torch.no_grad()
-def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor) -> np.ndarray:
+def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor, path: str) -> np.ndarray:
     """RGB image, texts (classes, E) -> (classes, height, width) float32, cosine of text and patch, upsampled.
 
     # paper: shows such maps, silent on how they are made; here: scores of zero-shot segmentation, phrases for classes
@@ -344,16 +347,17 @@ def text_maps(model: MaskCLIP, image: PIL.Image.Image, texts: Tensor) -> np.ndar
     window = model.config.image_size
     pixels = to_tensor(image.resize(scaled_sides(*image.size, window), BILINEAR))
     pixels = normalize(pixels[None].to(model.logit_scale.device))[0]                     # (3, h, w)
-    maps = slide(pixels, patch_scores(model, texts), window, window // 2)
+    maps = slide(pixels, patch_scores(model, texts, path), window, window // 2)
     return resize(maps[None], image.size[::-1])[0].cpu().numpy()
 
 
-def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...]) -> tuple[float, float]:
+def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tuple[str, ...],
+                  path: str) -> tuple[float, float]:
     """How often the highest point of a class's map lies on an object of that class (Zhang et al. 2018), over the
     classes in the first `count` scenes; and the share of the picture that such objects cover, which is chance."""
     texts, hits, shares = model.encode_classes(world.classes, templates, tokenizer), [], []
     for sample in map(world.read, progress(range(count), count, "scenes")):
-        maps = text_maps(model, sample.image, texts)                    # (classes, height, width)
+        maps = text_maps(model, sample.image, texts, path)                    # (classes, height, width)
         for label in np.unique(sample.label_map[sample.label_map > 0]):
             there = sample.label_map == label                                                        # (height, width)
             hits.append(there.flat[maps[label - 1].argmax()])
@@ -373,11 +377,10 @@ def draw_words(image: PIL.Image.Image, caption: str, phrases: list[str], maps: n
 
     A phrase's colors go from its least to its greatest value over all models.
     """
-    pictures = [(caption, image)]
+    pictures = [(caption + "\n\n", image)]                                  # above the two lines of all others
     for j, phrase in enumerate(phrases):
         for values, name in zip(maps[:, j], models):
-            text = f"\n{phrase}\n{name}" if len(models) > 1 else f"\n{phrase}"
-            pictures.append((text, overlay(image, values, maps[:, j].min(), maps[:, j].max())))
+            pictures.append((f"{phrase}\n{name}", overlay(image, values, maps[:, j].min(), maps[:, j].max())))
     return pictures
 
 
@@ -414,7 +417,7 @@ def words(argv=None):
         phrases = asked or words_of(caption, unit)
         if not phrases:
             raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
-        maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer))
+        maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer), options.path)
                          for model, tokenizer in loaded])                           # (models, phrases, height, width)
         rows.append(draw_words(image, caption, phrases, maps, names))
     out.mkdir(parents=True, exist_ok=True)
@@ -423,7 +426,8 @@ def words(argv=None):
     if options.data.startswith("shapes") and not options.image:                     # where the truth is known
         for name, (model, tokenizer) in zip(names, loaded):
             world = open_data(options.data, "val", "segmentation", size=model.config.image_size)
-            hit, chance = pointing_game(model, tokenizer, world, min(200, len(world)), templates)
+            hit, chance = pointing_game(model, tokenizer, world, min(200, len(world)), templates,
+                                        options.path)
             say(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
                 f"(chance {chance:.1%})")
             pointing[name] = dict(hit=hit, chance=chance)

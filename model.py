@@ -402,7 +402,7 @@ class VisionTransformer(nn.Module):
                 out.append(x)
         return out
 
-    def value_features(self, images: Tensor, path: str = "code") -> Tensor:
+    def value_features(self, images: Tensor, path: str) -> Tensor:
         """(B, 3, h, w) -> (B, N, D): patch features that keep their place, for zero-shot segmentation.
 
         The last block attends with the identity instead of softmax(QK): a patch's feature is its own value vector.
@@ -412,9 +412,8 @@ class VisionTransformer(nn.Module):
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
-        last, D = self.blocks[-1], x.shape[-1]
-        qkv = last.attn.qkv
-        value = last.attn.proj(F.linear(last.norm1(x), qkv.weight[2 * D:], qkv.bias[2 * D:]))   # (B, 1+N, D)
+        last = self.blocks[-1]
+        value = last.attn.proj(last.attn.qkv(last.norm1(x)).chunk(3, dim=2)[2])                 # (B, 1+N, D)
         if path == "code":
             x = x + value
             value = x + last.mlp(last.norm2(x))
@@ -755,7 +754,7 @@ class MaskCLIP(nn.Module):
             means.append(texts.flatten(0, -2).mean(dim=0))                                          # (E,)
         return F.normalize(torch.stack(means), dim=-1)
 
-    def encode_patches(self, images: Tensor, path: str = "code") -> Tensor:
+    def encode_patches(self, images: Tensor, path: str) -> Tensor:
         """(B, 3, h, w) -> (B, N, E) unit-length patch embeddings in the joint space, by DenseCLIP's value path"""
         return unit(self.image_proj(self.visual.value_features(images, path)))
 

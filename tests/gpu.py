@@ -274,10 +274,10 @@ def operators(s: Setting) -> Iterator[Row]:
     images, texts = torch.randn(4, 3, 48, 48, generator=generator), torch.randn(150, 128, generator=generator)
     texts = F.normalize(texts, dim=-1)
     with torch.no_grad():
-        want = dense.patch_scores(core, texts)(images)                                          # (4, 150, 48, 48)
+        want = dense.patch_scores(core, texts, "code")(images)                                  # (4, 150, 48, 48)
         core, images, texts = core.to(s.device), images.to(s.device), texts.to(s.device)
         with train.Runtime(0, 1, s.device, s.half, 0).autocast():
-            got = dense.patch_scores(core, texts)(images)
+            got = dense.patch_scores(core, texts, "code")(images)
     top = got.topk(2, dim=1).values
     yield Row("segmentation scores", str(got.dtype).removeprefix("torch."), "float32", got.dtype == torch.float32)
     yield at_most("segmentation: share of pixels of which two classes tie",

@@ -384,9 +384,9 @@ def test_patch_scores_are_cosines_at_the_patches():
     model, tokenizer, config = tiny_model()
     texts = model.encode_classes(["red circle", "blue square", "moon"], ("a {}", "the {}"), tokenizer)
     images, p = torch.randn(2, 3, 32, 48), config.patch_size
-    scores = dense.patch_scores(model, texts)(images)
+    scores = dense.patch_scores(model, texts, "code")(images)
     assert scores.shape == (2, 3, 32, 48)
-    patches = model.encode_patches(images)                                                  # (2, 4 * 6, E), row by row
+    patches = model.encode_patches(images, "code")                                          # (2, 4 * 6, E), row by row
     for b, c, row, column in itertools.product(range(2), range(3), range(4), range(6)):
         # bilinear: the four pixels around a patch's center average to its value, up to its neighbors' share of 1/16
         center = scores[b, c, row * p + 3:row * p + 5, column * p + 3:column * p + 5].mean().item()
@@ -402,9 +402,9 @@ def test_cosines_are_float32_whatever_the_precision():
     model, tokenizer, _ = tiny_model()
     texts, images = F.normalize(torch.randn(9, 16), dim=-1), torch.randn(1, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        patches = model.encode_patches(images)
-        scores = dense.patch_scores(model, texts)(images)
-        maps = dense.text_maps(model, PIL.Image.new("RGB", (32, 32), "red"), texts.bfloat16())
+        patches = model.encode_patches(images, "code")
+        scores = dense.patch_scores(model, texts, "code")(images)
+        maps = dense.text_maps(model, PIL.Image.new("RGB", (32, 32), "red"), texts.bfloat16(), "code")
     want = (patches.float() @ texts.T).transpose(1, 2).unflatten(2, (4, 4))
     assert scores.dtype == torch.float32 and maps.dtype == np.float32
     torch.testing.assert_close(scores, dense.resize(want, (32, 32)), atol=1e-6, rtol=1e-5)
@@ -417,7 +417,7 @@ class ColorModel:
     def embed(self, rgb):
         return F.normalize(torch.as_tensor(rgb, dtype=torch.float32) / 255 - 0.5, dim=-1)
 
-    def encode_patches(self, images):
+    def encode_patches(self, images, path):
         mean, std = torch.tensor(data.MEAN)[:, None, None], torch.tensor(data.STD)[:, None, None]
         pixels = F.avg_pool2d((images * std + mean) * 255, 8)                               # (B, 3, rows, columns)
         return self.embed(pixels.flatten(2).transpose(1, 2))
@@ -440,7 +440,7 @@ def test_zero_shot_with_a_perfect_model(tmp_path):
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("0\n1\n2\n")
     (tmp_path / "class_names.txt").write_text("\n".join(colors))
     model, options = ColorModel(), dense.ZeroShotOptions(data=f"voc:{tmp_path}", test_size=116)
-    predict = dense.patch_scores(model, model.encode_classes(colors, (), None))
+    predict = dense.patch_scores(model, model.encode_classes(colors, (), None), "code")
     runtime, val = dense.setup(replace(options, device="cpu")), open_data(options.data, "val", "segmentation")
     results = dense.evaluate(predict, 32, 16, (116, 464), val, options, runtime, tmp_path / "out", {})
     assert results["images"] == 3 and results["miou"] > 0.93 and results["accuracy"] > 0.96
@@ -458,7 +458,7 @@ def test_word_map_lights_up_where_the_word_is():
             if colors.count(color) == 1 and color not in ("white", "black", "orange"):
                 model = ColorModel()
                 model.config = SimpleNamespace(image_size=64, patch_size=8)
-                maps = dense.text_maps(model, sample.image, model.encode_classes([color], (), None))
+                maps = dense.text_maps(model, sample.image, model.encode_classes([color], (), None), "code")
                 assert maps.shape == (1, 96, 96) and maps.dtype == np.float32
                 assert maps[0][thing["mask"]].mean() > maps[0][~thing["mask"]].mean() + 0.3, (i, color)
                 picture = np.asarray(dense.overlay(sample.image, maps[0], maps.min(), maps.max())).astype(int)
@@ -472,11 +472,11 @@ def test_pointing_game(monkeypatch):
     labels = iter([world.read(i).label_map for i in range(20)] * 2)
     covered = [(world.read(i).label_map == label).mean() for i in range(20)
                for label in np.unique(world.read(i).label_map)[1:]]
-    hit, share = dense.pointing_game(ColorModel(), None, world, 20, ("{}",))
+    hit, share = dense.pointing_game(ColorModel(), None, world, 20, ("{}",), "plain")
     assert hit > 3 * share and share == pytest.approx(np.mean(covered))
     for sign in (1, -1):
         monkeypatch.setattr(dense, "text_maps", lambda *_: sign * (next(labels) == np.arange(1, 65)[:, None, None]))
-        assert dense.pointing_game(ColorModel(), None, world, 20, ("{}",))[0] == max(sign, 0)
+        assert dense.pointing_game(ColorModel(), None, world, 20, ("{}",), "plain")[0] == max(sign, 0)
 
 
 def test_words_of_a_caption():
@@ -509,7 +509,7 @@ def test_words_command(checkpoint, tmp_path, drawn_words, more, n_models, phrase
     assert len(drawn_words) == 2
     for found, maps in drawn_words:
         assert maps.shape == (n_models, len(found), 32, 32) and (phrases is None or found == phrases)
-    assert PIL.Image.open(tmp_path / "words.png").size[1] == 2 * (160 + 6 + 18 * (2 if n_models == 1 else 3))
+    assert PIL.Image.open(tmp_path / "words.png").size[1] == 2 * (160 + 6 + 18 * 3)
 
 
 @pytest.mark.parametrize("specs, template, words", [

@@ -161,7 +161,7 @@ def test_patterns_are_drawn_and_named_as_often_as_asked():
         thing, caption = often.scene(i).objects[0], often.scene(i).caption
         assert said[i] == (f"with {thing.pattern}" in caption)
         assert never.scene(i).objects[0] == thing and not any(name in never.scene(i).caption for name in PATTERNS)
-        bare = replace(thing, pattern="", phases=(0.0, 0.0))
+        bare = replace(thing, pattern="", phases=())
         assert bare == plain.scene(i).objects[0]
         scene = often.scene(i)
         changed = (draw_scene(scene, 64) != draw_scene(replace(scene, objects=[bare]), 64)).any(axis=-1)
@@ -172,7 +172,7 @@ def test_patterns_are_drawn_and_named_as_often_as_asked():
 
 def test_stripes_run_as_their_name_says():
     """Along its stripes an object's color stays, across them it changes; y points down: rising ones have x + y equal"""
-    thing = replace(ShapesWorld(objects=(1, 1)).scene(1).objects[0], shape="square", size=0.9, cx=0.5, cy=0.5, angle=0)
+    thing = Thing("square", "red", 0.5, 0.5, 0.9, 0.0, (214.0, 36.0, 40.0), phases=(0.3, 0.6))
     scene = replace(ShapesWorld(objects=(1, 1)).scene(1), objects=[thing])
     for name, along in {"upright": (1, 0), "level": (0, 1), "rising": (-1, 1), "falling": (1, 1)}.items():
         image = draw_scene(replace(scene, objects=[replace(thing, pattern=f"{name} stripes")]), 64)[20:44, 20:44, 0]
