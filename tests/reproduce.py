@@ -354,7 +354,8 @@ class Lab:
         cells = read_cells(self.path)
         ours, theirs = (self.train(setting(m), 0, (setting(m), 0, "train") in cells) for m in ("maskclip", "clip"))
         out = self.folder / "figure"
-        self.call("dense.py", "words", ours / "last.pt", "--compare", theirs / "last.pt", "--out", out)
+        self.call("dense.py", "words", ours / "last.pt", "--compare", theirs / "last.pt", "--out", out,
+                  "--data", "shapes:objects=2-2", "--samples", 3)
         shutil.copy(out / "words.png", out / "quick.png" if self.quick else FIGURE)
 
 
@@ -523,8 +524,8 @@ def draw_results(cells: dict) -> PIL.Image.Image | None:
     if not seeds:
         return None
     curves = {method: [cells[run, seed, "train"]["values"]["curve"] for seed in seeds] for method, run in runs.items()}
-    words = PIL.Image.open(FIGURE).convert("RGB") if FIGURE.exists() else PIL.Image.new("RGB", (1, 300), "white")
-    height = 300
+    words = PIL.Image.open(FIGURE).convert("RGB") if FIGURE.exists() else PIL.Image.new("RGB", (1, 1), "white")
+    height = 460
     words = words.resize((round(words.width * height / words.height), height), PIL.Image.Resampling.LANCZOS)
     sheet = PIL.Image.new("RGB", (520 + words.width, height), "white")
     sheet.paste(words, (520, 0))
@@ -546,10 +547,15 @@ def draw_results(cells: dict) -> PIL.Image.Image | None:
 
 
 def report(seeds: int, cells: dict):
-    """The page's tables and its pictures; what stands above the mark in the page is left as it is."""
-    every = tables(cells)
-    shown = {name: table for name, table in every.items()
-             if len({row.name for row in measured(table, seeds, cells)[0]}) > 1}
+    """The page's tables and its pictures; what stands above the mark in the page is left as it is.  A table is shown as
+    soon as it has rows to compare and a number that none before it has."""
+    shown, seen = {}, set()
+    for name, table in tables(cells).items():
+        rows, columns = measured(table, seeds, cells)
+        numbers = {(row.run, column) for row in rows for column in columns.values()}
+        if len({row.name for row in rows}) > 1 and not numbers <= seen:
+            shown[name] = table
+        seen |= numbers
     above = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# The paper on a laptop\n\n"
     written = [f"![four tables as panels]({PICTURE.name})\n",
                *(markdown(table, seeds, cells) for table in shown.values())]

@@ -150,7 +150,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     runs = [reproduce.setting(method) for method in ("clip", "maskclip")]
     curves = cells_of(*(cell(run, seed, "train", curve=[[100, 10.0], [200, 20.0 + seed]])
                         for run in runs for seed in (0, 1)))
-    assert reproduce.draw_results(curves).size[1] == 300 and reproduce.draw_results({}) is None
+    assert reproduce.draw_results(curves).size[1] == 460 and reproduce.draw_results({}) is None
 
 
 def test_cells_are_lines_of_a_file(tmp_path):
