@@ -231,7 +231,9 @@ def tables(cells: dict) -> dict[str, Table]:
                           [Row(LADDER[m], setting(m, world=f"patterns={p}"), (), name,
                                base=setting("clip", world=f"patterns={p}") * (m != "clip"))
                            for p, name in ((0, "never"), (0.1, "one in ten"), (1, "always"))
-                           for m in ("clip", "clip+mae", "clip+ema", "maskclip")]),
+                           for m in ("clip", "clip+mae", "clip+ema", "maskclip")] +
+                          [Row("+ MAE, lambda = 1", setting("clip+mae", world="patterns=0", distillation_weight=1), (),
+                               "never", base=setting("clip", world="patterns=0"))]),
         "needs": Table("What the effect may need", {**ZEROSHOT, **LINEAR},
                        [Row(LADDER[m], setting(m, **changes), (), name, base=setting("clip", **changes) * (m != "clip"))
                         for name, changes in NEEDS.items() for m in ("clip", "clip+ema", "maskclip")]),
