@@ -791,11 +791,11 @@ def texture_map(texture, angle, period, phases, size, rng):
     """(size, size) in 0..1: the share of the second tone in each pixel."""
     x = (np.arange(size, dtype=np.float32) + 0.5) / size
     y = x[:, None]
-    if texture == "cloudy":                                    # a coarse random grid, smoothly enlarged
+    if texture == "cloudy":                                      # a coarse random grid, smoothly enlarged
         cells = Image.frombytes("L", (7, 7), rng.randbytes(49))
         return np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     cos, sin = turn(angle)
-    if texture == "plain":                                 # a faint gradient
+    if texture == "plain":                                       # a faint gradient
         return 0.5 + 0.3 * (cos * (x - 0.5) + sin * (y - 0.5))
     step = 1 / (period * size)                                   # periods a pixel
     if texture == "striped":
@@ -963,7 +963,6 @@ class ShapesWorld:
     patterns: float | None = None
     by_pattern: bool = False
 
-    classes = KINDS
     notes = ()
     reduce_zero_label = True            # label 0 of a label_map is no class
 
@@ -977,8 +976,7 @@ class ShapesWorld:
                 raise UserError(f"Shapes world: {what} is {values}, wanted numbers that rise from {least} to {largest}")
         if self.by_pattern and self.patterns is None:
             raise UserError("Shapes world: by_pattern=1 wants patterns: patterns=0.5, or what else it was in training")
-        if self.forms or self.by_pattern:
-            self.classes = list(PATTERNS if self.by_pattern else SHAPES)
+        self.classes = list(PATTERNS if self.by_pattern else SHAPES if self.forms else KINDS)
 
     def __len__(self):
         return self.count

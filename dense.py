@@ -357,7 +357,7 @@ def pointing_game(model: MaskCLIP, tokenizer, world, count: int, templates: tupl
     classes in the first `count` scenes; and the share of the picture that such objects cover, which is chance."""
     texts, hits, shares = model.encode_classes(world.classes, templates, tokenizer), [], []
     for sample in map(world.read, progress(range(count), count, "scenes")):
-        maps = text_maps(model, sample.image, texts, path)                    # (classes, height, width)
+        maps = text_maps(model, sample.image, texts, path)              # (classes, height, width)
         for label in np.unique(sample.label_map[sample.label_map > 0]):
             there = sample.label_map == label                                                        # (height, width)
             hits.append(there.flat[maps[label - 1].argmax()])
@@ -426,8 +426,7 @@ def words(argv=None):
     if options.data.startswith("shapes") and not options.image:                     # where the truth is known
         for name, (model, tokenizer) in zip(names, loaded):
             world = open_data(options.data, "val", "segmentation", size=model.config.image_size)
-            hit, chance = pointing_game(model, tokenizer, world, min(200, len(world)), templates,
-                                        options.path)
+            hit, chance = pointing_game(model, tokenizer, world, min(200, len(world)), templates, options.path)
             say(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
                 f"(chance {chance:.1%})")
             pointing[name] = dict(hit=hit, chance=chance)

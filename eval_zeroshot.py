@@ -330,7 +330,7 @@ def classify(job: Job, spec: str) -> dict:
         per_class=[{"index": i, "class": name, "images": n, "accuracy": hits if n else None}
                    for i, (name, n, hits) in enumerate(zip(names, counts.sum(dim=1).tolist(), accuracy.tolist()))],
         confused=[{"class": names[right], "taken_for": names[wrong], "images": n} for (right, wrong), n in confused])
-    if data.classes == data_module.ShapesWorld.classes:
+    if data.classes == data_module.KINDS:
         n = len(data_module.SHAPES)
         result["color"] = share(guess // n == label // n)
         result["shape"] = share(guess % n == label % n)
