@@ -22,11 +22,13 @@ mean difference has a standard error of its own, smaller than that of either mea
 for, by the seconds a step that both took with equal steps, seed 0.
 """
 import argparse
+import csv
 import functools
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -51,7 +53,10 @@ from model import PRESETS
 
 CELLS, PAGE, PICTURE = (ROOT / "docs" / f"reproduction.{kind}" for kind in ("jsonl", "md", "png"))
 FIGURE, RESULTS = ROOT / "docs" / "reproduction-words.png", ROOT / "docs" / "results.png"
-PAIRS, SEEDS = 20_000, 3
+PAIRS = 20_000
+SEEDS, MANY = range(3), range(9)      # of most numbers, and of the ladder's
+LATER = range(3, 6)                   # of its costly ones: the first three seeds' checkpoints were not kept
+SCENES, MISMATCHED = f"runs/reproduce/labelled-{PAIRS // 2}", "runs/reproduce/mismatched"     # written where wanted
 TESTED = ["--eval-every", 0.5]        # epochs between the tests of a run that a curve is drawn of
 QUICK_STEPS = 8
 
@@ -101,7 +106,7 @@ def steps_of(run: str) -> int:
 LABELLED = ["--data", "shapes:objects=1-1,train=1000"]
 PATTERNED = ["eval_linear.py", "--data", "shapes:objects=1-1,train=1000,patterns=0,by_pattern=1"]
 EVALUATIONS = {
-    "zeroshot": (["eval_zeroshot.py"], [], dict(
+    "zeroshot": (["eval_zeroshot.py", "--templates", "a {}"], [], dict(
         top1=lambda j: j["results"][0]["top1"],
         i2t=lambda j: j["results"][1]["image_to_text"]["1"], t2i=lambda j: j["results"][1]["text_to_image"]["1"])),
     "linear": (["eval_linear.py", *LABELLED], ["--epochs", "5"], dict(
@@ -111,8 +116,8 @@ EVALUATIONS = {
     "patterned": (["eval_zeroshot.py", "--data", "shapes:patterns=0"], [],
                   dict(top1=lambda j: j["results"][0]["top1"])),
     "patterns": (PATTERNED, ["--epochs", "5"], dict(top1=lambda j: j["results"]["checkpoint"]["top1"])),
-    "patches": ([*PATTERNED, "--feature", "mean", "--control"], ["--epochs", "5"], dict(
-        top1=lambda j: j["results"]["checkpoint"]["top1"], untrained=lambda j: j["results"]["untrained"]["top1"])),
+    "patches": ([*PATTERNED, "--feature", "mean"], ["--epochs", "5"], dict(
+        top1=lambda j: j["results"]["checkpoint"]["top1"])),
     "words": (["dense.py", "words"], ["--samples", "1"], dict(hit=lambda j: next(iter(j.values()))["hit"])),
     "maps": (["dense.py", "zeroshot", "--limit", "256"], ["--limit", "16"], dict(miou=lambda j: j["miou"])),
     "upernet": (["dense.py", "upernet", "--data", "shapes:objects=2-4,forms=1", "--steps", "600", "--limit", "256"],
@@ -137,12 +142,11 @@ class Table:
     title: str
     columns: dict                               # heading -> (evaluation, value)
     rows: list[Row]
-    seeds: dict = field(default_factory=dict)   # evaluation -> how many seeds, where they are not SEEDS
+    seeds: dict = field(default_factory=dict)   # evaluation -> its seeds, where they are not SEEDS
 
     def seeds_of(self, evaluation: str, given: int = 0) -> range:
         """The seeds of an evaluation; of these as many as the command gives, if it gives a number"""
-        count = self.seeds.get(evaluation, SEEDS)
-        return range(min(given, count) if given else count)
+        return self.seeds.get(evaluation, SEEDS)[:given or None]
 
 
 # supplement Table 1 and Table 2 (its first row is the main text's), in the order of the columns below
@@ -201,7 +205,7 @@ def tables(cells: dict) -> dict[str, Table]:
     return {
         "ladder": Table("Supplement Table 2: what each part adds", {**ZEROSHOT, **LINEAR, **FINE, **DENSE, **RETRIEVAL},
                         [Row(LADDER[m], system(m), TABLE_2[m], base=system("clip") * (m != "clip")) for m in LADDER],
-                        dict(zeroshot=9, linear=9)),
+                        dict(zeroshot=MANY, linear=MANY, finetune=LATER, upernet=LATER, detector=LATER)),
         "systems": Table("Supplement Table 1: MaskCLIP and the systems it is compared with (the paper's numbers: "
                          "ViT-B/32 on YFCC15M / ViT-B/16 on CC3M)", {**ZEROSHOT, **LINEAR, **FINE},
                          compared(SYSTEMS, {m: both_halves(m) for m in SYSTEMS})),
@@ -220,20 +224,23 @@ def tables(cells: dict) -> dict[str, Table]:
         "pool": Table("What stands for the image", {**ZEROSHOT, **LINEAR},
                       sweep("pool", ["cls", "mean", "max"], {}, both)),
         "figure": Table("Supplement Figures 2 and 3: where words are found", WORDS,
-                        [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER]),
+                        [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER],
+                        dict(maps=MANY, words=MANY)),
         "momentum": Table("Momentum of the teacher, from the first step to the last", {**ZEROSHOT, **LINEAR},
                           [Row("0.99 to 0.999, the preset's", system("maskclip")),
                            Row("0.999 to 0.9999, the paper's", setting("maskclip", momentum=0.999, momentum_end=0.9999),
                                base=system("maskclip"))]),
         "patterns": Table("How often captions name the patterns of objects",
                           {"0-shot": ("patterned", "top1"), "patterns, linear": ("patterns", "top1"),
-                           "of the patches": ("patches", "top1"), "untrained": ("patches", "untrained")},
+                           "of the patches": ("patches", "top1")},
                           [Row(LADDER[m], setting(m, world=f"patterns={p}"), (), name,
                                base=setting("clip", world=f"patterns={p}") * (m != "clip"))
                            for p, name in ((0, "never"), (0.1, "one in ten"), (1, "always"))
                            for m in ("clip", "clip+mae", "clip+ema", "maskclip")] +
                           [Row("+ MAE, lambda = 1", setting("clip+mae", world="patterns=0", distillation_weight=1), (),
-                               "never", base=setting("clip", world="patterns=0"))]),
+                               "never", base=setting("clip", world="patterns=0")),
+                           Row("not trained", setting("clip", world="patterns=0", steps=1, lr=0), (), "never",
+                               base=setting("clip", world="patterns=0"))]),
         "needs": Table("What the effect may need", {**ZEROSHOT, **LINEAR},
                        [Row(LADDER[m], setting(m, **changes), (), name, base=setting("clip", **changes) * (m != "clip"))
                         for name, changes in NEEDS.items() for m in ("clip", "clip+ema", "maskclip")]),
@@ -242,18 +249,14 @@ def tables(cells: dict) -> dict[str, Table]:
 
 # worlds and networks in which the masked branches might be worth more
 NEEDS = {"as it is": {}, "half unsaid": dict(world="unsaid=0.5"), "patches of 6 px": dict(patch_size=6),
-         "width 64": dict(width=64, heads=2)}
+         "width 64": dict(width=64, heads=2), "three in ten mismatched": dict(data=f"csv:{MISMATCHED}/pairs.csv")}
 
 
 def system(method: str) -> str:
     """UniCL is CLIP whose data are half pairs, half labelled scenes of one object."""
     if method == "unicl":
-        return setting("clip", pairs=PAIRS // 2) + f" --data folder:{labelled()}"
+        return setting("clip", pairs=PAIRS // 2) + f" --data folder:{SCENES}"
     return setting(method)
-
-
-def labelled() -> str:
-    return f"runs/reproduce/labelled-{PAIRS // 2}"
 
 
 def write_labelled(folder: Path):
@@ -266,6 +269,27 @@ def write_labelled(folder: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sample.image.save(path)
     partial.rename(folder)
+
+
+def write_mismatched(folder: Path):
+    """The preset's own pictures in their order; three captions in ten, chosen by chance, are dealt out among theirs."""
+    partial, rng = folder.with_name(folder.name + ".tmp"), random.Random(0)
+    world = ShapesWorld(split="train", count=PAIRS, size=48)
+    partial.mkdir(parents=True, exist_ok=True)
+    captions = [world.scene(i).caption for i in range(PAIRS)]
+    wrong = [i for i in range(PAIRS) if rng.random() < 0.3]
+    for i, caption in zip(wrong, [captions[k] for k in rng.sample(wrong, len(wrong))]):
+        captions[i] = caption
+    with open(partial / "pairs.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["filepath", "title"])
+        for i in range(PAIRS):
+            world.read(i).image.save(partial / f"{i:05}.png")
+            rows.writerow([f"{i:05}.png", captions[i]])
+    partial.rename(folder)
+
+
+WRITTEN = {SCENES: write_labelled, MISMATCHED: write_mismatched}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,8 +360,9 @@ class Lab:
                     missing.setdefault(key, {}).update(dict.fromkeys(evaluations))
             if not missing:
                 return
-            if any("folder:" in run for run, _ in missing) and not (ROOT / labelled()).exists():
-                write_labelled(ROOT / labelled())               # before two runs could want it at once
+            for name, write in WRITTEN.items():                 # before two runs could want it at once
+                if any(name in run for run, _ in missing) and not (ROOT / name).exists():
+                    write(ROOT / name)
             started = time.monotonic()
             with ThreadPoolExecutor(self.jobs) as pool:
                 def job(key):
@@ -374,9 +399,9 @@ def read_cells(path: Path) -> dict:
 def wanted(table: Table, seeds: int, cells: dict, only: tuple[str, ...] = ()) -> dict[tuple, list[str]]:
     """(run, seed) -> evaluations of it that are missing, of those in `only` if it names any; whole seeds come first."""
     missing = {}
-    for seed, row in itertools.product(range(max(table.seeds.values(), default=SEEDS)), table.rows):
-        names = dict.fromkeys(evaluation for evaluation, _ in table.columns.values())
-        names = [name for name in names if (row.run, seed, name) not in cells and seed in table.seeds_of(name, seeds)
+    every = {evaluation: table.seeds_of(evaluation, seeds) for evaluation, _ in table.columns.values()}
+    for seed, row in itertools.product(sorted({seed for some in every.values() for seed in some}), table.rows):
+        names = [name for name in every if (row.run, seed, name) not in cells and seed in every[name]
                  and (not row.only or name in row.only) and (not only or name in only)]
         if names:
             missing[row.run, seed] = names
@@ -622,10 +647,10 @@ def full_tables() -> list[Table]:
             for method, paper in half.items()]
     ladder = [row(LADDER[method], "vit-b16-yfcc15m", method, paper) for method, paper in TABLE_2.items()]
     retrieval = {heading: ("retrieval", value) for heading, (_, value) in RETRIEVAL.items()}
-    return [Table("Supplement Table 1 at full scale", {**ZEROSHOT, **LINEAR, **FINE}, rows, dict.fromkeys(FULL, 1)),
+    return [Table("Supplement Table 1 at full scale", {**ZEROSHOT, **LINEAR, **FINE}, rows, dict.fromkeys(FULL, range(1))),
             Table("Supplement Table 2 at full scale, and segmentation without training",
                   {**ZEROSHOT, **FINE, **DENSE, **retrieval, "map mIoU": ("maps", "miou")}, ladder,
-                  dict.fromkeys(FULL, 1))]
+                  dict.fromkeys(FULL, range(1)))]
 
 
 def full_commands(table: Table, row: Row, o) -> dict[str, tuple[Path, str, list[str]]]:
