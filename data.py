@@ -699,8 +699,8 @@ LONE_SHARE = 0.7            # of the scenes have one object, where one to severa
 PATTERNS = {"checks": ("checkered", 0), "dots": ("dotted", 0), "upright stripes": ("striped", 0),        # and angle
             "level stripes": ("striped", 90), "rising stripes": ("striped", 45), "falling stripes": ("striped", 135)}
 PATTERN_PERIOD = 0.09
-SHAPES_OPTIONS = dict(train=int, val=int, size=int, seed=int, unsaid=float, forms=int, patterns=float,
-                      by_pattern=int)
+SHAPES_OPTIONS = dict(train=int, val=int, size=int, seed=int, unsaid=float, mismatched=float, forms=int,
+                      patterns=float, by_pattern=int)
 MAX_NOISE = 8        # colors keep this far from 0 and 255, so that noise is never clipped
 
 
@@ -943,6 +943,7 @@ class ShapesWorld:
     objects      fewest and most objects in a scene.  If one is allowed, LONE_SHARE of the scenes have one, and the
                  other numbers are equally likely.  With (1, 1), scene i is of class i % 64: exactly balanced
     unsaid       probability that the caption leaves out an object after the first, or an object's color or shape
+    mismatched   probability that the caption is that of another scene, or a camera's name for a file
     dense        read() gives label_map and objects too
     forms        a class is a shape of any color, and there are 8; else color and shape, and there are 64
     patterns     each object has a pattern, which its phrase names with this probability; without the option it has none
@@ -958,6 +959,7 @@ class ShapesWorld:
     seed: int = 0
     objects: tuple[int, int] = (1, 4)
     unsaid: float = 0.0
+    mismatched: float = 0.0
     dense: bool = False
     forms: bool = False
     patterns: float | None = None
@@ -970,8 +972,9 @@ class ShapesWorld:
         assert self.split in ("train", "val"), self.split
         fewest, most = self.objects
         for what, values, least, largest in (("objects", (fewest, most), 1, 6), ("count", [self.count], 1, 10 ** 9),
-                                             ("size", [self.size], 16, 10 ** 5), ("unsaid", [self.unsaid], 0, 1),
-                                             ("patterns", [self.patterns or 0], 0, 1)):
+                                             ("size", [self.size], 16, 10 ** 5),
+                                             *((share, [getattr(self, share) or 0], 0, 1)
+                                               for share in ("unsaid", "mismatched", "patterns"))):
             if not least <= values[0] <= values[-1] <= largest:
                 raise UserError(f"Shapes world: {what} is {values}, wanted numbers that rise from {least} to {largest}")
         if self.by_pattern and self.patterns is None:
@@ -999,9 +1002,13 @@ class ShapesWorld:
         for thing in things if self.patterns is not None else ():
             thing.pattern, thing.phases = rng.choice(list(PATTERNS)), (rng.random(), rng.random())
         tones = [tuple(tone + rng.uniform(-12, 12) for _ in range(3)) for tone in (gray - contrast, gray + contrast)]
-        return Scene(things, texture, tones, period=rng.uniform(0.14, 0.3), angle=rng.uniform(0, 180),
-                     phases=(rng.random(), rng.random()), noise_seed=rng.getrandbits(32),
-                     caption=scene_caption(rng, things, texture, self.unsaid, self.patterns))
+        scene = Scene(things, texture, tones, period=rng.uniform(0.14, 0.3), angle=rng.uniform(0, 180),
+                      phases=(rng.random(), rng.random()), noise_seed=rng.getrandbits(32),
+                      caption=scene_caption(rng, things, texture, self.unsaid, self.patterns))
+        if rng.random() < self.mismatched:
+            other = scene_caption(rng, lay_out(rng, n, None), texture, self.unsaid, self.patterns)
+            scene.caption = rng.choice((other, f"IMG_{rng.randrange(10000):04}.jpg"))
+        return scene
 
     def array(self, i):
         """Image (size, size, 3) uint8, and caption."""
@@ -1044,8 +1051,8 @@ def shapes(text, split, task, size, **_):
                 options[key] = SHAPES_OPTIONS[key](value)
         except (KeyError, ValueError):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
-                            f"seed=0, objects=1-4, unsaid=0.2 (from 0 to 1), forms=1 (or 0), patterns=0.5 (from 0 "
-                            f"to 1), by_pattern=1 (or 0)") from None
+                            f"seed=0, objects=1-4, unsaid=0.2, mismatched=0.3, patterns=0.5 (each from 0 to 1), "
+                            f"forms=1, by_pattern=1 (or 0)") from None
     counts = dict(train=options.pop("train"), val=options.pop("val"))
     split = "train" if split == "train" else "val"
     return ShapesWorld(split, counts[split], dense=task in ("segmentation", "detection"), **options)

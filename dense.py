@@ -43,7 +43,8 @@ from eval_zeroshot import class_accuracy, confusion, find_templates
 from finetune import LoopOptions, fine_tune, recipe_for
 from losses import gather, mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, load_checkpoint, opt
-from train import RunOptions, find_resumable, first_look, gather_objects, parse, report_bad, setup, show
+from train import (RunOptions, find_resumable, first_look, gather_objects, parse, report_bad, setup, show,
+                   write_json)
 
 IGNORED = 255
 MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model
@@ -208,11 +209,6 @@ def each_test_image(data, transform, options: EvalOptions, runtime):
             yield batch
 
 
-def write_json(options, results: dict, task: str):
-    if options.json:
-        Path(options.json).write_text(json.dumps(dict(results, task=task)) + "\n")
-
-
 @torch.no_grad()
 def evaluate(predict: Callable[[Tensor], Tensor], window: int, stride: int, sides: tuple[int, int], data,
              options: SegmentationOptions, runtime, out: Path, protocol: dict) -> dict:
@@ -253,7 +249,7 @@ def evaluate(predict: Callable[[Tensor], Tensor], window: int, stride: int, side
         out.mkdir(parents=True, exist_ok=True)
         if drawn:
             show("maps.png", out, sheet, drawn, 192)
-        write_json(options, results, "segmentation")
+        write_json(options.json, dict(results, task="segmentation"))
     return results
 
 
@@ -430,7 +426,7 @@ def words(argv=None):
             say(f"{name}: the highest point of a class's map lies on an object of that class {hit:.1%} of the time "
                 f"(chance {chance:.1%})")
             pointing[name] = dict(hit=hit, chance=chance)
-    write_json(options, pointing, "words")
+    write_json(options.json, dict(pointing, task="words"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1531,7 +1527,7 @@ def evaluate_detector(net: MaskRCNN, names: list[str], data, options: MaskRCNNOp
         if drawn:
             show("detections.png", out, sheet, drawn, DRAWN_SIZE)
         (out / "detections.json").write_text(json.dumps(with_own_ids(found, data, label_of)))
-        write_json(options, results, "detection")
+        write_json(options.json, dict(results, task="detection"))
     return results
 
 

@@ -15,11 +15,9 @@ Without --augment each image is read and encoded once.  The head is small, so ev
 batch: statistics and gradients are those of one process, on any number of them.
 Letters: n records, B batch, D width, C classes.
 """
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +27,8 @@ import data as data_module
 from data import EvalTransform, TrainTransform, UserError, run, say
 from losses import gather
 from model import MaskCLIP, build, load_checkpoint, opt, pool_tokens
-from train import ReadRecord, RunOptions, Runtime, cosine_schedule, extract, parse, report_bad, setup, tell_shared
+from train import (ReadRecord, RunOptions, Runtime, cosine_schedule, extract, parse, report_bad, setup, tell_shared,
+                   write_json)
 
 FEW = 100_000       # fewer training records than this are trained on in smaller steps, see `recipe`
 AT_ONCE = 256       # images that a process encodes at once
@@ -221,8 +220,8 @@ def main(argv: Sequence[str] | None = None):
             say(f"  {name:10}   top-1 {r['top1']:.1%} of {r['images']:,} images   (feature {o.feature}, {crops}, "
                 f"{r['steps']:,} steps of {r['batch_size']}, learning rate {r['lr']:g} after {r['warmup_steps']:,} of "
                 f"them, {time.monotonic() - start:.0f} s)")
-    if o.json and runtime.is_main:
-        Path(o.json).write_text(json.dumps(dict(vars(o), results=results), indent=1) + "\n")
+    if runtime.is_main:
+        write_json(o.json, dict(vars(o), results=results))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ all alike has recall 0; of classes with equal scores the first is taken.  Scores
 in any chunk.  Processes share the images; texts and scores, which take little time, each has all of.
 Letters: I images, T texts, E embedding, C classes, Q queries, M candidates.
 """
-import json
 import math
 import re
 from collections import Counter
@@ -34,7 +33,7 @@ import data as data_module
 from data import FORMATS, BytePairTokenizer, EvalTransform, UserError, fingerprint, run, say
 from losses import similarity
 from model import MaskCLIP, load_checkpoint, opt
-from train import RunOptions, Runtime, extract, parse, setup
+from train import RunOptions, Runtime, extract, parse, setup, write_json
 
 
 @dataclass
@@ -423,9 +422,8 @@ def main(argv: Sequence[str] | None = None):
     job.say(f"{o.checkpoint}: {config.method}; images are made {config.image_size} px, "
             + ("squeezed to a square" if o.squash else "the short side resized and the centre cut out"))
     results = [TASKS[task](job, spec) for spec, task in plan]
-    if o.json and runtime.is_main:
-        content = dict(checkpoint=o.checkpoint, config=asdict(config), results=results)
-        Path(o.json).write_text(json.dumps(content, indent=1) + "\n")
+    if runtime.is_main:
+        write_json(o.json, dict(checkpoint=o.checkpoint, config=asdict(config), results=results))
 
 
 if __name__ == "__main__":

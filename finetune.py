@@ -20,7 +20,6 @@ Random choices follow from (seed, step), (seed, epoch, record) and the row in th
 So rows 2i and 2i+1 are each other's mixing partners, which no number of processes separates; as the records come in
 random order, that is in law the same as timm's pairs of a batch and its reverse.
 """
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +38,7 @@ from data import BICUBIC, MEAN, BadRecord, UserError, crop_box, normalize, run, 
 from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt
 from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, draw_curves,
                    extract, find_resumable, first_look, layer_decay_groups, open_mixed, parse, set_learning_rate, setup,
-                   show, tell_shared, wrap)
+                   show, tell_shared, wrap, write_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,8 +307,7 @@ def main(argv=None):
     if runtime.is_main:
         say(f"fine-tuned, single crop: top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  "
             f"({result['images']} images, {result['bad']} bad records left out)")
-        if o.json:
-            Path(o.json).write_text(json.dumps(dict(result, task="finetune", data=o.data)) + "\n")
+        write_json(o.json, dict(result, task="finetune", data=o.data))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

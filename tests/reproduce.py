@@ -22,13 +22,11 @@ mean difference has a standard error of its own, smaller than that of either mea
 for, by the seconds a step that both took with equal steps, seed 0.
 """
 import argparse
-import csv
 import functools
 import itertools
 import json
 import math
 import os
-import random
 import re
 import shlex
 import shutil
@@ -56,7 +54,7 @@ FIGURE, RESULTS = ROOT / "docs" / "reproduction-words.png", ROOT / "docs" / "res
 PAIRS = 20_000
 SEEDS, MANY = range(3), range(9)      # of most numbers, and of the ladder's
 LATER = range(3, 6)                   # of its costly ones: the first three seeds' checkpoints were not kept
-SCENES, MISMATCHED = f"runs/reproduce/labelled-{PAIRS // 2}", "runs/reproduce/mismatched"     # written where wanted
+SCENES = f"runs/reproduce/labelled-{PAIRS // 2}"                # a folder, written before a run that wants it
 TESTED = ["--eval-every", 0.5]        # epochs between the tests of a run that a curve is drawn of
 QUICK_STEPS = 8
 
@@ -249,7 +247,7 @@ def tables(cells: dict) -> dict[str, Table]:
 
 # worlds and networks in which the masked branches might be worth more
 NEEDS = {"as it is": {}, "half unsaid": dict(world="unsaid=0.5"), "patches of 6 px": dict(patch_size=6),
-         "width 64": dict(width=64, heads=2), "three in ten mismatched": dict(data=f"csv:{MISMATCHED}/pairs.csv")}
+         "width 64": dict(width=64, heads=2), "mismatched": dict(world="mismatched=0.3")}
 
 
 def system(method: str) -> str:
@@ -269,27 +267,6 @@ def write_labelled(folder: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sample.image.save(path)
     partial.rename(folder)
-
-
-def write_mismatched(folder: Path):
-    """The preset's own pictures in their order; three captions in ten, chosen by chance, are dealt out among theirs."""
-    partial, rng = folder.with_name(folder.name + ".tmp"), random.Random(0)
-    world = ShapesWorld(split="train", count=PAIRS, size=48)
-    partial.mkdir(parents=True, exist_ok=True)
-    captions = [world.scene(i).caption for i in range(PAIRS)]
-    wrong = [i for i in range(PAIRS) if rng.random() < 0.3]
-    for i, caption in zip(wrong, [captions[k] for k in rng.sample(wrong, len(wrong))]):
-        captions[i] = caption
-    with open(partial / "pairs.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["filepath", "title"])
-        for i in range(PAIRS):
-            world.read(i).image.save(partial / f"{i:05}.png")
-            rows.writerow([f"{i:05}.png", captions[i]])
-    partial.rename(folder)
-
-
-WRITTEN = {SCENES: write_labelled, MISMATCHED: write_mismatched}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,9 +337,8 @@ class Lab:
                     missing.setdefault(key, {}).update(dict.fromkeys(evaluations))
             if not missing:
                 return
-            for name, write in WRITTEN.items():                 # before two runs could want it at once
-                if any(name in run for run, _ in missing) and not (ROOT / name).exists():
-                    write(ROOT / name)
+            if any(SCENES in run for run, _ in missing) and not (ROOT / SCENES).exists():
+                write_labelled(ROOT / SCENES)                   # before two runs could want it at once
             started = time.monotonic()
             with ThreadPoolExecutor(self.jobs) as pool:
                 def job(key):
@@ -647,10 +623,11 @@ def full_tables() -> list[Table]:
             for method, paper in half.items()]
     ladder = [row(LADDER[method], "vit-b16-yfcc15m", method, paper) for method, paper in TABLE_2.items()]
     retrieval = {heading: ("retrieval", value) for heading, (_, value) in RETRIEVAL.items()}
-    return [Table("Supplement Table 1 at full scale", {**ZEROSHOT, **LINEAR, **FINE}, rows, dict.fromkeys(FULL, range(1))),
+    once = dict.fromkeys(FULL, range(1))
+    return [Table("Supplement Table 1 at full scale", {**ZEROSHOT, **LINEAR, **FINE}, rows, once),
             Table("Supplement Table 2 at full scale, and segmentation without training",
                   {**ZEROSHOT, **FINE, **DENSE, **retrieval, "map mIoU": ("maps", "miou")}, ladder,
-                  dict.fromkeys(FULL, range(1)))]
+                  once)]
 
 
 def full_commands(table: Table, row: Row, o) -> dict[str, tuple[Path, str, list[str]]]:

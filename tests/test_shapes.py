@@ -349,6 +349,20 @@ def test_unsaid(unsaid, fewest, most):
     assert abs(np.mean(attributes) - (2 - unsaid)) < 0.1 and min(attributes) >= 1
 
 
+def test_mismatched():
+    """The share asked for, half of it file names; the pictures and the captions of all others are as without it."""
+    plain, noisy = ShapesWorld(objects=(1, 1)), ShapesWorld(objects=(1, 1), mismatched=0.3)
+    assert digest(plain, range(5)) != digest(ShapesWorld(objects=(1, 1), mismatched=1), range(5))
+    told, files = 0, 0
+    for i in range(1000):
+        right, scene = plain.scene(i), noisy.scene(i)
+        assert vars(scene.objects[0]) == vars(right.objects[0])
+        told += scene.caption != right.caption
+        files += bool(re.fullmatch(r"IMG_\d{4}\.jpg", scene.caption))
+    assert 250 < told < 350 and 0.4 < files / told < 0.6
+    assert (plain.array(7)[0] == ShapesWorld(objects=(1, 1), mismatched=1).array(7)[0]).all()
+
+
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 def test_options():
@@ -377,6 +391,7 @@ def test_options():
     ("objects=0-2", ["objects", "(0, 2)"]),
     ("unsaid=1.5", ["unsaid", "1.5", "from 0 to 1"]),
     ("unsaid=nan", ["unsaid", "nan"]),
+    ("mismatched=-1", ["mismatched", "-1"]),
 ])
 def test_bad_options(text, told):
     with pytest.raises(UserError) as error:
