@@ -129,7 +129,7 @@ EVALUATIONS = {
 class Row:
     name: str                                   # as in the paper
     run: str
-    paper: tuple = ()                           # what the paper reports, one a column, None where it does not
+    paper: dict = field(default_factory=dict)   # heading -> what the paper reports, None where it does not
     group: str = ""                             # rows of a group are a line in the picture
     only: tuple[str, ...] = ()                  # the evaluations it takes part in, none: all of the table's
     base: str = ""                              # the run that it is compared with, seed by seed
@@ -147,26 +147,10 @@ class Table:
         return self.seeds.get(evaluation, SEEDS)[:given or None]
 
 
-# supplement Table 1 and Table 2 (its first row is the main text's), in the order of the columns below
-TABLE_1 = {
-    "vit-b32-yfcc15m": {"clip": (26.1, 60.5, 74.3), "defilip": (36.4, None, None), "maskclip": (38.5, 69.1, 79.2)},
-    "vit-b16-cc3m": {"clip": (17.1, 53.3, 78.5), "slip": (23.0, 65.4, 81.4), "maskclip": (24.4, 66.1, 82.5)}}
-TABLE_2 = {"clip": (37.6, 80.5, None, None, None, 52.9, 32.8), "clip+mae": (42.1, 83.2, 49.1, 44.5, 40.4, 57.3, 41.1),
-           "clip+feature": (42.6, 83.4, 49.9, 45.1, 40.6, 62.3, 41.4),
-           "clip+ema": (42.8, 83.6, 50.4, 45.5, 40.9, 65.0, 41.6),
-           "maskclip": (44.5, 83.6, 50.5, 45.4, 40.9, 70.1, 45.6)}
-
-
-def both_halves(method: str) -> tuple:
-    """Of Table 1, for a row that stands for both: "26.1 / 17.1", ..., None where neither half has a number"""
-    pairs = zip(*(half.get(method, (None,) * 3) for half in TABLE_1.values()))
-    return tuple(None if pair == (None, None) else " / ".join("-" if value is None else f"{value}" for value in pair)
-                 for pair in pairs)
-
-
 ZEROSHOT, LINEAR = {"0-shot": ("zeroshot", "top1")}, {"linear": ("linear", "top1")}
 FINE = {"fine-tuned": ("finetune", "top1")}
 RETRIEVAL = {"I2T R@1": ("zeroshot", "i2t"), "T2I R@1": ("zeroshot", "t2i")}
+CHEAP = {**ZEROSHOT, **LINEAR, **RETRIEVAL}
 DENSE = {"UperNet mIoU": ("upernet", "miou"), "box AP": ("detector", "box"), "mask AP": ("detector", "mask")}
 WORDS = {"map mIoU": ("maps", "miou"), "pointing": ("words", "hit")}
 LADDER = {"clip": "CLIP", "clip+mae": "+ MAE", "clip+feature": "+ feature target", "clip+ema": "+ EMA teacher",
@@ -175,17 +159,43 @@ SYSTEMS = {"clip": "CLIP", "slip": "SLIP", "filip": "FILIP", "declip": "DeCLIP",
            "unicl": "UniCL", "maskclip": "MaskCLIP"}
 
 
+def reported(columns: list[str], numbers: dict) -> dict[object, dict]:
+    """row -> {heading: what the paper reports, None where it does not}"""
+    return {row: dict(zip(columns, some)) for row, some in numbers.items()}
+
+
+# supplement Table 1 and Table 2 (its first row is the main text's)
+TABLE_1 = {preset: reported([*ZEROSHOT, *LINEAR, *FINE], half) for preset, half in {
+    "vit-b32-yfcc15m": {"clip": (26.1, 60.5, 74.3), "defilip": (36.4, None, None), "maskclip": (38.5, 69.1, 79.2)},
+    "vit-b16-cc3m": {"clip": (17.1, 53.3, 78.5), "slip": (23.0, 65.4, 81.4), "maskclip": (24.4, 66.1, 82.5)}}.items()}
+TABLE_2 = reported([*ZEROSHOT, *FINE, *DENSE, *RETRIEVAL], {
+    "clip": (37.6, 80.5, None, None, None, 52.9, 32.8), "clip+mae": (42.1, 83.2, 49.1, 44.5, 40.4, 57.3, 41.1),
+    "clip+feature": (42.6, 83.4, 49.9, 45.1, 40.6, 62.3, 41.4), "clip+ema": (42.8, 83.6, 50.4, 45.5, 40.9, 65.0, 41.6),
+    "maskclip": (44.5, 83.6, 50.5, 45.4, 40.9, 70.1, 45.6)})
+# its text, of ViT-B/16 on YFCC15M; Flickr30K's retrieval
+LAMBDA = reported([*ZEROSHOT, *LINEAR], {1: (38.5, 68.2), 0.1: (44.4, 73.5), 0.05: (44.5, 73.7), 0.01: (43.6, 73.0)})
+BETA = reported([*ZEROSHOT, *RETRIEVAL], {1: (36.5, 51.7, 32.1), 0.1: (44.3, 69.2, 45.9), 0.05: (44.5, 70.1, 45.6),
+                                          0.01: (43.2, 70.6, 45.6)})
+
+
+def both_halves(method: str) -> dict:
+    """Of Table 1, for a row that stands for both: {"0-shot": "26.1 / 17.1", ...} of what one half has a number of"""
+    halves = [half.get(method, {}) for half in TABLE_1.values()]
+    return {heading: " / ".join(f"{half.get(heading) or '-'}" for half in halves)
+            for heading in halves[0] | halves[1] if any(half.get(heading) for half in halves)}
+
+
 def tables(cells: dict) -> dict[str, Table]:
     """All of them.  Rows of equal seconds are there as soon as the seconds of equal steps are known."""
     def compared(names: dict, paper: dict) -> list[Row]:
         clip = system("clip")
-        rows = [Row(names[m], system(m), paper.get(m, ()), "equal steps", base=clip * (m != "clip")) for m in names]
+        rows = [Row(names[m], system(m), paper.get(m, {}), "equal steps", base=clip * (m != "clip")) for m in names]
         base = cells.get((clip, 0, "train"))
         for m in names:
             own = cells.get((system(m), 0, "train"))
             if base and own and m != "clip":
                 paid = round(steps_of(system(m)) * base["seconds"] / own["seconds"])
-                rows.append(Row(names[m], f"{system(m)} --steps {paid}", (), "equal seconds", ("zeroshot", "linear"),
+                rows.append(Row(names[m], f"{system(m)} --steps {paid}", {}, "equal seconds", ("zeroshot", "linear"),
                                 clip))
         return rows
 
@@ -195,7 +205,7 @@ def tables(cells: dict) -> dict[str, Table]:
 
         def run(method, value):
             return setting(method, **({} if value == default else {option: value}))
-        return [Row(f"{value}", run(m, value), paper.get(value, ()), m if len(methods) > 1 else "",
+        return [Row(f"{value}", run(m, value), paper.get(value, {}), m if len(methods) > 1 else "",
                     base="" if m == "clip" or value == default and len(methods) == 1 else
                     run("clip", value) if len(methods) > 1 else run(m, default))
                 for m in methods for value in values]
@@ -207,40 +217,36 @@ def tables(cells: dict) -> dict[str, Table]:
         "systems": Table("Supplement Table 1: MaskCLIP and the systems it is compared with (the paper's numbers: "
                          "ViT-B/32 on YFCC15M / ViT-B/16 on CC3M)", {**ZEROSHOT, **LINEAR, **FINE},
                          compared(SYSTEMS, {m: both_halves(m) for m in SYSTEMS})),
-        "lambda": Table("Weight of the distillation, lambda of Eq. 8", {**ZEROSHOT, **LINEAR},
-                        sweep("distillation_weight", [1, 0.1, 0.05, 0.01],
-                              {1: (38.5, 68.2), 0.1: (44.4, 73.5), 0.05: (44.5, 73.7), 0.01: (43.6, 73.0)})),
-        "beta": Table("Weight of masked language modelling, beta of Eq. 8", {**ZEROSHOT, **RETRIEVAL},
-                      sweep("mlm_weight", [1, 0.1, 0.05, 0.01],
-                            {1: (36.5, 51.7, 32.1), 0.1: (44.3, 69.2, 45.9), 0.05: (44.5, 70.1, 45.6),
-                             0.01: (43.2, 70.6, 45.6)})),
-        "length": Table(f"How often each of {PAIRS:,} pairs is seen", {**ZEROSHOT, **LINEAR},
+        "lambda": Table("Weight of the distillation, lambda of Eq. 8", CHEAP,
+                        sweep("distillation_weight", list(LAMBDA), LAMBDA)),
+        "beta": Table("Weight of masked language modelling, beta of Eq. 8", CHEAP,
+                      sweep("mlm_weight", list(BETA), BETA)),
+        "length": Table(f"How often each of {PAIRS:,} pairs is seen", CHEAP,
                         sweep("epochs", [1.5, 3, 6, 12], {}, both)),
-        "pairs": Table("How many pairs there are, in runs of equal length", {**ZEROSHOT, **LINEAR},
-                       [Row(f"{n:,}", setting(m, n, **length), (), m, base=setting("clip", n, **length) * (m != "clip"))
+        "pairs": Table("How many pairs there are, in runs of equal length", CHEAP,
+                       [Row(f"{n:,}", setting(m, n, **length), {}, m, base=setting("clip", n, **length) * (m != "clip"))
                         for m in both for n, length in ((1250, whole), (5000, whole), (PAIRS, {}))]),
-        "pool": Table("What stands for the image", {**ZEROSHOT, **LINEAR},
-                      sweep("pool", ["cls", "mean", "max"], {}, both)),
+        "pool": Table("What stands for the image", CHEAP, sweep("pool", ["cls", "mean", "max"], {}, both)),
         "figure": Table("Supplement Figures 2 and 3: where words are found", WORDS,
                         [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER],
                         dict(maps=MANY, words=MANY)),
-        "momentum": Table("Momentum of the teacher, from the first step to the last", {**ZEROSHOT, **LINEAR},
+        "momentum": Table("Momentum of the teacher, from the first step to the last", CHEAP,
                           [Row("0.99 to 0.999, the preset's", system("maskclip")),
                            Row("0.999 to 0.9999, the paper's", setting("maskclip", momentum=0.999, momentum_end=0.9999),
                                base=system("maskclip"))]),
         "patterns": Table("How often captions name the patterns of objects",
                           {"0-shot": ("patterned", "top1"), "patterns, linear": ("patterns", "top1"),
                            "of the patches": ("patches", "top1")},
-                          [Row(LADDER[m], setting(m, world=f"patterns={p}"), (), name,
+                          [Row(LADDER[m], setting(m, world=f"patterns={p}"), {}, name,
                                base=setting("clip", world=f"patterns={p}") * (m != "clip"))
                            for p, name in ((0, "never"), (0.1, "one in ten"), (1, "always"))
                            for m in ("clip", "clip+mae", "clip+ema", "maskclip")] +
-                          [Row("+ MAE, lambda = 1", setting("clip+mae", world="patterns=0", distillation_weight=1), (),
+                          [Row("+ MAE, lambda = 1", setting("clip+mae", world="patterns=0", distillation_weight=1), {},
                                "never", base=setting("clip", world="patterns=0")),
-                           Row("not trained", setting("clip", world="patterns=0", steps=1, lr=0), (), "never",
+                           Row("not trained", setting("clip", world="patterns=0", steps=1, lr=0), {}, "never",
                                base=setting("clip", world="patterns=0"))]),
-        "needs": Table("What the effect may need", {**ZEROSHOT, **LINEAR},
-                       [Row(LADDER[m], setting(m, **changes), (), name, base=setting("clip", **changes) * (m != "clip"))
+        "needs": Table("What the effect may need", CHEAP,
+                       [Row(LADDER[m], setting(m, **changes), {}, name, base=setting("clip", **changes) * (m != "clip"))
                         for name, changes in NEEDS.items() for m in ("clip", "clip+ema", "maskclip")]),
     }
 
@@ -430,7 +436,7 @@ def markdown(table: Table, seeds: int, cells: dict, steps: int = 0, full: bool =
     if table.columns == WORDS and FIGURE.exists():
         lines[1:1] = ["", f"![words in pictures, by MaskCLIP and by CLIP]({FIGURE.name})"]
     for row in rows:
-        paper, name = dict(zip(table.columns, row.paper)), [row.name, *([row.group] if groups else [])]
+        paper, name = row.paper, [row.name, *([row.group] if groups else [])]
         texts, apart = [], []
         for heading, column in columns.items():
             wanted = table.seeds_of(column[0], seeds)
@@ -616,7 +622,7 @@ SETTINGS = {("vit-b16-cc3m", "clip"): " --epochs 40 --lr 5e-4 --weight-decay 0.5
 
 
 def full_tables() -> list[Table]:
-    def row(name: str, preset: str, method: str, paper: tuple) -> Row:
+    def row(name: str, preset: str, method: str, paper: dict) -> Row:
         run = f"--method {method} --preset {preset}{SETTINGS.get((preset, method), '')}"
         return Row(name, run, paper, preset)
     rows = [row(SYSTEMS[method], preset, method, paper) for preset, half in TABLE_1.items()
@@ -634,8 +640,8 @@ def full_commands(table: Table, row: Row, o) -> dict[str, tuple[Path, str, list[
     """What fills the row's cells of which the paper has a number, or that it has not at all, in order:
     name -> the file that it leaves, its command, the options of this script that it wants and does not have."""
     out, commands = o.out / folder_name(row.run), {}
-    paper = dict(zip(table.columns, row.paper))
-    names = ["train", *(name for heading, (name, _) in table.columns.items() if paper.get(heading, True) is not None)]
+    names = ["train", *(name for heading, (name, _) in table.columns.items()
+                        if row.paper.get(heading, True) is not None)]
     pairs = "cc3m" if "cc3m" in row.run else "yfcc"
     for name in dict.fromkeys(names):
         if name == "train":
