@@ -583,8 +583,9 @@ def overview(seeds: int, cells: dict):
     cost = {}                                   # of an evaluation, and of a step of a method
     for (run, _, evaluation), cell in cells.items():
         name, count = (method_of(run), steps_of(run)) if evaluation == "train" else (evaluation, 1)
-        cost.setdefault(name, []).append(cell["seconds"] / count)
-    cost = {name: statistics.mean(seconds) for name, seconds in cost.items()}
+        seconds, times = cost.get(name, (0, 0))
+        cost[name] = seconds + cell["seconds"], times + count
+    cost = {name: seconds / times for name, (seconds, times) in cost.items()}
     for name, table in tables(cells).items():
         missing, all_cells = wanted(table, seeds, cells), wanted(table, seeds, {})
         seconds = sum(cost.get(e, 0) for names in missing.values() for e in names) + sum(
