@@ -499,19 +499,24 @@ SHOWN = ("ladder", "lambda", "length", "pool")
 
 
 def draw(shown: list[Table], seeds: int, cells: dict) -> PIL.Image.Image:
-    """A line of two panels a table: gray dots are seeds, colored ones means, joined where rows are a scale."""
+    """A line of two panels a table: gray dots are the seeds that its rows share, colored ones their means, joined where
+    rows are a scale."""
     sheet = PIL.Image.new("RGB", (840, 275 * len(shown)), "white")
     for r, table in enumerate(shown):
         rows, columns = measured(table, seeds, cells)
-        title = PIL.ImageDraw.Draw(sheet)
-        title.text((10, 275 * r + 4), table.title, "black", PIL.ImageFont.load_default(15))
+        PIL.ImageDraw.Draw(sheet).text((10, 275 * r + 4), table.title, "black", PIL.ImageFont.load_default(15))
         names, groups = list(dict.fromkeys(row.name for row in rows)), list(dict.fromkeys(row.group for row in rows))
         for c, (heading, column) in enumerate(list(columns.items())[:2]):
             wanted = table.seeds_of(column[0], seeds)
-            points = [(row, values_of(row.run, column, wanted, cells).values()) for row in rows]
+            there = [values_of(row.run, column, wanted, cells) for row in rows]
+            shared = set.intersection(*(set(own) for own in there if own))      # else a mean would be of other seeds
+            points = [(row, [own[seed] for seed in shared if own]) for row, own in zip(rows, there)]
             every = [value for _, own in points for value in own]
+            if not every:                                                       # nothing to compare yet
+                continue
             margin = 0.1 * (max(every) - min(every)) + 0.5
-            panel = Panel(sheet, (420 * c, 275 * r + 20), heading, min(every) - margin, max(every) + margin)
+            title = f"{heading}, seed {', '.join(map(str, sorted(shared)))}"
+            panel = Panel(sheet, (420 * c, 275 * r + 20), title, min(every) - margin, max(every) + margin)
             place = {name: panel.x((k + 0.5) / len(names), name.removeprefix("+ ").split(" = ")[-1],
                                    k % 2 if len(names) > 4 else 0) for k, name in enumerate(names)}
             for g, group in enumerate(groups):

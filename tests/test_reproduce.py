@@ -150,6 +150,12 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     columns = np.flatnonzero(means[45:250].any(axis=0))
     first, last = columns[columns < columns.min() + 9], columns[columns > columns.max() - 9]
     assert np.flatnonzero(means[45:, first].any(axis=1)).min() > np.flatnonzero(means[45:, last].any(axis=1)).max()
+    more = cells | cells_of(*(cell(TABLES["pool"].rows[0].run, 1, name, top1=90.0, i2t=1.0, t2i=1.0)
+                              for name in ("zeroshot", "linear")))
+    again = np.asarray(reproduce.draw([TABLES["pool"]], 0, more))
+    assert (again == sheet).all(), "a seed that one row has alone moves no mean"
+    apart = cells_of(*(cell(TABLES["pool"].rows[k].run, k, "zeroshot", top1=30.0, i2t=1.0, t2i=1.0) for k in (0, 1)))
+    assert reproduce.draw([TABLES["pool"]], 0, apart).size == (840, 275), "no seed in common: no panel"
     runs = [reproduce.setting(method) for method in ("clip", "maskclip")]
     curves = cells_of(*(cell(run, seed, "train", curve=[[100, 10.0], [200, 20.0 + seed]])
                         for run in runs for seed in (0, 1)))
