@@ -109,6 +109,12 @@ def say(text: str, file=None):
         print(text, file=file or sys.stdout, flush=True)
 
 
+def write_json(path, content):
+    """What a script has found, as one JSON object, where --json names a file for it"""
+    if path:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
 def say_notes(data):
     """What a data set tells of what was left out and why, a line each."""
     for note in data.notes:
@@ -972,7 +978,7 @@ class ShapesWorld:
         assert self.split in ("train", "val"), self.split
         fewest, most = self.objects
         for what, values, least, largest in (("objects", (fewest, most), 1, 6), ("count", [self.count], 1, 10 ** 9),
-                                             ("size", [self.size], 16, 10 ** 5),
+                                             ("size", [self.size], 16, 100_000),
                                              *((share, [getattr(self, share) or 0], 0, 1)
                                                for share in ("unsaid", "mismatched", "patterns"))):
             if not least <= values[0] <= values[-1] <= largest:
@@ -1053,7 +1059,7 @@ def shapes(text, split, task, size, **_):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
                             f"seed=0, objects=1-4, unsaid=0.2, mismatched=0.3, patterns=0.5 (each from 0 to 1), "
                             f"forms=1, by_pattern=1 (or 0)") from None
-    counts = dict(train=options.pop("train"), val=options.pop("val"))
+    counts = {name: options.pop(name) for name in ("train", "val")}
     split = "train" if split == "train" else "val"
     return ShapesWorld(split, counts[split], dense=task in ("segmentation", "detection"), **options)
 
@@ -2555,9 +2561,7 @@ def main(argv: list[str] | None = None):
         return preview(data, o.out)
     tokenizer = BytePairTokenizer.from_file(o.bpe) if o.bpe else learn_tokenizer(data, o.vocab_size)
     if o.command == "check":
-        report = check(data, tokenizer, o.context_length, o.workers)
-        if o.json:
-            Path(o.json).write_text(json.dumps(report))
+        write_json(o.json, check(data, tokenizer, o.context_length, o.workers))
         for part in data.parts:                 # as training does before its first step
             look_at_labels(part)
         return

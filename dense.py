@@ -38,13 +38,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import (BadRecord, MEAN, Records, UserError, decode, eval_loader, fingerprint, has_area, look_at_labels,
                   normalize, only_shapes, open_data, open_image, progress, read_file, run, say, sheet, to_tensor,
-                  unpack_counts)
+                  unpack_counts, write_json)
 from eval_zeroshot import class_accuracy, confusion, find_templates
 from finetune import LoopOptions, fine_tune, recipe_for
 from losses import gather, mean_over_processes
 from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, load_checkpoint, opt
-from train import (RunOptions, find_resumable, first_look, gather_objects, parse, report_bad, setup, show,
-                   write_json)
+from train import RunOptions, find_resumable, first_look, gather_objects, parse, report_bad, setup, show
 
 IGNORED = 255
 MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model

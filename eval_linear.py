@@ -24,11 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data as data_module
-from data import EvalTransform, TrainTransform, UserError, run, say
+from data import EvalTransform, TrainTransform, UserError, run, say, write_json
 from losses import gather
 from model import MaskCLIP, build, load_checkpoint, opt, pool_tokens
-from train import (ReadRecord, RunOptions, Runtime, cosine_schedule, extract, parse, report_bad, setup, tell_shared,
-                   write_json)
+from train import ReadRecord, RunOptions, Runtime, cosine_schedule, extract, parse, report_bad, setup, tell_shared
 
 FEW = 100_000       # fewer training records than this are trained on in smaller steps, see `recipe`
 AT_ONCE = 256       # images that a process encodes at once

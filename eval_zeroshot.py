@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import data as data_module
-from data import FORMATS, BytePairTokenizer, EvalTransform, UserError, fingerprint, run, say
+from data import FORMATS, BytePairTokenizer, EvalTransform, UserError, fingerprint, run, say, write_json
 from losses import similarity
 from model import MaskCLIP, load_checkpoint, opt
-from train import RunOptions, Runtime, extract, parse, setup, write_json
+from train import RunOptions, Runtime, extract, parse, setup
 
 
 @dataclass

@@ -34,11 +34,11 @@ from PIL import ImageEnhance, ImageOps
 from torch import Tensor, nn
 
 import data as data_module
-from data import BICUBIC, MEAN, BadRecord, UserError, crop_box, normalize, run, say, seed_of, to_tensor
+from data import BICUBIC, MEAN, BadRecord, UserError, crop_box, normalize, run, say, seed_of, to_tensor, write_json
 from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt
 from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, draw_curves,
                    extract, find_resumable, first_look, layer_decay_groups, open_mixed, parse, set_learning_rate, setup,
-                   show, tell_shared, wrap, write_json)
+                   show, tell_shared, wrap)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def announce(o: TrainOptions, data, core: MaskCLIP, tokenizer, total: int, start
     """What is trained, on the screen and in OUT/config.json."""
     with tell_if_full(start.out / "config.json"):
         described = dict(asdict(o), records=len(data), data_hash=start.data)
-        write_json(start.out / "config.json", described)
+        write_text_atomically(start.out / "config.json", json.dumps(described, indent=1))
     parameters = sum(p.numel() for p in core.parameters())
     say(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
         f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; {runtime}")
@@ -984,12 +984,6 @@ def write_text_atomically(path: Path, text: str):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def write_json(path: str, content: dict):
-    """What a script has found, as one JSON object, where --json names a file for it"""
-    if path:
-        write_text_atomically(Path(path), json.dumps(content, indent=1) + "\n")
 
 
 class Log:

@@ -7,9 +7,9 @@ import pytest
 
 from conftest import ROOT
 
-LIMIT = 71_810              # of all together
+LIMIT = 71_800              # of all together
 LIMITS = {                  # of each, in reading order
-    "losses.py": 2_450, "model.py": 13_900, "train.py": 11_130, "data.py": 18_790, "eval_zeroshot.py": 3_600,
+    "losses.py": 2_450, "model.py": 13_900, "train.py": 11_100, "data.py": 18_790, "eval_zeroshot.py": 3_600,
     "eval_linear.py": 1_750, "finetune.py": 3_800, "dense.py": 16_700,
 }
 COUNTED = (tokenize.NAME, tokenize.OP, tokenize.NUMBER)
