@@ -44,6 +44,7 @@ import time
 import traceback
 import warnings
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -136,10 +137,10 @@ def progress(items: Iterable, total: int, what: str, speaks: bool = True) -> Ite
 def run(main: Callable):
     """Runs the main() of a script and ends the process with its exit status.
 
-    0 when all is well; 2 for a user's mistake, told in one line; 130 when interrupted; 141 if nobody reads on;
-    1 after any other exception, with its traceback.  What all processes meet alike ends the process group.  After all
-    else another process may be waiting in the middle of a collective, and NCCL's group would wait for it for minutes:
-    this process leaves at once.
+    0 when all is well; 2 for a user's mistake, told in one line; 130 when interrupted; 141 if nobody reads what is
+    printed; 1 after any other exception, with its traceback.  An end that all processes meet closes the process group.
+    After any other this process leaves at once: closing would wait for processes that are stuck in a collective, with
+    NCCL for minutes.
     """
     with contextlib.suppress(AttributeError):               # a notebook's output takes anything
         sys.stdout.reconfigure(errors="backslashreplace")   # names from files may hold what a terminal cannot show
@@ -185,9 +186,9 @@ class Sample:
     image: Image.Image                  # any mode; perhaps only its header is read so far, see `decode`
     captions: tuple[str, ...] = ()
     label: int = -1                         # class index, -1 unknown
-    text_label: int = -1                    # class that the captions name, over all data sets: see NamedClasses
+    text_label: int = -1                    # class that the captions name, over all data sets: see name_classes
     label_map: np.ndarray | None = None     # (H, W) uint8 class of each pixel, 255 ignored
-    objects: list[dict] | None = None       # {"box": (x1, y1, x2, y2), "category", "mask": (H, W) bool, "crowd"}
+    objects: list[dict] | None = None       # {"box": [x1, y1, x2, y2], "category", "mask": (H, W) bool, "crowd"}
 
 
 def pick_caption(sample: Sample, rng: np.random.Generator) -> str:
@@ -203,6 +204,7 @@ IMAGE_FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", 
 EXTENSIONS = {extension[1:] for extension, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
 MAX_PIXELS = 100_000_000     # a file of a few kilobytes can claim gigabytes of pixels
 MAX_SCANS = 100              # of a progressive JPEG, which has about ten: thousands in a small file decode for hours
+SCAN = re.compile(rb"\xff\xda\0[\x06-\x0e][\0-\4]")       # how a scan begins: its length, how many components it has
 MIN_SIDE = 2                 # a side of one pixel is a web page's spacer or counter, not a picture
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -225,9 +227,14 @@ def open_image(content: bytes) -> Image.Image:
         raise BadRecord(f"image too large: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     if min(image.size) < MIN_SIDE:
         raise BadRecord(f"image too small: {image.width} x {image.height} pixels")
-    if isinstance(image, JpegImageFile) and content.count(b"\xff\xda") > MAX_SCANS:     # whatever it calls itself
+    if isinstance(image, JpegImageFile) and len(SCAN.findall(content)) > MAX_SCANS:     # whatever it calls itself
         raise BadRecord(f"corrupt image: more than {MAX_SCANS} scans, each of which would be decoded")
     return image
+
+
+FLIP = Image.Transpose
+TURNS = dict(enumerate((FLIP.FLIP_LEFT_RIGHT, FLIP.ROTATE_180, FLIP.FLIP_TOP_BOTTOM, FLIP.TRANSPOSE, FLIP.ROTATE_270,
+                        FLIP.TRANSVERSE, FLIP.ROTATE_90), start=2))      # EXIF orientation -> what makes it upright
 
 
 def orientation(image):
@@ -249,8 +256,9 @@ def decode(image: Image.Image) -> Image.Image:
     """Any image -> RGB, upright, its first frame, transparent parts on white.  BadRecord if the file is damaged."""
     with refusing("corrupt image"):
         image.load()
-        if orientation(image) != 1:          # broken EXIF, which ImageOps would not forgive, counts as 1
-            image = ImageOps.exif_transpose(image)
+        if (turn := orientation(image)) in TURNS:        # not ImageOps.exif_transpose, which wants all of EXIF sound
+            image = image.transpose(TURNS[turn])
+            del image.info["exif"]                       # it is turned once
         return to_rgb(image)
 
 
@@ -417,8 +425,8 @@ class ViewTransform:
         pixels = TrainTransform(self.size, self.scale, flip=True)(image, rng)
         factors = [*rng.uniform(0.6, 1.4, 3), rng.uniform(-0.1, 0.1)]
         jitter = [(kind, factors[kind]) for kind in rng.permutation(4)]
-        gray, blurred = (2, 0.0), (4, rng.uniform(0.1, 2.0) * self.size / 224)
-        steps = torch.tensor([*jitter, gray, blurred], dtype=torch.float32)                     # (6, 2)
+        blurred = 4, rng.uniform(0.1, 2.0) * self.size / 224
+        steps = torch.tensor([*jitter, (2, 0.0), blurred], dtype=torch.float32)                 # (6, 2)
         is_taken = np.repeat(rng.random(3) < (0.8, 0.2, 0.5), (4, 1, 1))
         steps[~is_taken] = -1
         return {name: pixels, f"{name}_steps": steps}
@@ -1016,11 +1024,6 @@ class ShapesWorld:
             scene.caption = rng.choice((other, f"IMG_{rng.randrange(10000):04}.jpg"))
         return scene
 
-    def array(self, i):
-        """Image (size, size, 3) uint8, and caption."""
-        scene = self.scene(i)
-        return draw_scene(scene, self.size), scene.caption
-
     def read(self, i: int) -> Sample:
         scene = self.scene(i)
         sample = Sample(Image.fromarray(draw_scene(scene, self.size)), (scene.caption,))
@@ -1108,7 +1111,7 @@ def collate(items: list[dict]) -> dict:
 
 
 def seed_of(*numbers: int) -> int:
-    """The seed that follows from several numbers, in 32 bits: of more torch's generator on a CPU heeds these alone."""
+    """The seed that follows from several numbers, in 32 bits, as torch's generator on a CPU ignores all above."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -1130,17 +1133,16 @@ def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, w
     """For each step the keys of this process's share of the global batch; of records of one of the groups (n,), if any.
 
     An epoch is a permutation cut into n // batch_size global batches; process r takes the r-th slice of each, so every
-    process has the same number of steps and no record comes twice in an epoch.  What the cut leaves over are the spares
-    that stand in for bad records; a stand-in may come twice, as processes do not ask each other who took which.
+    process has the same number of steps and no record comes twice in an epoch.  What comes half an epoch later stands
+    in for a bad record, so a record may come again, in another batch.
     """
     per_epoch, share = n // batch_size, batch_size // world
     for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // per_epoch):
         order = epoch_order(n, seed, epoch)
         order = order if groups is None else group(order, groups, batch_size, (seed, epoch))
-        spares = order[per_epoch * batch_size:] if n % batch_size else order
         for step in steps_of_epoch:
             start = step % per_epoch * batch_size + rank * share
-            yield [(step, int(order[k]), *spares.take(range(k + 1, k + 11), mode="wrap").tolist())
+            yield [(step, int(order[k]), *order.take(range(k + n // 2, k + n // 2 + 10), mode="wrap").tolist())
                    for k in range(start, start + share)]
 
 
@@ -1165,7 +1167,7 @@ class DataLoader(torch.utils.data.DataLoader):
 
 
 def share_tensors(collate, items):
-    """A batch in shared memory; without this torch puts it there in a thread, where it says of want of room nothing."""
+    """A batch in shared memory; left to itself torch puts it there in a thread, where want of room shows nowhere."""
     batch = collate(items)
     for value in batch.values() if isinstance(batch, dict) else ():
         if torch.is_tensor(value):
@@ -1209,12 +1211,15 @@ GZIP = b"\x1f\x8b"            # how a packed file begins
 
 
 class Packed:
-    """Many byte strings as one, which forked workers share; of a list of str each worker would end up with a copy of
-    its own, as reading an object changes its reference count."""
+    """Many byte strings in one block, which forked workers share.  A list of str they would come to copy: reading an
+    object changes its reference count, and so its page of memory."""
 
     def __init__(self, strings):
-        strings = list(strings)
-        self.blob, self.ends = b"".join(strings), np.cumsum([0, *map(len, strings)])
+        blob, ends = bytearray(), array("q", [0])        # not a list of them, which takes several times the memory
+        for string in strings:
+            blob += string
+            ends.append(len(blob))
+        self.blob, self.ends = bytes(blob), np.array(ends)
 
     def __len__(self):
         return len(self.ends) - 1
@@ -1250,8 +1255,11 @@ def read_file(path: str) -> bytes:
 def write_whole(path, content: bytes):
     """Writes a file that others read, and may write, at the same time: they find all of it or nothing."""
     temporary = Path(f"{path}.{os.getpid()}-{threading.get_ident()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                # of a full disk
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
@@ -1334,9 +1342,10 @@ def tar_members(path):
             end = member.offset_data + member.size
             if member.size < 0 or end > total:
                 raise ValueError(f"cut short: has {total:,} bytes, the member at {member.offset:,} ends at {end:,}")
+            tar.members.clear()                          # which tarfile keeps, all of them, for random access
             yield member
         tar.fileobj.seek(tar.offset)                     # tarfile stops at a damaged header as at an end,
-        rest = tar.fileobj.read(1 << 20)                 # where zeros stand, 10 KB or less, and nothing else
+        rest = tar.fileobj.read(1 << 20)                 # where zeros stand, less than 1 MB, and nothing else
         if not 512 <= len(rest) < 1 << 20 or any(rest):
             raise ValueError(f"damaged or cut short at byte {tar.offset:,} of {total:,}, what follows is not read")
 
@@ -1374,8 +1383,10 @@ def index_tar(path):
         files = defaultdict(dict)                                           # key -> {kind: (offset, size)}
         for name, (kind, place) in members.items():
             files[key_of(name)][kind] = place
-        if any(len(kinds) > 1 for kinds in files.values()):
+        if any("image" in kinds and len(kinds) > 1 for kinds in files.values()):
             break
+    counts["files differ from another of their pair in the extension alone, the last one is read"] = (
+        len(members) - sum(map(len, files.values())))
     keys, pairs = [], []
     for key, members in files.items():
         caption = members.get("txt") or members.get("json")
@@ -1486,7 +1497,8 @@ class Shards:
             counts.update(index["counts"])
             counts[f"of {len(indices)} shards hold no pair"] += not index["keys"]
         cuts = [f"{path}: {index['cut']}" for path, index in zip(self.paths, indices) if index["cut"]]
-        self.notes = note_counts(counts) + cuts[:10]
+        self.notes = note_counts(counts) + cuts[:10] + (
+            [f"{len(cuts) - 10} more shards are damaged or cut short"] if len(cuts) > 10 else [])
         if not len(self.keys):
             raise UserError(f"no image with a caption in {pattern}: {'; '.join(self.notes)}")
 
@@ -1553,12 +1565,14 @@ class ImageFiles:
 def captioned(source, root, listed, counts={}):
     """ImageFiles of (file, captions): what is listed of one file is one image with several captions; images without
     captions are left out and counted."""
-    captions = defaultdict(list)
-    for file, more in listed:
+    captions, rows = defaultdict(list), 0
+    for rows, (file, more) in enumerate(listed, 1):
         captions[file] += more
-    kept = [(file, dict(captions=some)) for file, some in captions.items() if some]
+    kept = ((file, dict(captions=some)) for file, some in captions.items() if some)
     return ImageFiles(source, root, kept, counts={
-        **counts, f"images of {source} have no caption": len(captions) - len(kept)})
+        **counts, f"images of {source} have no caption": sum(not some for some in captions.values()),
+        f"rows are of {len(captions):,} images: each is one record, with the captions of its rows":
+            rows * (rows > len(captions))})
 
 
 def csv_file(spec, **_):
@@ -1575,11 +1589,7 @@ def csv_file(spec, **_):
     image = dict(columns).get("image", "filepath")
     texts = [name for what, name in columns if what == "caption"] or ["title"]
     counts = Counter()
-    listed = list(csv_rows(path, image, texts, counts))
-    files = len({file for file, _ in listed})
-    if files < len(listed):
-        counts[f"rows are of {files:,} images: each is one record, with the captions of its rows"] = len(listed)
-    return captioned(path, os.path.dirname(path), listed, counts)
+    return captioned(path, os.path.dirname(path), csv_rows(path, image, texts, counts), counts)
 
 
 def csv_rows(path, image, texts, counts):
@@ -1588,10 +1598,11 @@ def csv_rows(path, image, texts, counts):
     with reading(path), open_text(path) as file:
         line, separator = file.readline(LONGEST_FIELD), ""
         if line.startswith("{"):
-            names, rows = list(json.loads(line)), map(json.loads, itertools.chain([line], file))
+            names, rows = list(json.loads(line)), map(json.loads, filter(str.strip, itertools.chain([line], file)))
         else:
             for separator in ",\t;|":
-                names = [name.strip() for name in next(csv.reader([line], delimiter=separator), [])]
+                header = csv.reader([line], delimiter=separator, skipinitialspace=True)
+                names = [name.strip() for name in next(header, [])]
                 if image in names:
                     break
             rows = csv.DictReader(file, names, delimiter=separator, restval="", skipinitialspace=True)
@@ -1603,7 +1614,7 @@ def csv_rows(path, image, texts, counts):
             for row in rows:
                 captions = []
                 for value in map(row.get, texts):
-                    captions += value if isinstance(value, list) else [value]
+                    captions += value if isinstance(value, list) else ["" if value is None else value]
                 counts["captions go over several lines: look for stray quotes"] += "\n" in "".join(captions)
                 counts[f"rows have too many fields: captions with a {separator!r} need quotes"] += None in row
                 yield row[image].strip(), captions
@@ -1660,8 +1671,9 @@ def folder(root, split, **_):
     if splits:
         counts["folders beside those of the splits, not read"] = len(folders) - len(splits)
         folders = numbers_in_order({name for place in splits.values() for name in folders_in(f"{root}/{place}")})
+    counts["images beside the folders of the classes, not read"] = sum(map(is_image, os.listdir(home)))
     for label, name in enumerate(folders):
-        for where, below, names in os.walk(f"{home}/{name}"):
+        for where, below, names in os.walk(f"{home}/{name}", followlinks=True):
             below[:] = sorted(name for name in below if not is_hidden(name))        # os.walk goes on with these
             if re.fullmatch(r"\d{5}", name) and any(file.endswith(".txt") for file in names):
                 raise UserError(f"{where} holds pairs as img2dataset leaves them, no class: let it write "
@@ -1697,9 +1709,11 @@ def by_folder(lines):
 
 def readable(name):
     """The name of a file or folder as text; bytes that are not UTF-8 are those of Windows or of an old zip."""
-    raw = os.fsencode(name)
     try:
+        raw = os.fsencode(name)
         return raw.decode()
+    except UnicodeEncodeError:                           # half a pair, from JSON
+        return printable(name)
     except UnicodeDecodeError:
         return raw.decode("latin-1")
 
@@ -1920,7 +1934,7 @@ class CocoInstances(ImageFiles):
                        DIR/{train,val}2017/*.jpg
 
     classes are the categories by rising id, category_ids these ids (COCO's 80 are between 1 and 90), image_ids those of
-    the images.  read(i) gives objects {"box": (x1, y1, x2, y2), "category": index into classes, "area": of the mask or
+    the images.  read(i) gives objects {"box": [x1, y1, x2, y2], "category": index into classes, "area": of the mask or
     None, "crowd": bool, "mask"}, with the mask as the file has it: polygons [[x1, y1, x2, y2, ...], ...], or RLE
     {"size": [h, w], "counts": list or str}.  As in mmdetection, images that are small or without objects are not
     trained on.  What is left out is counted in notes.  Objects that are malformed are left out too; what was wrong with
@@ -2163,10 +2177,10 @@ def text_list(home, path):
     """Names of the classes, and (file, its classes) for each line of a test.txt."""
     names = f"{home}/labels.txt"
     names, listed = read_lines(names if isfile(names) else f"{home}/labelmap.txt", "names of classes"), []
-    for number, line in enumerate(read_lines(path, "lines FILE CLASS"), 1):
+    for line in read_lines(path, "lines FILE CLASS"):
         file, _, labels = line.rpartition(" ")
         if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", labels):
-            raise UserError(f"{path}, line {number}: wanted FILE CLASS or FILE CLASS,CLASS..., got {line[:60]!r}")
+            raise UserError(f"{path}: wanted FILE CLASS or FILE CLASS,CLASS..., got {line[:60]!r}")
         listed.append((file, [int(label) for label in labels.split(",")]))
     return names, listed
 
@@ -2415,6 +2429,8 @@ def name_classes(parts: list, excluded=()) -> list:
             data.text_label = first.setdefault(tuple(data.classes), sum(map(len, first)))
             if excluded:
                 leave_out(data, set(excluded))
+    if excluded and not first:
+        raise UserError("--exclude-classes leaves out folders of folder:DIR, and --data names none")
     return parts
 
 
@@ -2437,7 +2453,7 @@ def hash_names(data) -> str:
     """sha256 of the names of all records, in order: the same list of names, whatever pixels and captions they have.
     That of shards is kept beside their indices."""
     kept, digest = getattr(data, "hash_file", None), hashlib.sha256()
-    if kept and isfile(kept):
+    if kept and isfile(kept) and os.path.getsize(kept) == 2 * digest.digest_size:       # a power cut leaves it empty
         return Path(kept).read_text()
     for i in progress(range(len(data)), len(data), "names hashed"):
         digest.update(f"{data.name(i)}\n".encode())
@@ -2541,8 +2557,8 @@ def main(argv: list[str] | None = None):
     cli.add_argument("text", nargs="*", help="bpe: texts to cut (default: a few captions)")
     cli.add_argument("--data", action="append", metavar="SPEC", help=f"{specs()}; may be repeated (default: shapes)")
     cli.add_argument("--split", default="train", help="train (default), val or test, where the data has splits")
-    cli.add_argument("--task", help="what the data are opened for, where they serve several: captions, retrieval, "
-                     "classes, segmentation or detection (default: the first that they have)")
+    cli.add_argument("--task", choices=FORMATS["shapes"].tasks, help="what the data are opened for, where they serve "
+                     "several (default: the first that they have)")
     cli.add_argument("--out", default="grid.png", help="preview: the picture to write (default: grid.png)")
     cli.add_argument("--bpe", help="check, bpe: CLIP's merges file (default: learn merges from the captions)")
     cli.add_argument("--vocab-size", type=at_least(514), default=1024,
@@ -2554,7 +2570,7 @@ def main(argv: list[str] | None = None):
     o = cli.parse_intermixed_args(argv)
     check_folder_of("--out", o.out)
     check_folder_of("--json", o.json)
-    if Path(o.out).suffix.lower() not in Image.registered_extensions():
+    if not is_image(o.out):
         raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
     data = Mixed([part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split, o.task)])
     if o.command == "preview":

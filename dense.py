@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import (BadRecord, MEAN, Records, UserError, decode, eval_loader, fingerprint, has_area, look_at_labels,
-                  normalize, only_shapes, open_data, open_image, progress, read_file, run, say, sheet, to_tensor,
-                  unpack_counts, write_json)
+                  normalize, only_shapes, open_data, open_image, progress, read_file, run, say, seed_of, sheet,
+                  to_tensor, unpack_counts, write_json)
 from eval_zeroshot import class_accuracy, confusion, find_templates
-from finetune import LoopOptions, fine_tune, recipe_for
+from finetune import LoopOptions, find_tower, fine_tune, recipe_for
 from losses import gather, mean_over_processes
-from model import Config, MaskCLIP, SyncBatchNorm, VisionTransformer, image_tower, load_checkpoint, opt
-from train import RunOptions, find_resumable, first_look, gather_objects, parse, report_bad, setup, show
+from model import MaskCLIP, SyncBatchNorm, VisionTransformer, load_checkpoint, opt
+from train import CheckpointOptions, first_look, gather_objects, parse, report_bad, setup, show
 
 IGNORED = 255
 MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model
@@ -51,7 +51,7 @@ BILINEAR, NEAREST = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.NEAREST
 
 
 def send(x: Tensor, device) -> Tensor:
-    """x on the device; what the CPU does next waits neither for the copy nor for what the device does before."""
+    """x on the device; the CPU goes on at once, without waiting for the copy or the device."""
     return x.to(device, non_blocking=True)
 
 
@@ -159,14 +159,12 @@ def draw_labels(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class EvalOptions(RunOptions):
+class EvalOptions(CheckpointOptions):
     """What all commands take that are tested on labels."""
-    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
-    json: str = opt("", "file for the results, as one JSON object")
     draw: int = opt(8, "how many test images are drawn into a picture in OUT, truth beside prediction")
     limit: int = opt(0, "how many images to test on, 0: all", "test")
-    ignore_exif: bool = opt(False, "labels were drawn on the pixels as stored, not as EXIF turns them; asked where the "
-                            "sizes of image and labels do not tell", "data")
+    ignore_exif: bool = opt(False, "labels fit the pixels as stored, before EXIF turns them; asked where the sizes of "
+                            "image and labels fit both ways", "data")
 
 
 @dataclass
@@ -284,7 +282,7 @@ def zeroshot(argv=None):
     # for Pascal Context, sides of 520 at most, because the config it follows, DenseCLIP's named 480x480, tests so; for
     # shapes, windows two thirds of the image's side, because objects are large in the picture
     window, spec = config.image_size, options.data
-    short = options.test_size or (3 * window // 2 if spec.startswith("shapes") else 512 * window // 224)
+    short = options.test_size or (3 * window // 2 if only_shapes((spec,)) else 512 * window // 224)
     sides = short, 4 * short                                                                     # as scaled_sides
     if not options.test_size and spec.startswith("pascal-context"):
         sides = 520 * window // 224, 520 * window // 224
@@ -295,7 +293,8 @@ def zeroshot(argv=None):
                                  templates, tokenizer)                                           # (classes, E)
     evaluate(patch_scores(model, texts, options.path), window, window // 2, sides, data, options, runtime,
              Path(options.out or "runs/zeroshot-segmentation"),
-             dict(checkpoint=options.checkpoint, method=config.method, templates=len(templates)))
+             dict(checkpoint=options.checkpoint, method=config.method, path=options.path,
+                  templates=f"{len(templates)} ({fingerprint(templates)})"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,11 +306,9 @@ FUNCTION_WORDS = set("a an the and or plus of in on at to by with from for below
 
 
 @dataclass
-class WordOptions(RunOptions):
-    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it")
+class WordOptions(CheckpointOptions):
     compare: str = opt("", "another checkpoint, whose maps stand beside")
     data: str = opt("shapes", "data set with captions, as train.py reads it")
-    json: str = opt("", "file for how often maps point at their object, on shapes, as one JSON object")
     samples: int = opt(6, "how many records, drawn by --seed")
     image: str = opt("", "file of an image to take instead of records")
     caption: str = opt("", "its caption")
@@ -411,14 +408,17 @@ def words(argv=None):
     for image, caption in progress(pictures, len(pictures), "pictures"):
         phrases = asked or words_of(caption, unit)
         if not phrases:
-            raise UserError(f"nothing to look for in the caption {caption!r}: give --words or --caption")
+            say(f"skipped: nothing to look for in the caption {caption!r}")
+            continue
         maps = np.stack([text_maps(model, image, model.encode_classes(phrases, templates, tokenizer), options.path)
                          for model, tokenizer in loaded])                           # (models, phrases, height, width)
         rows.append(draw_words(image, caption, phrases, maps, names))
+    if not rows:
+        raise UserError("no picture with words to look for: give --words, or --image and --caption")
     out.mkdir(parents=True, exist_ok=True)
     show("words.png", out, sheet, rows, 160)
     pointing = {}
-    if options.data.startswith("shapes") and not options.image:                     # where the truth is known
+    if only_shapes((options.data,)) and not options.image:                     # where the truth is known
         for name, (model, tokenizer) in zip(names, loaded):
             world = open_data(options.data, "val", "segmentation", size=model.config.image_size)
             hit, chance = pointing_game(model, tokenizer, world, min(200, len(world)), templates, options.path)
@@ -440,14 +440,12 @@ class Pyramid(nn.Module):
     # paper: silent on positions; here: UperNet resizes them once and trains the result, as BEiT's line does, because
     # its crops are all of one size; Mask R-CNN resizes those of pre-training for each canvas
     """
-    def __init__(self, visual: VisionTransformer, drop_path: float = 0.0):
+    def __init__(self, visual: VisionTransformer):
         super().__init__()
         self.visual = visual
         self.visual.norm = nn.Identity()
         depth, D = len(visual.blocks), visual.cls_token.shape[-1]
         self.taps = [max(1, round(block * depth / 12)) for block in (4, 6, 8, 12)]
-        for block, rate in zip(visual.blocks, np.linspace(0, drop_path, depth).tolist()):
-            block.drop_path = rate
         self.up4 = nn.Sequential(nn.ConvTranspose2d(D, D, 2, stride=2), SyncBatchNorm(D), nn.GELU(),
                                  nn.ConvTranspose2d(D, D, 2, stride=2))
         self.up2 = nn.ConvTranspose2d(D, D, 2, stride=2)
@@ -493,10 +491,10 @@ class UperNet(nn.Module):
     # paper: silent on the head's width; here: 768, as in BEiT, iBOT and BootMAE, and not mmsegmentation's 512
     """
     def __init__(self, visual: VisionTransformer, n_classes: int, channels: int = 768, aux_channels: int = 256,
-                 drop_path: float = 0.1, dropout: float = 0.1):
+                 dropout: float = 0.1):
         super().__init__()
         D, c = visual.cls_token.shape[-1], channels
-        self.pyramid = Pyramid(visual, drop_path)
+        self.pyramid = Pyramid(visual)
         self.pools = nn.ModuleList([nn.Sequential(nn.AdaptiveAvgPool2d(n), conv_norm(D, c, 1)) for n in (1, 2, 3, 6)])
         self.top = conv_norm(D + 4 * c, c, 3)
         self.lateral = nn.ModuleList([conv_norm(D, c, 1) for _ in range(3)])
@@ -515,7 +513,9 @@ class UperNet(nn.Module):
         levels = add_coarser([*levels, self.top(torch.cat([coarse, *pooled], dim=1))], resize)
         levels[:3] = [smooth(x) for smooth, x in zip(self.smooth, levels)]
         x = self.fuse(torch.cat([resize(x, levels[0].shape[2:]) for x in levels], dim=1))        # (B, c, 4h/p, 4w/p)
-        return self.classify(x), self.auxiliary(fine[2]) if self.training else None
+        with torch.autocast(x.device.type, enabled=False):           # ranked: rounded to bf16, many would tie
+            scores = self.classify(x.float())
+        return scores, self.auxiliary(fine[2]) if self.training else None
 
     def predict(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) -> (n, classes, h, w)"""
@@ -549,6 +549,8 @@ class UperNetOptions(FineTuneOptions, SegmentationOptions):
     crop: int = opt(512, "side of training crops and of test windows, pixels (paper)", "recipe")
     channels: int = opt(768, "width of the head (BEiT, iBOT, BootMAE; mmsegmentation 512; paper silent)", "recipe")
     aux_channels: int = opt(256, "width of the auxiliary head (mmsegmentation)", "recipe")
+    test_size: int = opt(512, "short side of test images, and of training images before they are scaled by 0.5 to 2, "
+                         "pixels (mmsegmentation)", "recipe")
     distort: bool = opt(True, "photometric distortion of training images (paper)", "recipe")
 
 
@@ -567,7 +569,7 @@ def parse_recipe(paper: FineTuneOptions, pocket: dict, name: str, large: str, ar
 
 
 def parse_upernet(argv=None) -> UperNetOptions:
-    return parse_recipe(UperNetOptions(test_size=512), POCKET, "upernet", "ade20k", argv)
+    return parse_recipe(UperNetOptions(), POCKET, "upernet", "ade20k", argv)
 
 
 def linear_schedule(step: int, total: int, warmup: int) -> float:
@@ -653,25 +655,10 @@ def begin(options, kind: str, task: str, size: int) -> tuple:
     start            where it begins: anew, or with an earlier OUT/last.pt
     config, visual   of the image tower, and the tower
     """
-    runtime, out = setup(options), Path(options.out)
+    runtime = setup(options)
     train, test = (open_labels(options, split, task, size) for split in ("train", "val"))
     look_at_labels(test, look_at_labels(train, None, runtime.is_main), runtime.is_main)
-    runtime.claim(out)
-    start = find_resumable(options, out, kind)
-    if start.state:
-        config = Config(**start.state["backbone"])
-    else:
-        model, _, config = load_checkpoint(options.checkpoint)
-    visual = image_tower(config) if start.state or options.from_scratch else model.visual
-    return runtime, train, test, start, config, visual
-
-
-def announce(what: str, net: nn.Module, options, data, runtime):
-    if runtime.is_main:
-        start = "random weights" if options.from_scratch else options.checkpoint
-        millions = sum(p.numel() for p in net.parameters()) / 1e6
-        say(f"{what}, on blocks {net.pyramid.taps} of {start}: {millions:.1f} M parameters, "
-            f"{len(data.classes)} classes, {len(data)} images, {options.steps} steps of {options.batch_size}")
+    return runtime, train, test, *find_tower(options, kind, runtime)
 
 
 @torch.no_grad()
@@ -692,9 +679,7 @@ def upernet(argv=None):
         raise UserError(f"--crop {options.crop}: wanted a multiple of two of this network's patches of "
                         f"{config.patch_size} pixels, such as {-(-options.crop // coarsest) * coarsest}")
     resize_positions(visual, options.crop)
-    net = UperNet(visual, len(data.classes), options.channels, options.aux_channels, options.drop_path)
-    net = net.to(runtime.device)
-    announce(f"UperNet, recipe {options.recipe}", net, options, data, runtime)
+    net = UperNet(visual, len(data.classes), options.channels, options.aux_channels).to(runtime.device)
 
     def losses_of(net: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
         images, labels = (send(batch[name], runtime.device) for name in ("images", "labels"))
@@ -703,11 +688,11 @@ def upernet(argv=None):
                     auxiliary=0.4 * pixel_cross_entropy(auxiliary, labels))        # mmsegmentation's weight
 
     transform = CropTransform(data, options.test_size, options.crop, options.distort)
-    fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, start.out, start,
+    fine_tune(net, losses_of, linear_schedule, data, transform, options, runtime, start,
               dict(kind="upernet", backbone=asdict(config), classes=list(data.classes)))
     stride = options.crop * 2 // 3                                  # 341 of 512, as in BEiT, iBOT and BootMAE
     evaluate(net.predict, options.crop, stride, (options.test_size, 4 * options.test_size), test, options, runtime,
-             start.out, dict(checkpoint=options.checkpoint, steps=options.steps))
+             start.out, dict(checkpoint=options.checkpoint, from_scratch=options.from_scratch, steps=options.steps))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -741,8 +726,10 @@ def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     is_open = scores > OUT
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :is_open.sum(dim=1).max()]
     best = boxes.take_along_dim(order[..., None], dim=1)                           # (S, most, 4)
-    strikes = [box_iou(block, best).double() > iou_threshold   # in float32 0.3 exceeds the threshold 0.3
-               for block in best.split(NMS_BLOCK, dim=1)]
+    limit = torch.tensor(iou_threshold, dtype=boxes.dtype)
+    if limit.item() > iou_threshold:                                               # as 0.3 in float32 exceeds 0.3
+        limit = limit.nextafter(torch.zeros_like(limit))
+    strikes = [box_iou(block, best) > limit.item() for block in best.split(NMS_BLOCK, dim=1)]
     strikes, is_kept = torch.cat(strikes, dim=1).cpu().numpy(), np.ones(order.shape, bool)
     for i in range(order.shape[1]):
         is_kept[:, i + 1:] &= ~(is_kept[:, i, None] & strikes[:, i, i + 1:])
@@ -986,7 +973,7 @@ class Scene:
         union = areas[:, None] + np.where(self.is_crowd, 0, object_areas - shared)
         self.iou = shared / np.maximum(union, 1e-10)           # of a crowd any part will do
         self.scores = np.array([record["score"] for record in found], dtype=float)
-        self.sizes = np.array([record["bbox"][2] * record["bbox"][3] if "bbox" in record else area
+        self.sizes = np.array([record["bbox"][2] * record["bbox"][3] if record.get("bbox") else area
                                for record, area in zip(found, areas)])
         self.object_sizes = np.array([record.get("area", area) for record, area in zip(objects, object_areas)])
 
@@ -1242,7 +1229,7 @@ class MaskRCNN(nn.Module):
         super().__init__()
         p, self.options = visual.patch_size, options
         self.strides = [p / 4, p / 2, p, 2 * p, 4 * p]
-        self.pyramid = Pyramid(visual, options.drop_path)
+        self.pyramid = Pyramid(visual)
         self.fpn = FeaturePyramid(visual.cls_token.shape[-1], options.channels)
         self.rpn = ProposalHead(options.channels)
         self.box_head = BoxHead(options.channels, options.head_width, n_classes)
@@ -1359,7 +1346,8 @@ def proposal_losses(scores: Tensor, deltas: Tensor, anchors: Tensor, truth: dict
 
 def draw_rois(proposals: Tensor, truth: dict, count: int) -> tuple:
     """What the heads learn from: image (R,), boxes (R, 4), first those with an object, a quarter of `count` an image at
-    most, and owner (R+,), their objects.  The true boxes (B, G, 4) stand in line with the proposals (B, P, 4)."""
+    most, and owner (R+,), their objects.  The true boxes (B, G, 4) join the proposals (B, P, 4), so that each object
+    has a box that fits."""
     boxes = torch.cat([proposals, truth["boxes"]], dim=1)                                  # (B, P + G, 4)
     # mmdetection 2.x keeps low-quality matches here too: of no effect, as the best match of an object is its own box
     assigned = assign(box_iou(truth["boxes"], boxes), 0.5, 0.5).where(boxes.any(dim=2), UNUSED)
@@ -1387,8 +1375,8 @@ class MaskRCNNOptions(FineTuneOptions, EvalOptions):
     head_width: int = opt(1024, "width of the box head (mmdetection)", "detector")
     mask_depth: int = opt(4, "convolutions of the mask head (mmdetection)", "detector")
     rpn_samples: int = opt(256, "anchors an image that the RPN learns from (mmdetection)", "detector")
-    proposals: int = opt(1000, "boxes an image that the RPN proposes, of as many a level before suppression, in "
-                         "training of twice as many (mmdetection 2.x)", "detector")
+    proposals: int = opt(1000, "boxes kept of an image; before suppression as many of each level, in training "
+                         "twice as many (mmdetection 2.x)", "detector")
     roi_samples: int = opt(512, "boxes an image that the heads learn from (mmdetection)", "detector")
 
 
@@ -1447,7 +1435,9 @@ class EvalObjects:
         for thing in sample.objects:
             (x1, y1, x2, y2), mask, label = thing["box"], thing["mask"], self.label_of[thing["category"]]
             if label >= 0:
-                area = thing.get("area") or float(read_mask(mask, image.height, image.width).sum())
+                area = thing.get("area")
+                if area is None:
+                    area = float(read_mask(mask, image.height, image.width).sum())
                 truth.append(dict(category_id=label, bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=int(thing["crowd"]),
                                   area=area, segmentation=encode_rle(mask) if isinstance(mask, np.ndarray) else mask))
         resized = image.resize(fitted_sides(*image.size, self.short, self.long), BILINEAR)
@@ -1473,7 +1463,7 @@ def losses_of(net: nn.Module, batch: dict, step: int, device, options: MaskRCNNO
     truth = {name: send(pad_sequence([torch.from_numpy(x) for x in batch[name]], batch_first=True), device)
              for name in ("boxes", "labels")}
     truth["masks"] = [send(torch.from_numpy(masks), device) for masks in batch["masks"]]
-    truth["generators"] = [torch.Generator().manual_seed(hash((options.seed, step, i)))
+    truth["generators"] = [torch.Generator().manual_seed(seed_of(options.seed, step, i))
                            for i in batch["index"].tolist()]
     sizes = send(torch.tensor([image.shape[1:] for image in batch["images"]]), device)
     largest = rounded_up(gather(sizes).amax(dim=0), multiple).tolist()
@@ -1513,7 +1503,7 @@ def evaluate_detector(net: MaskRCNN, names: list[str], data, options: MaskRCNNOp
         raise UserError(f"none of the {len(data)} test images of {options.data} can be read")
     truth = dict(images=images, annotations=annotations, categories=[dict(id=k) for k in range(len(names))])
     masks = [{key: value for key, value in record.items() if key != "bbox"} for record in found]     # sized by the mask
-    said = ("data", "checkpoint", "from_scratch", "steps", "score_threshold")
+    said = ("data", "checkpoint", "from_scratch", "steps", "short_side", "long_side", "score_threshold")
     results = dict(box=coco_average_precision(truth, found, "bbox"), mask=coco_average_precision(truth, masks, "segm"),
                    images=len(images), bad=number_asked(data, options) - len(images), classes=len(names),
                    protocol={key: getattr(options, key) for key in said})
@@ -1577,9 +1567,8 @@ def maskrcnn(argv=None):
     names = data.classes
     options.steps = options.steps or max(1, round(options.epochs * (len(data) // options.batch_size)))
     net = MaskRCNN(visual, len(names), options).to(runtime.device)
-    announce(f"Mask R-CNN, recipe {options.recipe}", net, options, data, runtime)
     fine_tune(net, partial(losses_of, device=runtime.device, options=options, multiple=net.strides[3]), step_schedule,
-              data, TrainObjects(options.short_side, options.long_side), options, runtime, start.out, start,
+              data, TrainObjects(options.short_side, options.long_side), options, runtime, start,
               dict(kind="maskrcnn", backbone=asdict(config), classes=names))
     evaluate_detector(net, names, test, options, runtime, start.out)
 

@@ -27,15 +27,15 @@ import data as data_module
 from data import EvalTransform, TrainTransform, UserError, run, say, write_json
 from losses import gather
 from model import MaskCLIP, build, load_checkpoint, opt, pool_tokens
-from train import ReadRecord, RunOptions, Runtime, cosine_schedule, extract, parse, report_bad, setup, tell_shared
+from train import (CheckpointOptions, ReadRecord, Runtime, cosine_schedule, extract, parse, report_bad, setup,
+                   tell_shared)
 
 FEW = 100_000       # fewer training records than this are trained on in smaller steps, see `recipe`
 AT_ONCE = 256       # images that a process encodes at once
 
 
 @dataclass
-class Options(RunOptions):
-    checkpoint: str = opt("runs/pocket/last.pt", "what train.py wrote", "what")
+class Options(CheckpointOptions):
     feature: str = opt("auto", "the class token, or the mean or maximum of the patches, after the final norm; "
                        "auto: what pre-training contrasted (paper silent, MAE: cls)", "what",
                        ("auto", "cls", "mean", "max"))
@@ -50,7 +50,6 @@ class Options(RunOptions):
                     "records that of any batch", "recipe")
     # paper: silent, and follows MAE; here: its share of the run, because a run of few epochs would only warm up
     warmup_epochs: float = opt(-1.0, "epochs of linear warm-up; -1: a ninth of all (MAE: 10 of 90)", "recipe")
-    json: str = opt("", "file for the results as one JSON object", "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def probe(model: MaskCLIP, o: Options, train_data, test_data, transform: EvalTra
     train_head(head, batches, steps, warmup, peak)
     features, label = labeled(test_data, transform, encode, runtime)
     with torch.no_grad():
-        right = head(features).argmax(dim=1) == label
+        right = (head(features).argmax(dim=1) == label).cpu()
     return dict(top1=right.double().mean().item(), images=len(label), feature=o.feature, augment=o.augment, steps=steps,
                 warmup_steps=warmup, batch_size=batch_size, lr=peak)
 

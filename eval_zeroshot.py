@@ -33,12 +33,11 @@ import data as data_module
 from data import FORMATS, BytePairTokenizer, EvalTransform, UserError, fingerprint, run, say, write_json
 from losses import similarity
 from model import MaskCLIP, load_checkpoint, opt
-from train import RunOptions, Runtime, extract, parse, setup
+from train import CheckpointOptions, Runtime, extract, parse, setup
 
 
 @dataclass
-class Options(RunOptions):
-    checkpoint: str = opt("runs/pocket/last.pt", "what train.py wrote", "what")
+class Options(CheckpointOptions):
     task: str = opt("auto", "auto: all that the data are there for", "what", ("auto", "classes", "retrieval", "icinw"))
     templates: str = opt("auto", "7, 80, 85, a file with a template a line, or one template as 'a photo of a {}.'; "
                          "auto: the data's own, of icinw or DIR/templates.txt, else 'a {}' for a model that was "
@@ -50,8 +49,7 @@ class Options(RunOptions):
     split: str = opt("", "part of the data; empty: val for classes, test for retrieval", "what")
     caption_prefix: str = opt("", "put before each caption in retrieval, as 'a photo of ' (paper silent)", "what")
     squash: bool = opt(False, "squeeze images to a square; else their centre is cut out (paper silent)", "what")
-    batch_size: int = opt(256, "images or texts at a time, over all processes", "run")
-    json: str = opt("", "file for the results as one JSON object", "run")
+    batch_size: int = opt(256, "images at a time over all processes, texts in each", "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,6 +306,8 @@ def classify(job: Job, spec: str) -> dict:
     """
     o, data = job.options, job.open(spec, "classes")
     classes = names_of_classes(job, data, spec)
+    if o.metric == "ROC AUC" and len(classes) != 2:
+        raise UserError(f"--metric 'ROC AUC' is of two classes, {spec} has {len(classes)}: choose another")
     templates = find_templates(job.model, o.templates, root=getattr(data, "root", ""))
     scores, found = job.class_scores(data, classes, templates, o.squash)
     known = found["label"] >= 0
@@ -317,8 +317,6 @@ def classify(job: Job, spec: str) -> dict:
     guess, names = scores.argmax(dim=1), [name.split("\t")[0] for name in classes]
     counts = confusion(guess, label, len(classes))
     accuracy = class_accuracy(counts)
-    if o.metric == "ROC AUC" and len(classes) != 2:
-        raise UserError(f"--metric 'ROC AUC' is of two classes, {spec} has {len(classes)}: choose another")
     pairs = zip(label.tolist(), guess.tolist())
     confused = Counter((right, wrong) for right, wrong in pairs if right != wrong).most_common(10)
     result = dict(

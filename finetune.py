@@ -16,9 +16,9 @@
 
 In reading order:  options; the network; the loop, which dense.py shares; the test; the command;
 augmentation.
-Random choices follow from (seed, step), (seed, epoch, record) and the row in the global batch, never from the process.
-So rows 2i and 2i+1 are each other's mixing partners, which no number of processes separates; as the records come in
-random order, that is in law the same as timm's pairs of a batch and its reverse.
+Random choices follow from the seed, the epoch, the step, the record and its row in the global batch, never from the
+process.  So rows 2i and 2i+1 are each other's mixing partners, which no number of processes separates; as the records
+come in random order, these pairs are as random as timm's of a batch and its reverse.
 """
 import math
 from collections.abc import Callable
@@ -36,9 +36,9 @@ from torch import Tensor, nn
 import data as data_module
 from data import BICUBIC, MEAN, BadRecord, UserError, crop_box, normalize, run, say, seed_of, to_tensor, write_json
 from model import Config, VisionTransformer, image_tower, load_checkpoint, load_state, opt
-from train import (Guard, Log, RunOptions, Runtime, Start, StopSignal, clip_gradient, cosine_schedule, draw_curves,
-                   extract, find_resumable, first_look, layer_decay_groups, open_mixed, parse, set_learning_rate, setup,
-                   show, tell_shared, wrap)
+from train import (CheckpointOptions, Guard, Log, Runtime, Start, StopSignal, clip_gradient, cosine_schedule,
+                   draw_curves, extract, find_resumable, first_look, layer_decay_groups, open_mixed, parse,
+                   set_learning_rate, setup, show, tell_shared, wrap)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,14 +55,12 @@ class LoopOptions:
 
 
 @dataclass
-class Options(LoopOptions, RunOptions):
+class Options(LoopOptions, CheckpointOptions):
     """Defaults are those of the recipe imagenet."""
-    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, from train.py", "what")
     recipe: str = opt("auto", "the defaults of all other options: the paper's on ImageNet, or one for a CPU; auto: the "
                       "latter for shapes", "what", ("auto", "pocket", "imagenet"))
     from_scratch: bool = opt(False, "random weights in place of the checkpoint's, as a control", "what")
     eval: bool = opt(False, "only evaluate OUT/last.pt, on the test split of its own data or of --data", "what")
-    json: str = opt("", "file for the result as one JSON object", "run")
     accumulate: int = opt(1, "micro-batches a step, to save memory", "run")
     epochs: float = opt(100.0, "passes over the data (paper: 100)", "recipe")
     warmup_epochs: float = opt(20.0, "epochs of linear warm-up from 0 (paper: 20)", "recipe")
@@ -73,7 +71,8 @@ class Options(LoopOptions, RunOptions):
     weight_decay: float = opt(0.05, "AdamW weight decay, see layer_decay_groups (paper silent; MAE: 0.05)", "recipe")
     clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (paper silent; MAE: 0)", "recipe")
     drop_path: float = opt(0.1, "stochastic depth: share of samples that skip the last block (MAE: 0.1)", "recipe")
-    crop_min: float = opt(0.08, "smallest share of the image a crop keeps, 1: whole image (MAE: 0.08)", "augmentation")
+    crop_min: float = opt(0.08, "smallest share of the image a crop keeps, 1: all that fits between 3:4 and 4:3 (MAE: "
+                          "0.08)", "augmentation")
     flip: bool = opt(True, "mirror half of the images (MAE: yes)", "augmentation")
     randaugment: float = opt(9.0, "mean strength of RandAugment, 0 to 10, 0: off (MAE: 9)", "augmentation")
     erasing: float = opt(0.25, "share of images of which a rectangle is erased (MAE: 0.25)", "augmentation")
@@ -94,7 +93,7 @@ RECIPES = {
 
 
 def recipe_for(asked, paper: str) -> str:
-    """What --recipe says; auto: the `paper`'s unless the data are shapes, which --data, or its default, names."""
+    """What --recipe says; auto: pocket if --data, given or by default, is shapes, else the `paper`'s."""
     shapes = "".join(asked.data).startswith("shapes")
     return asked.recipe if asked.recipe != "auto" else "pocket" if shapes else paper
 
@@ -126,18 +125,14 @@ def load_finetuned(out: str) -> dict:
 class Classifier(nn.Module):
     """The pre-trained tower, the mean of its last block's patches, a fresh norm and a linear layer (MAE's head)."""
 
-    def __init__(self, config: Config, classes: int, drop_path: float):
+    def __init__(self, visual: VisionTransformer, classes: int):
         super().__init__()
-        self.visual = image_tower(config, drop_path)
+        self.visual, D = visual, visual.cls_token.shape[-1]
         self.visual.norm = nn.Identity()             # a fresh one after the mean replaces it
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.head = nn.Linear(config.width, classes)
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.head = nn.Linear(D, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
-
-    def load_pretrained(self, visual: VisionTransformer):
-        """All weights of the tower but its final norm."""
-        self.visual.load_state_dict({k: v for k, v in visual.state_dict().items() if not k.startswith("norm.")})
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) normalized pixels -> (B, classes) logits"""
@@ -150,8 +145,23 @@ class Classifier(nn.Module):
 # The loop, for all that is fine-tuned: here classification, in dense.py segmentation and detection
 # ---------------------------------------------------------------------------------------------------------------------
 
+def find_tower(options, kind: str, runtime: Runtime) -> tuple[Start, Config, VisionTransformer]:
+    """Where the run begins, whose folder OUT it holds from now on, and its image tower: of the checkpoint, but for
+    weights that --from-scratch does not want or that OUT/last.pt has further trained."""
+    runtime.claim(Path(options.out))
+    start = find_resumable(options, Path(options.out), kind)
+    if start.state:
+        config = Config(**start.state["backbone"])
+    else:
+        model, _, config = load_checkpoint(options.checkpoint)
+    visual = image_tower(config, options.drop_path)
+    if not (start.state or options.from_scratch):
+        visual.load_state_dict(model.visual.state_dict())
+    return start, config, visual
+
+
 def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, transform, options, runtime: Runtime,
-              out: Path, start: Start, more: dict, accumulate: int = 1):
+              start: Start, more: dict, accumulate: int = 1):
     """Trains all of net with AdamW and layer-wise decay, as train.py trains: writes OUT/metrics.jsonl and OUT/last.pt.
 
     losses_of   (model, batch, step) -> {name: loss} of this process's batch or micro-batch, as the loader gave it; the
@@ -167,7 +177,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     if len(data) < o.batch_size:
         raise UserError(f"{len(data)} records are fewer than a batch of {o.batch_size}: choose a smaller --batch-size")
     if not o.steps:
-        raise UserError("the epochs asked for are not one step: give more")
+        raise UserError("what is asked for is not one step: give more --epochs or --steps")
     optimizer = torch.optim.AdamW(layer_decay_groups(net, o.lr, o.weight_decay, o.layer_decay), fused=True)
     start.use(data)
     start.load(net, "model")
@@ -181,9 +191,13 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
 
     loader = data_module.train_loader(data, transform, o.batch_size, o.seed, range(start.step, o.steps), runtime.rank,
                                       runtime.world, runtime.workers)
-    log = Log(out, runtime.is_main, o.steps, o.batch_size, start.step)
+    log = Log(start.out, runtime.is_main, o.steps, o.batch_size, start.step)
     guard = Guard(o, runtime, stop, o.steps, start, state)
     if runtime.is_main:
+        millions = sum(p.numel() for p in net.parameters()) / 1e6
+        say(f"{more['kind']}, recipe {o.recipe}, from {'random weights' if o.from_scratch else o.checkpoint}: "
+            f"{millions:.1f} M parameters, {len(data.classes)} classes, {len(data)} images, {o.steps} steps of "
+            f"{o.batch_size}; {runtime}")
         data_module.say_notes(data)
         start.announce(o.steps)
     net.train()
@@ -201,7 +215,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
         guard.end(step)
     guard.finish()
     if runtime.is_main:
-        show("curves.png", out, draw_curves, out / "metrics.jsonl")
+        show("curves.png", start.out, draw_curves, start.out / "metrics.jsonl")
     net.eval()
 
 
@@ -234,29 +248,19 @@ def open_classes(o: Options, split: str, size: int, classes: list[str] | None = 
 
 def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
     """Trains, leaves OUT/last.pt, returns the model and its test data."""
-    out, mixes = Path(o.out), bool(o.mixup or o.cutmix)
+    mixes = bool(o.mixup or o.cutmix)
     multiple = (1 + mixes) * o.accumulate * runtime.world
     if o.batch_size % multiple:
         raise UserError(f"--batch-size {o.batch_size}: it is divided among processes and micro-batches"
                         f"{', whose images are mixed in pairs' * mixes}: choose a multiple of {multiple}")
-    runtime.claim(out)
-    start = find_resumable(o, out, "finetuning")
-    if start.state:
-        config = Config(**start.state["backbone"])
-    else:
-        pretrained, _, config = load_checkpoint(o.checkpoint)
+    start, config, visual = find_tower(o, "finetuning", runtime)
     data = open_classes(o, "train", config.image_size)
     test = open_classes(o, "val", config.image_size, data.classes)
-    model = Classifier(config, len(data.classes), o.drop_path)
-    if not (start.state or o.from_scratch):
-        model.load_pretrained(pretrained.visual)
-    model.to(runtime.device)
+    model = Classifier(visual, len(data.classes)).to(runtime.device)
     per_epoch = len(data) // o.batch_size
-    o.steps, o.warmup_steps = int(o.epochs * per_epoch), int(o.warmup_epochs * per_epoch)
+    o.steps = int(o.epochs * per_epoch)
+    o.warmup_steps = min(int(o.warmup_epochs * per_epoch), o.steps // 5)    # a short run shall leave it
     if runtime.is_main:
-        say(f"fine-tuning {'random weights' if o.from_scratch else o.checkpoint} with recipe {o.recipe}: "
-            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data.classes)} classes, "
-            f"{len(data)} images, {o.steps} steps of {o.batch_size}; {runtime}")
         tell_shared(data, test)
 
     def losses_of(model: nn.Module, batch: dict, step: int) -> dict[str, Tensor]:
@@ -269,7 +273,7 @@ def finetune(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
         return dict(loss=F.cross_entropy(model(images), labels))
 
     schedule = partial(cosine_schedule, peak=1.0, final=o.lr_end / (o.lr or 1.0))
-    fine_tune(model, losses_of, schedule, data, Augment(config.image_size, o), o, runtime, out, start,
+    fine_tune(model, losses_of, schedule, data, Augment(config.image_size, o), o, runtime, start,
               dict(kind="finetuning", backbone=asdict(config), classes=data.classes), accumulate=o.accumulate)
     return model, test
 
@@ -278,21 +282,21 @@ def load_model(o: Options, runtime: Runtime) -> tuple[Classifier, object]:
     """The model that a run left in OUT/last.pt, and the test data that o names."""
     state = load_finetuned(o.out)
     config = Config(**state["backbone"])
-    model = Classifier(config, len(state["classes"]), 0.0)
+    model = Classifier(image_tower(config), len(state["classes"]))
     Start(Path(o.out), state).load(model, "model")
     return model.to(runtime.device).eval(), open_classes(o, "val", config.image_size, state["classes"])
 
 
 def evaluate(model: Classifier, data, o: Options, runtime: Runtime) -> dict:
-    """Single-crop accuracy: top1, top5 in 0..1; images, the number counted; bad, those that cannot be read."""
+    """Single-crop accuracy: top1, top5 in 0..1; images, how many; bad, those unreadable or without a class."""
     def guesses(images: Tensor) -> Tensor:                                                      # -> (B, 5) classes
         return model(images).topk(min(5, len(data.classes))).indices
 
     size = model.visual.grid * model.visual.patch_size
     transform = data_module.EvalTransform(size, round(size / o.crop_share))
     found = extract(data, transform, guesses, runtime, o.batch_size // o.accumulate)
-    label = found["label"].to(runtime.device)                                                   # (n,)
-    right = (found["features"] == label[:, None])[label >= 0].double()                          # (images, 5)
+    label = found["label"]                                                                      # (n,)
+    right = (found["features"].cpu() == label[:, None])[label >= 0].double()                    # (images, 5)
     if not len(right):
         raise UserError(f"no test record of {', '.join(o.data)} has a class")
     return dict(top1=right[:, 0].mean().item(), top5=right.sum(dim=1).mean().item(), images=len(right),
@@ -307,7 +311,7 @@ def main(argv=None):
     if runtime.is_main:
         say(f"fine-tuned, single crop: top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  "
             f"({result['images']} images, {result['bad']} bad records left out)")
-        write_json(o.json, dict(result, task="finetune", data=o.data))
+        write_json(o.json, dict(result, task="finetune", data=o.data, out=o.out))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,7 +405,7 @@ def draw_mixing(mixup: float, cutmix: float, height: int, width: int, rng: np.ra
     """How all images of a batch are mixed: (height, width), the share of an image's own pixel; the rest is its
     partner's, and the mean of all is the share of its own label.
 
-    One of mixup and cutmix, at even odds when both have an alpha, as one must.  lam is Beta(alpha, alpha).
+    One of mixup and cutmix, at even odds if both alphas are above 0; one of them must be.  lam is Beta(alpha, alpha).
     mixup    lam everywhere
     cutmix   0 in a box, 1 around it; the box is 1 - lam of the image, in its shape, centered anywhere and cut at the
              border

@@ -754,7 +754,7 @@ class MaskCLIP(nn.Module):
             means.append(texts.flatten(0, -2).mean(dim=0))                                          # (E,)
         return F.normalize(torch.stack(means), dim=-1)
 
-    def encode_patches(self, images: Tensor, path: str) -> Tensor:
+    def encode_patches(self, images: Tensor, path: str = "code") -> Tensor:
         """(B, 3, h, w) -> (B, N, E) unit-length patch embeddings in the joint space, by DenseCLIP's value path"""
         return unit(self.image_proj(self.visual.value_features(images, path)))
 

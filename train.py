@@ -69,6 +69,13 @@ class RunOptions:
 
 
 @dataclass
+class CheckpointOptions(RunOptions):
+    """What the others take, which begin with a pre-trained model."""
+    checkpoint: str = opt("runs/pocket/last.pt", "pre-trained model, as train.py writes it", "what")
+    json: str = opt("", "file for the results as one JSON object", "run")
+
+
+@dataclass
 class TrainOptions(RunOptions, Config):
     """RunOptions, the fields of model.Config, and what a pre-training run needs besides."""
     preset: str = opt("pocket", "model and recipe that the other options change", "what", tuple(PRESETS))
@@ -499,8 +506,8 @@ def to_device(part: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
 # where, in which parts, how exactly and how long
 FREE_TO_CHANGE = {"epochs", "steps", "out", "device", "precision", "workers", "resume", "accumulate",
                   "checkpoint_every", "log_every", "compile", "max_bad", "bpe", "exclude_classes", "json", "eval",
-                  "draw", "limit", "plan", "gpus", "gpu", "pairs", "utilization", "eval_every", "eval_data",
-                  "keep_best", "keep_every"}
+                  "draw", "limit", "score_threshold", "plan", "gpus", "gpu", "pairs", "utilization", "eval_every",
+                  "eval_data", "keep_best", "keep_every"}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -516,7 +523,7 @@ LIMITS = dict(
                    "heads", "text_width", "text_depth", "text_heads", "context_length", "vocab_size", "embed_dim",
                    "n_codes", "quantizer_hidden", "quantizer_bottleneck", "slip_hidden", "simsiam_hidden", "token_dim",
                    "queue_size", "channels", "aux_channels", "head_width", "crop", "short_side", "long_side", "samples",
-                   "rpn_samples", "roi_samples", "proposals"), (1, math.inf)),
+                   "test_size", "rpn_samples", "roi_samples", "proposals"), (1, math.inf)),
     **dict.fromkeys(("word_ratio", "center_momentum", "momentum", "momentum_end", "max_bad", "erasing", "smoothing",
                      "layer_decay", "score_threshold"), (0, 1)),
     **dict.fromkeys(("mask_ratio", "drop_path"), (0, 0.99)),
@@ -878,6 +885,9 @@ class Guard:
     state      (step, bad records so far) -> the checkpoint of a run that has done `step` steps
     """
     def __init__(self, options, runtime: Runtime, stop: StopSignal, total: int, start: Start, state: Callable):
+        if start.step > total:
+            raise UserError(f"{start.out}/last.pt has done {start.step} steps, more than the {total} asked for: give "
+                            f"as many or more, or choose another --out")
         self.o, self.runtime, self.stop, self.total, self.start = options, runtime, stop, total, start
         self.state, self.last, self.thread = state, start.out / "last.pt", ThreadPoolExecutor(1)
         self.bad_count, self.refused, self.saved_at, self.written = start.bad_count, 0, time.monotonic(), None

@@ -195,6 +195,14 @@ def test_ap_and_recall_by_area_and_count():
     assert result["ARm"] == 0.5 and result["AR1"] == 0.5               # the large miss comes last
 
 
+def test_a_mask_with_an_empty_box_is_sized_by_itself():
+    truth, detections = world([(0, 7, (0, 0, 40, 40))], [(0, 7, [], 0.5)])
+    for record in (truth["annotations"][0], detections[0]):
+        record["segmentation"] = [box_polygon(0, 0, 40, 40)]
+    result = coco_average_precision(truth, detections, "segm")
+    assert (result["AP"], result["APm"], result["APs"]) == (1, 1, -1)
+
+
 def test_ap_without_areas_takes_those_of_boxes_and_masks():
     truth, detections = world([(0, 7, (0, 0, 40, 40))], [(0, 7, (0, 0, 40, 40), 0.5)])
     truth["annotations"][0].pop("area")

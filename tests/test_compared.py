@@ -501,7 +501,7 @@ def test_checkpoints_load_and_evaluate(finished, tmp_path):
     eval_zeroshot.main([str(out / "last.pt"), "--data", "shapes:val=70", "--json", str(tmp_path / "r.json")])
     classes, retrieval = json.loads((tmp_path / "r.json").read_text())["results"]
     world = data.ShapesWorld(split="val", count=70, size=32, objects=(1, 1))
-    images = data.normalize(torch.stack([torch.from_numpy(world.array(i)[0]).permute(2, 0, 1) for i in range(70)]))
+    images = data.normalize(torch.stack([data.to_tensor(world.read(i).image) for i in range(70)]))
     with torch.no_grad():
         image = net.encode_image(images)
         texts = [net.encode_text(tokenizer([f"a {name}"], 32))[0] for name in world.classes]

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_finetune.py
 """
+import copy
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from torch import nn
 import finetune
 from data import MEAN, BadRecord, BytePairTokenizer, Sample, UserError, normalize
 from finetune import Classifier, draw_mixing, erase, layer_decay_groups, mix, parse_options, rand_augment, smooth
-from model import Config, MaskCLIP, VisionTransformer
+from model import Config, MaskCLIP, VisionTransformer, image_tower
 from train import Runtime, load_state, save_checkpoint
 
 TINY = Config(method="clip", image_size=32, patch_size=16, width=16, depth=2, heads=2, text_width=16, text_depth=1,
@@ -94,7 +95,7 @@ def test_layer_decay_equals_timm(depth, layer_decay):
     theirs = timm.models.VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=depth, num_heads=2,
                                            num_classes=3, global_pool="avg")
     want = by_name(theirs, param_groups_layer_decay(theirs, 0.05, theirs.no_weight_decay(), layer_decay=layer_decay))
-    ours = Classifier(Config(image_size=32, patch_size=16, width=16, depth=depth, heads=2), 3, 0.1)
+    ours = Classifier(image_tower(Config(image_size=32, patch_size=16, width=16, depth=depth, heads=2), 0.1), 3)
     got = by_name(ours, layer_decay_groups(ours, 6e-4, 0.05, layer_decay))
     rename = {"norm": "fc_norm", "head": "head"}
     got = {name.removeprefix("visual.") if name.startswith("visual.") else
@@ -315,8 +316,7 @@ def test_mix(lam, box):
 def test_classifier_pools_the_last_block_without_the_class_token():
     torch.manual_seed(0)
     pretrained = VisionTransformer(32, 16, 16, 2, 2)
-    model = Classifier(TINY, 5, 0.0).eval()
-    model.load_pretrained(pretrained)
+    model = Classifier(copy.deepcopy(pretrained), 5).eval()
     images = torch.randn(3, 3, 32, 32)
     assert F.cross_entropy(model(images), torch.arange(3)).item() == pytest.approx(math.log(5), abs=1e-3), "even odds"
     nn.init.normal_(model.head.weight)
@@ -331,6 +331,12 @@ def test_classifier_pools_the_last_block_without_the_class_token():
 def arguments(checkpoint, out, *more) -> list[str]:
     return [str(checkpoint), "--data", SHAPES, "--out", str(out), "--epochs", "2", "--warmup-epochs", "1",
             "--batch-size", "16", "--log-every", "1", "--device", "cpu", "--precision", "fp32", *more]
+
+
+def test_a_short_run_leaves_its_warm_up(checkpoint, tmp_path):
+    finetune.main(arguments(checkpoint, tmp_path, "--epochs", "2", "--warmup-epochs", "20", "--log-every", "1"))
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(rates) == rates[len(rates) // 5] and rates[-1] < max(rates) / 10
 
 
 def losses(out) -> list[float]:
@@ -419,7 +425,7 @@ class Few:
 
 
 def test_evaluation_leaves_out_what_cannot_be_read():
-    model = Classifier(TINY, 3, 0.0).eval()
+    model = Classifier(image_tower(TINY), 3).eval()
     result = finetune.evaluate(model, Few(), finetune.Options(batch_size=4, crop_share=1.0), ALONE)
     assert (result["images"], result["bad"], result["top5"]) == (6, 1, 1.0)
 

@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -198,6 +199,14 @@ def test_records_before_the_damage_are_used(tmp_path, damage, note):
         assert len(shards.notes) == 1 and shards.notes[0].startswith(f"{tmp_path}/s.tar: ") and note in shards.notes[0]
 
 
+def test_ten_damaged_shards_are_named_and_the_others_counted(tmp_path):
+    tar = make_tar(tmp_path / "s.tar", pairs(2)).read_bytes()
+    for k in range(13):
+        (tmp_path / f"{k:02}.tar").write_bytes(tar[:header_of(tar, 2)])
+    notes = Shards(f"{tmp_path}/{{00..12}}.tar").notes
+    assert len(notes) == 11 and notes[-1] == "3 more shards are damaged or cut short"
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 10240, b"garbage" * 1000, b"<html>"])
 def test_a_shard_without_pairs(tmp_path, content):
     (tmp_path / "0.tar").write_bytes(content)
@@ -287,6 +296,11 @@ def test_the_cache_of_indices(tmp_path, monkeypatch):
     os.utime(path, ns=(1, 1))
     assert names_after(walked=1)[0] == "s/000000003"
     assert len(list(cache.iterdir())) == 1
+    want = hash_names(Shards(str(path), cache))
+    [kept] = cache.glob("*.names")
+    for damaged in (b"", kept.read_bytes()[:9], want.encode()):      # a power cut may leave an empty file
+        kept.write_bytes(damaged)
+        assert hash_names(Shards(str(path), cache)) == want == kept.read_text()
     shards = Shards(str(path), path / "cache")           # where no folder can be made
     assert len(shards) == 5 and "not stored" in shards.notes[0]
 
@@ -363,6 +377,7 @@ def make_csv(folder, text: str | bytes, images: int = 3):
     ("\ufefffilepath,title\n0.jpg,Ä\n", ["Ä"]),                                                 # as Excel saves it
     ("filepath,title\n0.jpg,no end of line", ["no end of line"]),
     ("filepath,title\n0.jpg,a\0b\n", ["a\0b"]),
+    ('"filepath", "title"\n"0.jpg", "one"\n', ["one"]),                                          # blanks for the eye
     ("filepath,title,tags\ta;b;c;d\n0.jpg,one,x\n", ["one"]),           # another separator is more frequent
     ("filepath,title\n0.jpg," + "word " * 200_000 + "\n", ["word " * 199_999 + "word"]),
 ])
@@ -430,6 +445,35 @@ def test_what_is_said_of_one_file_belongs_to_one_image(tmp_path, write):
     assert all({index for _, index, *_ in batch} == {0, 1} for batch in batches), "no image twice in a batch"
 
 
+@pytest.mark.parametrize("n", [1000, 1001, 1063])              # what an epoch's batches of 64 leave over: 40, 41, 39
+def test_no_record_stands_in_for_many(n):
+    """3% are bad: whatever an epoch leaves over, no record is used many times, or twice in a batch."""
+    is_bad, uses = np.random.default_rng(1).random(n) < 0.03, np.zeros(n, int)
+    for batch in data.train_batches(n, 64, 0, range(n // 64), 0, 1):
+        used = [next(index for index in candidates if not is_bad[index]) for _, *candidates in batch]
+        assert len(set(used)) == 64
+        uses[used] += 1
+    assert uses.max() <= 3 and uses.sum() == n // 64 * 64
+
+
+@pytest.mark.parametrize("row", ['{"filepath": "0.jpg", "title": null}', '{"filepath": "0.jpg"}'])
+def test_bad_rows_of_json(tmp_path, row):
+    first, last = ('{"filepath": "2.jpg", "title": "a"}', '{"filepath": "1.jpg", "title": "b"}')
+    table = open_data(make_csv(tmp_path, f"{first}\n{row}\n{last}\n\n"))
+    assert refused("empty caption", table.read, 1) and [table.read(i).captions for i in (0, 2)] == [("a",), ("b",)]
+
+
+def test_a_table_takes_little_more_memory_than_its_text(tmp_path):
+    """A list of 15 million pairs fits."""
+    spec = make_csv(tmp_path, "filepath,title\n" + "".join(f"{i % 3}.jpg?{i},{'word ' * 14}\n" for i in range(20_000)))
+    (tmp_path / "0.jpg?0").write_bytes(jpeg())
+    tracemalloc.start()
+    table = open_data(spec)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(table) == 20_000 and kept < 200 * 20_000 and peak < 700 * 20_000
+
+
 def test_a_table_from_a_pipe(tmp_path):
     make_csv(tmp_path, "")
     os.mkfifo(tmp_path / "pipe")
@@ -446,6 +490,10 @@ def test_shards_with_several_captions_and_other_names(tmp_path):
     shards = Shards(str(make_tar(tmp_path / "b.tar", members)))         # WebDataset cuts names at the first dot
     assert sorted(captions(shards)) == [("one",), ("two",)]
     assert shards.notes == ["2 hidden files (.NAME, __MACOSX), not read"]
+    members = [("1.image.jpg", jpeg(1)), ("1.txt", b"one"), ("1.json", b"{}"), ("1.mask.png", jpeg(2))]
+    shards = Shards(str(make_tar(tmp_path / "d.tar", members)))         # a .txt and a .json alone make no pair
+    assert captions(shards) == [("one",)] and grays(shards) == [2]
+    assert shards.notes == ["1 files differ from another of their pair in the extension alone, the last one is read"]
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     refused("gunzip", Shards, str(tmp_path / "c.tar.gz"))
 
@@ -537,6 +585,11 @@ def test_what_is_not_read_of_a_folder_is_counted(tmp_path):
     assert open_data(spec, "val", "classes").notes == [
         "1 folders beside those of the splits, not read", f"{tmp_path} has no folder 'val': 'Test' stands in for it"]
     assert "2 files that are no images by their names, or hidden, not read" in open_data(spec, "train", "classes").notes
+    spec = make_folder(tmp_path / "loose", ["a/1.jpg", "b/2.jpg", "3.jpg"])
+    (tmp_path / "loose" / "b" / "more").symlink_to(tmp_path / "Train" / "a")                    # is read
+    found = open_data(spec, "train", "classes")
+    assert names(found) == ["a/1.jpg", "b/2.jpg", "b/more/1.jpg"]
+    assert found.notes[0] == "1 images beside the folders of the classes, not read"
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -545,6 +598,10 @@ def test_names_that_are_not_utf8(tmp_path):
     found = open_data(make_folder(tmp_path, [f"{cafe}/1.jpg", "star/1.jpg"]), "train", "classes")
     assert found.classes == ["caf\u00e9", "star"] and names(found)[0] == "caf\u00e9/1.jpg" and grays(found) == [0, 1]
     assert len(hash_names(found)) == 64 and len(data.fingerprint([cafe])) == 8
+    half = r'{"filepath": "\ud83d.jpg", "title": "half of an emoji"}'
+    table = open_data(make_csv(tmp_path, '{"filepath": "0.jpg", "title": "x"}\n' + half))
+    assert names(table) == ["0.jpg", r"\ud83d.jpg"] and len(hash_names(table)) == 64
+    refused("unreadable file", table.read, 1)
 
 
 # ---- coco and flickr30k ---------------------------------------------------------------------------------------------
@@ -752,13 +809,15 @@ def test_commands_read_what_only_evaluation_reads(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong", ["check --workers -2", "check --context-length 0", "bpe --vocab-size two",
-                                   "preview --out x.xyz", "preview --out sheet", "preview --out nowhere/x.png"])
+                                   "check --task icons", "preview --out x.xyz", "preview --out sheet",
+                                   "preview --out x.psd", "preview --out nowhere/x.png"])
 def test_options_that_cannot_be_are_refused_before_any_work(wrong, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "open_for_reading", None)
     with pytest.raises((SystemExit, UserError)) as told:
         data.main(wrong.split())
-    assert "wanted a" in capsys.readouterr().err or wrong.split()[-1] in str(told.value)
+    err = capsys.readouterr().err
+    assert "wanted a" in err or "invalid choice" in err or wrong.split()[-1] in str(told.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -595,8 +595,11 @@ def test_coco_folder(tmp_path):
             mask = dense.read_mask(thing["mask"], *sample.image.size[::-1])
             x1, y1, x2, y2 = thing["box"]
             assert mask.sum() == thing["area"] == mask[y1:y2, x1:x2].sum() and thing["category"] in (0, 1)
+            thing["area"] = 0                                       # is believed, as pycocotools does
             red = np.asarray(data.decode(sample.image))[..., 0] > 150
             assert red[mask].mean() > 0.95 or thing["category"] == 1
+        item = dense.EvalObjects(64, 64, [0, 1, 2])(sample, None)
+        assert [record["area"] for record in item["truth"]] == [0] * len(sample.objects)
 
 
 def test_oddities_are_counted_and_left_out(tmp_path, capsys):

@@ -207,6 +207,12 @@ def test_a_list_without_effect_is_told(world, lines, told):
         train.open_pairs(options_for(world, "--exclude-classes", f"{world}/in1k.txt"), world)
 
 
+def test_a_list_without_folders_is_told(world):
+    pairs = parse_train_options(["--data", "shapes:train=8", "--exclude-classes", f"{world}/in1k.txt"])
+    with pytest.raises(data.UserError, match="--exclude-classes leaves out folders of folder:DIR"):
+        train.open_pairs(pairs, world)
+
+
 def test_labels_stay_out_of_the_contrast_without_unicl(world):
     rng = np.random.default_rng(0)
     for more, labeled in (((), True), (("--no-unicl",), False)):

@@ -23,8 +23,8 @@ from data import (COLORS, LONE_SHARE, LONE_SIZE, PATTERNS, SHAPES, ShapesWorld, 
 def digest(world: ShapesWorld, indices: range) -> str:
     h = hashlib.sha256()
     for i in indices:
-        image, caption = world.array(i)
-        h.update(image.tobytes() + caption.encode())
+        sample = world.read(i)
+        h.update(sample.image.tobytes() + sample.captions[0].encode())
     return h.hexdigest()[:16]
 
 
@@ -35,7 +35,7 @@ DIGEST = "d756ab4627d5b1ff"
 
 def test_same_bits_on_every_machine():
     assert digest(ShapesWorld(), range(40)) == DIGEST
-    assert ShapesWorld(count=50).array(39)[1] == ShapesWorld().array(39)[1], "a scene depends on count or earlier reads"
+    assert ShapesWorld(count=50).read(39) == ShapesWorld().read(39), "a scene depends on count or earlier reads"
     worlds = [ShapesWorld(), ShapesWorld(seed=1), ShapesWorld(split="val"), ShapesWorld(objects=(2, 3))]
     assert len({digest(world, range(5)) for world in worlds}) == len(worlds)
     assert len({world.name(i) for world in worlds[:3] for i in range(5)}) == 15
@@ -54,8 +54,8 @@ def test_image_size_changes_the_sampling_alone():
     small, large = ShapesWorld(size=48), ShapesWorld(size=192)
     for i in range(20):
         assert small.scene(i) == large.scene(i)
-        reduced = large.array(i)[0].reshape(48, 4, 48, 4, 3).mean(axis=(1, 3))
-        assert np.abs(reduced - small.array(i)[0]).mean() < 5, "the noise of the small one alone is 4"
+        reduced = np.asarray(large.read(i).image).reshape(48, 4, 48, 4, 3).mean(axis=(1, 3))
+        assert np.abs(reduced - np.asarray(small.read(i).image)).mean() < 5, "the noise of the small one alone is 4"
 
 
 # ---- drawing, against points in polygons and discs -------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_dense_samples():
     hidden_by_others = 0
     for i in range(100):
         scene, sample = world.scene(i), world.read(i)
-        assert np.array_equal(np.asarray(sample.image), world.array(i)[0]) and sample.captions == (scene.caption,)
+        assert np.array_equal(sample.image, draw_scene(scene, world.size)) and sample.captions == (scene.caption,)
         assert sample.label == (scene.objects[0].category if len(scene.objects) == 1 else -1)
         assert [world.classes[o["category"]] for o in sample.objects] == [f"{t.color} {t.shape}" for t in scene.objects]
         want = np.zeros((64, 64), dtype=int)
@@ -360,7 +360,7 @@ def test_mismatched():
         told += scene.caption != right.caption
         files += bool(re.fullmatch(r"IMG_\d{4}\.jpg", scene.caption))
     assert 250 < told < 350 and 0.4 < files / told < 0.6
-    assert (plain.array(7)[0] == ShapesWorld(objects=(1, 1), mismatched=1).array(7)[0]).all()
+    assert plain.read(7).image == ShapesWorld(objects=(1, 1), mismatched=1).read(7).image
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

@@ -344,6 +344,9 @@ def test_a_finished_run_goes_on_longer_elsewhere_and_as_the_start_of_another(tmp
     assert [line["step"] for line in metrics(out)][-1] == 7
     said = run("b", "--epochs", 2, "--out", tmp_path / "whole", "--resume", out / "last.pt")
     assert load_state(tmp_path / "whole" / "last.pt")["step"] == 8, "with nothing left to do it is saved all the same"
+    with pytest.raises(train.UserError, match="last.pt has done 8 steps, more than the 4 asked for"):
+        run("b", "--epochs", 1, "--out", out)
+    assert load_state(out / "last.pt")["step"] == 8
     with pytest.raises(train.UserError, match=f"--init {out}/last.pt to begin with its weights"):
         run("b", "--lr", 1, "--out", out)
     said = run("b", "--epochs", 1, "--lr", 0, "--lr-end", 0, "--lr-start", 0, "--init", out / "last.pt", "--method",

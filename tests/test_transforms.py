@@ -125,6 +125,15 @@ def test_exif_orientation(format):
             assert torch.equal(got, of_upright)
     file = encoded(picture(32, 32), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff garbage")
     assert decode(open_image(file)).size == (32, 32), "broken EXIF is no broken image"
+    tags = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x0128, 2, 2, b"2")   # a unit, as text
+    exif = b"Exif\0\0" + struct.pack(">2sHIH", b"MM", 42, 8, 2) + tags + bytes(4)
+    file = encoded(picture(96, 64), "JPEG", exif=exif)
+    assert decode(open_image(file)).size == (64, 96), "one odd tag does not keep it from being turned"
+
+
+def test_what_follows_a_photo_is_no_part_of_it():
+    """Phones put a film behind it, whose bytes may look like the marks of a thousand scans."""
+    assert decode(open_image(JPEG + b"\xff\xda\x12" * 1000)).size == (64, 64)
 
 
 def png_that_claims(width: int, height: int) -> bytes:
