@@ -1136,14 +1136,14 @@ def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, w
     process has the same number of steps and no record comes twice in an epoch.  What comes half an epoch later stands
     in for a bad record, so a record may come again, in another batch.
     """
-    per_epoch, share = n // batch_size, batch_size // world
+    per_epoch, share, stand_ins = n // batch_size, batch_size // world, np.r_[0, n // 2:n // 2 + 20]
     for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // per_epoch):
         order = epoch_order(n, seed, epoch)
         order = order if groups is None else group(order, groups, batch_size, (seed, epoch))
         for step in steps_of_epoch:
             start = step % per_epoch * batch_size + rank * share
-            yield [(step, int(order[k]), *order.take(range(k + n // 2, k + n // 2 + 10), mode="wrap").tolist())
-                   for k in range(start, start + share)]
+            places = np.arange(start, start + share)[:, None] + stand_ins                           # (share, 21)
+            yield [(step, *indices) for indices in order.take(places, mode="wrap").tolist()]
 
 
 class DataLoader(torch.utils.data.DataLoader):

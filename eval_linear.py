@@ -143,7 +143,7 @@ def fresh_batches(data, size: int, encode: Callable, batch_size: int, steps: int
     for batch in loader:
         report_bad(batch["bad"])
         if len(batch.get("label", ())) < share:
-            raise UserError(f"ten records in a row cannot be read, the last was {': '.join(batch['bad'][-1])}")
+            raise UserError(f"twenty records in a row cannot be read, the last was {': '.join(batch['bad'][-1])}")
         features = []
         for images in batch["images"].split(AT_ONCE):
             with runtime.autocast():

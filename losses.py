@@ -5,7 +5,7 @@
     L_MLM      masked_language_loss    masked words of the caption, from the text tower alone
     L          L_I + L_T + lambda * L_Dist + beta * L_MLM     (Eq. 8, in model.MaskCLIP.total_loss)
 
-    pixel_loss, feature_loss           what takes the place of L_Dist in the first rows of supplement Table 2
+    pixel_loss, feature_loss           what stands for L_Dist in supplement Table 2's CLIP+MAE; with --target features
     simclr_loss                                               the compared systems, at the end:  SLIP
     filip_similarity, token_contrastive_loss                                     FILIP, DeFILIP
     simsiam_loss                                                                 DeCLIP, DeFILIP
@@ -13,8 +13,8 @@
 
 Letters: B pairs on this process, W processes, N patches, M hidden patches, L tokens, V vocabulary, C codes, D width,
 E embedding, n rows of whatever a loss is a mean over.
-With several processes each loss is this process's share: the mean of the shares over the processes (which is what
-DistributedDataParallel makes of their gradients) is the loss of the joined batch, and so is its gradient.
+With several processes each loss is this process's share: the mean of the shares is the loss of the joined batch, and
+the mean of their gradients, which DistributedDataParallel takes, is its gradient.
 
 Check the formulas:  python -m pytest tests/test_losses.py
 """
@@ -290,7 +290,7 @@ def similarity(images: Tensor, texts: Tensor, text_queries: bool = False) -> Ten
 
 
 def top_tokens(image_tokens: Tensor, text_tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(B, N, E), (B, L, E) -> (B, k, E) each: tokens whose cosines with all of their partner's have the largest sum."""
+    """(B, N, E), (B, L, E) -> (B, k, E) each: the k tokens whose cosines with all of the partner's sum to the most."""
     cosine = image_tokens @ text_tokens.transpose(1, 2)                                        # (B, N, L)
     patches = cosine.sum(dim=2).topk(min(k, cosine.shape[1])).indices                          # (B, k)
     no_word = ~text_tokens.detach().any(dim=-1)                                                # (B, L)

@@ -103,7 +103,7 @@ class Config:
     mlm_weight: float = opt(0.05, "beta of Eq. 8 (paper)", "loss")
     contrastive_reduction: str = opt("sum", "L_I + L_T as Eq. 8 writes it, or their mean as CLIP's code", "loss",
                                      ("sum", "mean"))
-    unicl: bool = opt(True, "of data with classes: pairs of one class are no negatives (UniCL); else each is a pair of "
+    unicl: bool = opt(True, "of data with classes: pairs of one class are positives (UniCL); else each is a pair of "
                       "its own (the paper's \"unified format\" may mean no more)", "loss")
     # compared systems: weights, heads and views, at the end of model.py
     contrastive_weight: float = opt(0.4, "weight of DeCLIP's contrastive term (DeCLIP)", "compared systems")
@@ -124,7 +124,7 @@ class Config:
     lr: float = opt(1e-3, "peak learning rate (paper)", "recipe")
     lr_end: float = opt(1e-5, "learning rate at the last step, reached by half a cosine (paper)", "recipe")
     lr_start: float = opt(1e-6, "learning rate at step 0 of the warm-up (SLIP; paper silent)", "recipe")
-    warmup_epochs: float = opt(1.0, "epochs of linear warm-up (paper)", "recipe")
+    warmup_epochs: float = opt(1.0, "epochs of linear warm-up (paper), a fifth of the run at most (ours)", "recipe")
     weight_decay: float = opt(0.1, "AdamW weight decay of matrices (paper); vectors, tokens, positions: none (ours)",
                               "recipe")
     beta2: float = opt(0.98, "AdamW beta2, beta1 is 0.9 (SLIP; paper silent)", "recipe")
@@ -345,12 +345,7 @@ class VisionTransformer(nn.Module):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]   # deeper blocks are skipped more often
         self.blocks = nn.ModuleList([Block(width, heads, eps, rate, dialect == "openai") for rate in rates])
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.init_weights()
-
-    def init_weights(self):
-        # paper: silent; here: MAE's initialization, which depends neither on depth nor on width
-        for module in self.modules():
-            init_linear(module)
+        self.apply(init_linear)                     # paper: silent; here: MAE's initialization
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -560,7 +555,7 @@ class TextDecoder(nn.Module):
     """Bidirectional blocks on the text tower's output; word logits are products with the tower's word table (BERT).
 
     # paper: silent on attention and output matrix; here: bidirectional, because the tower is causal and a masked word
-    # must see what follows it; tied, because an untied matrix alone would hold a third of the text tower's parameters
+    # must see what follows it; tied, because an untied matrix would be two fifths of the text tower more
     """
     def __init__(self, width: int, depth: int, heads: int, vocab_size: int):
         super().__init__()
@@ -659,7 +654,7 @@ class MaskCLIP(nn.Module):
     def contrast(self, features: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Embeddings of this process's whole batch -> L_I and L_T of Eq. 8, against those of all processes.
 
-        labels (B,) of labeled data: pairs of one label are no negatives then (UniCL).
+        labels (B,) of labeled data: pairs of one label are each other's positives then (UniCL).
         """
         image, text, scale = features["image"], features["text"], self.logit_scale.exp()
         if labels is not None:
@@ -1083,7 +1078,7 @@ def load_state(path: str | Path, kind: str | None = None) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint of this project")
     if kind and state.get("kind", "pretraining") != kind:
-        raise UserError(f"{path} holds a {state['kind']} run, wanted a {kind} run"
+        raise UserError(f"{path} holds a {state.get('kind', 'pretraining')} run, wanted a {kind} run"
                         + (": what train.py wrote, as runs/pocket/last.pt" if kind == "pretraining" else ""))
     return state
 
@@ -1411,7 +1406,8 @@ def initialize(model: MaskCLIP, spec: str):
     for f in fields(Config):
         said, ours = getattr(theirs, f.name), getattr(model.config, f.name)
         if f.metadata["group"].endswith("tower") and f.name not in FREE_AT_START and said != ours:
-            raise UserError(f"{spec} has {f.name} {said}, this run {ours}: give --{f.name.replace('_', '-')} {said}")
+            name = "token_dim" if (f.name, model.config.method) == ("embed_dim", "filip") else f.name
+            raise UserError(f"{spec} has {f.name} {said}, this run {ours}: give --{name.replace('_', '-')} {said}")
     if not is_ours:
         return load_public(model, state, spec)
     ours, state = model.state_dict(), other.state_dict()
@@ -1456,7 +1452,8 @@ def export_timm(model: MaskCLIP, path: Path):
     if path.suffix == ".safetensors":
         raise UserError(f"{path} would be a torch file: wanted --export timm with a name that ends in .pth")
     if c.dialect != "timm":
-        state, more = bias_into_positions(state), ", pre_norm=True, CLIP norms of eps 1e-5"
+        state, more = bias_into_positions(state), ", pre_norm=True, norm_layer=partial(LayerNorm, eps=1e-5)"
+        more += ", act_layer='quick_gelu'" * (c.dialect == "openai")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path)
     print(f"timm: VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.width}, "
@@ -1572,6 +1569,8 @@ def measure(forward: Callable, net: nn.Module) -> tuple[float, float, float]:
 
 def describe(config: Config, words: int | None = None):
     """Prints what a pair costs, branch by branch."""
+    if words and words > config.context_length:
+        raise UserError(f"--words {words}: a caption has {config.context_length} tokens at most")
     print(f"{config.method}: {config.image_size} px, patches of {config.patch_size} px, "
           f"captions of {words or config.context_length} tokens; a pair costs")
     print(f"{'branch':28}{'parameters':>14}{'forward GFLOPs':>17}{'step GFLOPs':>14}{'kept, MB in fp32':>19}")
@@ -1584,7 +1583,8 @@ def describe(config: Config, words: int | None = None):
 
 
 def main(argv=None):
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                  allow_abbrev=False)
     cost = cli.add_argument_group("cost of a preset, or of CHECKPOINT's model: what is printed with no other option")
     cost.add_argument("--preset", default="vit-b16-yfcc15m", choices=PRESETS, help="default: %(default)s; with "
                       "--import timm:FILE the size of the tower, and the text tower that stays untrained")

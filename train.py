@@ -6,7 +6,8 @@
 
 In reading order:  options; schedules; what a step hides; one step; the run; from records to a batch.
 Every random choice is a function of (seed, step) and of the row in the global batch, never of the process, so a run can
-be stopped anywhere and go on, on another number of processes too.
+be stopped anywhere and go on, on another number of processes too.  (Blocks that --drop-path skips are drawn for each
+micro-batch: with it, --accumulate makes another run.)
 """
 import argparse
 import contextlib
@@ -16,7 +17,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
@@ -120,6 +120,12 @@ def parse_train_options(argv=None) -> TrainOptions:
     for width, heads in ((o.width, o.heads), (o.text_width, o.text_heads)):
         if width % heads:
             raise UserError(f"width {width} cannot be cut into {heads} attention heads: choose a divisor of {width}")
+    hidden = random_mask(1, o.grid ** 2, o.mask_ratio, torch.Generator())[1]
+    if METHODS[o.method]["predicts"] and (o.width % 4 or not hidden.numel()):
+        raise UserError(f"{o.method} wants a --width that 4 divides, not {o.width}, and a --mask-ratio that hides one "
+                        f"of {o.grid ** 2} patches or more, not {o.mask_ratio}")
+    if o.keep_best and not o.eval_every:
+        raise UserError("--keep-best keeps the best of the tests: say with --eval-every how often to test")
     if o.compile and o.accumulate > 1 and o.drop_path:
         raise UserError("--compile and --accumulate would skip other blocks in the second pass than in the first: "
                         "leave one out, or --drop-path")
@@ -187,10 +193,10 @@ def backward_in_parts(model: nn.Module, core: MaskCLIP, teacher: Teacher | None,
 
     1. the towers embed each part without gradient;
     2. from all embeddings come L_I and L_T, and what they ask of each embedding: their gradient;
-    3. each part goes forward again, with gradient and all branches, and backward from its own L_Dist and L_MLM and from
-       its embeddings times what is asked of them, which by the chain rule is what L_I and L_T ask of the weights.
-       With the last part the contrast is taken again, the other parts' embeddings standing as constants, so that
-       what belongs to it alone, as the logit scale, has its gradient too.
+    3. each part goes forward again, with gradient and all branches; its loss is L_Dist, L_MLM, and its embeddings times
+       what is asked of them, whose gradient is by the chain rule that of L_I and L_T.  With the last part the contrast
+       is taken again, the other parts' embeddings standing as constants, so that what belongs to it alone, as the logit
+       scale, has its gradient too.
 
     The two towers are computed twice; the masked branches and the teacher are not.
     """
@@ -207,7 +213,7 @@ def backward_in_parts(model: nn.Module, core: MaskCLIP, teacher: Teacher | None,
     terms, answers = {}, []
     for i, part in enumerate(parts):
         is_last = i == len(parts) - 1
-        with contextlib.nullcontext() if is_last or model is core else model.no_sync():
+        with contextlib.nullcontext() if is_last or runtime.world == 1 else model.no_sync():
             torch.manual_seed(seed + i)
             with runtime.autocast():
                 answer = teacher(part["images"], part["hidden"]) if teacher else None
@@ -266,7 +272,8 @@ def train(o: TrainOptions):
 
     def state(step: int, bad_count: int) -> dict:
         return checkpoint(core, tokenizer, o, step=step, total=total, data=start.data, bad_count=bad_count,
-                          optimizer=optimizer.state_dict(), teacher=teacher.state_dict() if teacher else None)
+                          best=tests.best, optimizer=optimizer.state_dict(),
+                          teacher=teacher.state_dict() if teacher else None)
 
     loader = data_module.train_loader(data, PairTransform(o, data), o.batch_size, o.seed, range(start.step, total),
                                       runtime.rank, runtime.world, runtime.workers,
@@ -274,7 +281,7 @@ def train(o: TrainOptions):
     log = Log(out, runtime.is_main, total, o.batch_size, start.step)
     if runtime.is_main:
         announce(o, data, core, tokenizer, total, start, runtime)
-    guard, tests = Guard(o, runtime, stop, total, start, state), Tests(o, steps_per_epoch)
+    guard, tests = Guard(o, runtime, stop, total, start, state), Tests(o, steps_per_epoch, start)
     core.train()
     for step, batch in guard.batches(loader):
         lr = cosine_schedule(step, total, warmup, o.lr, o.lr_end, o.lr_start)
@@ -348,7 +355,7 @@ def announce(o: TrainOptions, data, core: MaskCLIP, tokenizer, total: int, start
     """What is trained, on the screen and in OUT/config.json."""
     with tell_if_full(start.out / "config.json"):
         described = dict(asdict(o), records=len(data), data_hash=start.data)
-        write_text_atomically(start.out / "config.json", json.dumps(described, indent=1))
+        data_module.write_whole(start.out / "config.json", json.dumps(described, indent=1).encode())
     parameters = sum(p.numel() for p in core.parameters())
     say(f"{o.method} with preset {o.preset}: {parameters / 1e6:.1f} M parameters, {len(data)} records, "
         f"{total} steps of {o.batch_size}, {tokenizer.vocab_size} tokens; {runtime}")
@@ -403,9 +410,9 @@ def guess_classes(core: MaskCLIP, tokenizer: BytePairTokenizer, runtime: "Runtim
 class Tests:
     """Zero-shot accuracy during training, and the checkpoints that are kept; both every so many epochs."""
 
-    def __init__(self, o: TrainOptions, steps_per_epoch: int):
-        self.o, self.best = o, 0.0
-        self.every, self.keep_every = (round(x * steps_per_epoch) for x in (o.eval_every, o.keep_every))
+    def __init__(self, o: TrainOptions, steps_per_epoch: int, start: "Start"):
+        self.o, self.best = o, (start.state or {}).get("best", 0.0)
+        self.every, self.keep_every = (x and max(1, round(x * steps_per_epoch)) for x in (o.eval_every, o.keep_every))
         if self.every:
             self.data = data_module.open_data(o.eval_data, "val", "classes", size=o.image_size)
 
@@ -420,9 +427,9 @@ class Tests:
             if self.o.keep_best and found["zeroshot"] > self.best:
                 kept.append("best.pt")
             self.best = max(self.best, found["zeroshot"])
-        if kept and guard.write(step + 1) and guard.runtime.is_main:
+        if guard.runtime.is_main and not guard.refused:
             for name in kept:
-                shutil.copyfile(guard.last, guard.last.with_name(name))
+                save_atomically(guard.last.with_name(name), guard.checkpoint(step + 1))
         return found
 
 
@@ -523,7 +530,7 @@ LIMITS = dict(
                    "heads", "text_width", "text_depth", "text_heads", "context_length", "vocab_size", "embed_dim",
                    "n_codes", "quantizer_hidden", "quantizer_bottleneck", "slip_hidden", "simsiam_hidden", "token_dim",
                    "queue_size", "channels", "aux_channels", "head_width", "crop", "short_side", "long_side", "samples",
-                   "test_size", "rpn_samples", "roi_samples", "proposals"), (1, math.inf)),
+                   "test_size", "decoder_depth", "rpn_samples", "roi_samples", "proposals"), (1, math.inf)),
     **dict.fromkeys(("word_ratio", "center_momentum", "momentum", "momentum_end", "max_bad", "erasing", "smoothing",
                      "layer_decay", "score_threshold"), (0, 1)),
     **dict.fromkeys(("mask_ratio", "drop_path"), (0, 0.99)),
@@ -798,8 +805,8 @@ def clip_gradient(optimizer: torch.optim.Optimizer, limit: float, runtime: "Runt
 class Start:
     """Where a run begins: at step 0, or with the state that an interrupted run left."""
 
-    def __init__(self, out: Path, state: dict | None):
-        self.out, self.state = out, state
+    def __init__(self, out: Path, state: dict | None, path: Path | None = None):
+        self.out, self.state, self.path = out, state, path or out / "last.pt"
         self.step, self.bad_count = (state["step"], state["bad_count"]) if state else (0, 0)
 
     def use(self, data, vocabulary: dict | None = None):
@@ -818,12 +825,12 @@ class Start:
             try:
                 part.load_state_dict(self.state[name])
             except Exception as error:              # of a damaged or hostile file, whatever stumbles over it
-                raise UserError(f"{self.out}/last.pt does not fit its own config: "
+                raise UserError(f"{self.path} does not fit its own config: "
                                 f"{data_module.one_line(error)}") from None
 
     def announce(self, total: int):
         if self.step:
-            say(f"going on from step {self.step} of {self.out}/last.pt")
+            say(f"going on from step {self.step} of {self.path}")
             if self.state["total"] != total:
                 say(f"note: that run was to have {self.state['total']} steps, this one has {total}: learning rate and "
                     f"momentum are from here on those of the new length")
@@ -833,7 +840,8 @@ def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
     """What to go on from.  Another run in the same folder is never overwritten."""
     paths = [out / "last.pt"] if (out / "last.pt").exists() else []
     paths += [Path(options.resume)] if options.resume not in ("auto", "none") else []
-    state, parts = None, dict(step=int, total=int, bad_count=int, config=dict, model=dict, optimizer=dict, data=str)
+    path, state = None, None
+    parts = dict(step=int, total=int, bad_count=int, config=dict, model=dict, optimizer=dict, data=str)
     for path in paths:
         state = load_state(path)
         if state.get("kind") != kind or not all(isinstance(state.get(name), parts[name]) for name in parts):
@@ -844,7 +852,7 @@ def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
             if name not in FREE_TO_CHANGE and not is_same:
                 raise UserError(f"{path} is of a run with {name} = {theirs}, this one has {value}: choose another "
                                 f"--out" + f", and --init {path} to begin with its weights" * hasattr(options, "init"))
-    return Start(out, None if options.resume == "none" else state)
+    return Start(out, None if options.resume == "none" else state, path)
 
 
 class StopSignal:
@@ -886,11 +894,21 @@ class Guard:
     """
     def __init__(self, options, runtime: Runtime, stop: StopSignal, total: int, start: Start, state: Callable):
         if start.step > total:
-            raise UserError(f"{start.out}/last.pt has done {start.step} steps, more than the {total} asked for: give "
-                            f"as many or more, or choose another --out")
+            raise UserError(f"{start.path} has done {start.step} steps, more than the {total} asked for: give as many "
+                            f"or more, or choose another --out")
+        if start.state and start.state.get("scaler"):
+            start.load(runtime.scaler, "scaler")
         self.o, self.runtime, self.stop, self.total, self.start = options, runtime, stop, total, start
         self.state, self.last, self.thread = state, start.out / "last.pt", ThreadPoolExecutor(1)
         self.bad_count, self.refused, self.saved_at, self.written = start.bad_count, 0, time.monotonic(), None
+
+    def save_and_tell(self, step: int, why: str = ""):
+        if self.write(step) and self.runtime.is_main:
+            same = "the same command" + " with --resume auto" * (self.o.resume != "auto")
+            say(f"stopped after step {step}{why}; {same} goes on from there")
+
+    def checkpoint(self, step: int) -> dict:
+        return dict(self.state(step, self.bad_count), scaler=self.runtime.scaler.state_dict())
 
     def write(self, step: int, wait: bool = True) -> bool:
         """Whether OUT/last.pt was written.  Without waiting a thread writes, from a copy, and training goes on."""
@@ -899,7 +917,7 @@ class Guard:
             return True
         if self.written:
             self.written.result()
-        checkpoint = self.state(step, self.bad_count)
+        checkpoint = self.checkpoint(step)
         if not wait:
             checkpoint = tree_map_only(Tensor, lambda x: x.to("cpu", copy=True), checkpoint)
         self.written = self.thread.submit(save_atomically, self.last, checkpoint)
@@ -913,8 +931,7 @@ class Guard:
                 self.stop.waiting = True
                 batch = next(batches)
             except SystemExit:                              # asked to stop, and no batch came
-                if self.write(step) and self.runtime.is_main:
-                    say(f"stopped after step {step}, waiting for data; the same command goes on from there")
+                self.save_and_tell(step, ", waiting for data")
                 raise
             self.stop.waiting = False
             yield step, self.readable(batch, step)
@@ -931,7 +948,7 @@ class Guard:
         """Whether all terms of the loss and the gradient's norm are finite, on all processes, so that the weights may
         be updated.  If so and if it is time, the weights that this step began with are saved before.
 
-        This is a step's one exchange between processes, and the one place where the host waits for the device.
+        This is a step's one exchange whose result the host reads, and so the one place where it waits for the device.
         """
         told = dict(terms, norm=norm, stopping=norm.new_full((), self.stop.is_set), bad=norm.new_full((), self.bad))
         stacked = torch.stack([x.float() for x in told.values()])
@@ -961,8 +978,8 @@ class Guard:
             raise UserError(f"{self.bad_count} of {read} records read so far are bad, more than --max-bad "
                             f"{self.o.max_bad}: look at them with: python data.py check --data SPEC")
         if self.stopping:
-            if not self.refused and self.write(step + 1) and self.runtime.is_main:
-                say(f"stopped after step {step + 1}; the same command goes on from there")
+            if not self.refused:
+                self.save_and_tell(step + 1)
             sys.exit(128 + (self.stop.number or signal.SIGTERM))
 
     def finish(self):
@@ -990,12 +1007,6 @@ def tell_if_full(path: Path):
         say(f"warning: {path} could not be written ({error.strerror}); training goes on", file=sys.stderr)
 
 
-def write_text_atomically(path: Path, text: str):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 class Log:
     """metrics.jsonl, one object a line, and the progress line with rate and time left; by the main process only."""
     unspoken = {"step", "epoch", "lr", "momentum", "logit_scale", "grad_norm", "patch_entropy", "codes_used"}
@@ -1009,7 +1020,7 @@ class Log:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
             with tell_if_full(self.path):
-                write_text_atomically(self.path, "".join(line + "\n" for line in kept))
+                data_module.write_whole(self.path, "".join(line + "\n" for line in kept).encode())
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether `step` gets a line.  If not, a short one is said after five silent seconds, later after a minute."""
@@ -1241,7 +1252,7 @@ def plan(o: TrainOptions):
     own = o.batch_size // (o.gpus * o.accumulate)
     steps = o.steps or int(o.epochs * (o.pairs // o.batch_size))
     rows = costs(o, bf16=True)                                              # fp16 takes as much
-    again = (rows[0].flops + rows[1].flops) * (o.accumulate > 1)            # a forward of the two towers more
+    again = (rows[-1].flops - sum(row.flops for row in rows[2:-1])) * (o.accumulate > 1)    # the towers once more
     flops = o.batch_size * (rows[-1].step_flops + again)
     seconds = flops / (o.gpus * tflops * 1e12 * o.utilization)
     gb = {name: value / 1e9 for name, value in step_memory(o, own, rows, half=True).items()}

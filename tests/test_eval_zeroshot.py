@@ -428,7 +428,7 @@ def test_suite(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file, content, told", [
-    ("classification/gtsrb_20210923/test.txt", "final_test.zip@0.png stop\n", "CLASS..., got 'final_test.zip@0.png stop'"),
+    ("classification/gtsrb_20210923/test.txt", "final_test.zip@0.png stop\n", "got 'final_test.zip@0.png stop'"),
     ("classification/gtsrb_20210923/test.txt", "final_test.zip@0.png 2\n", "of class 2, with 2 classes"),
     ("classification/gtsrb_20210923/test.txt", "other.zip@9.png 1\n", "none of the first 1 images"),
     ("classification/hateful_memes_20211014/test_meta.json", "[]", "'categories'"),

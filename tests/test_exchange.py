@@ -1,6 +1,7 @@
 """Weights to and from the real timm and open_clip: strictly, with the same features, embeddings, tokens and pixels."""
 import gzip
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -66,13 +67,15 @@ def close(ours, theirs):
 
 # ------------------------------------------------------------------------------------------------------------- timm
 
-@pytest.mark.parametrize("changes", [dict(), dict(dialect="clip"), dict(patch_size=16, depth=3, method="clip")])
+@pytest.mark.parametrize("changes", [dict(), dict(dialect="clip"), dict(dialect="openai"),
+                                     dict(patch_size=16, depth=3, method="clip")])
 def test_to_timm(timm, tmp_path, changes, capsys):
     config = replace(TINY, **changes)
     ours = saved(tmp_path / "last.pt", config, toy_vocabulary())
     said = run_model(capsys, tmp_path / "last.pt", "--export", "timm", tmp_path / "to" / "vit.pth")
     assert "img_size=32" in said and "num_heads=4" in said
-    extra = dict(pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5)) if config.dialect == "clip" else {}
+    printed = re.search(r"num_classes=0(.*)\)\.load_state_dict", said)[1]                 # as it is to be typed
+    extra = eval(f"dict({printed.removeprefix(', ')})", dict(partial=partial, LayerNorm=nn.LayerNorm))
     theirs = timm.models.VisionTransformer(img_size=32, patch_size=config.patch_size, embed_dim=64, depth=config.depth,
                                            num_heads=4, num_classes=0, **extra).eval()
     timm.models.load_checkpoint(theirs, str(tmp_path / "to" / "vit.pth"), strict=True)

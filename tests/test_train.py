@@ -271,6 +271,57 @@ def test_resumed_run_equals_undisturbed_run_to_the_bit(method, more, tmp_path, c
     assert [m["loss"] for m in metrics(tmp_path / "whole")] == [m["loss"] for m in metrics(tmp_path / "parts")]
 
 
+def test_the_best_is_kept_over_a_stop_and_no_weights_whose_loss_is_nan(tmp_path):
+    """Accuracies .9 .8 .7, a stop, .3 .2 .1: best.pt stays that of the first test."""
+    right, label = iter((9, 8, 7, 3, 2, 1)), torch.arange(10)
+
+    def guess(*_):
+        return torch.where(label < next(right), label, -1), label
+    run = ["--method", "clip", "--steps", 6, "--eval-every", 0.01, "--keep-best", "--keep-every", 0.01,
+           "--out", tmp_path]
+    with mock.patch.object(train, "guess_classes", guess):
+        trained_until(2, *run)
+        trained(*run)
+    assert load_state(tmp_path / "best.pt")["step"] == 1 and load_state(tmp_path / "last.pt")["best"] == 0.9
+    assert [load_state(tmp_path / f"step-{n}.pt")["step"] for n in range(1, 7)] == [1, 2, 3, 4, 5, 6]
+    assert not list(tmp_path.glob("*.tmp"))
+    refused = mock.patch.object(train.Guard, "accepts", lambda self, *_: setattr(self, "refused", 1))
+    with refused, mock.patch.object(train.Guard, "end", lambda *_: None), contextlib.suppress(AttributeError):
+        trained("--method", "clip", "--steps", 2, "--keep-every", 0.01, "--log-every", 9, "--out", tmp_path / "nan")
+    assert not list((tmp_path / "nan").glob("step-*"))
+
+
+def test_a_run_from_a_named_checkpoint_says_how_to_go_on(tmp_path, capsys):
+    trained("--method", "clip", "--steps", 2, "--out", tmp_path / "a")
+    run = ["--method", "clip", "--steps", 6, "--out", tmp_path / "b", "--resume", tmp_path / "a" / "last.pt"]
+    trained_until(3, *run)
+    said = capsys.readouterr().out
+    assert f"going on from step 2 of {tmp_path}/a/last.pt" in said
+    assert "stopped after step 4; the same command with --resume auto goes on from there" in said
+    trained(*run, "--resume", "auto")
+    assert f"going on from step 4 of {tmp_path}/b/last.pt" in capsys.readouterr().out
+
+
+def test_the_scale_of_fp16_goes_on(tmp_path):
+    run = ["--method", "clip", "--steps", 6, "--precision", "fp16"]
+    make = partial(torch.amp.GradScaler, growth_interval=2)
+    with mock.patch.object(torch.amp, "GradScaler", make):
+        trained(*run, "--out", tmp_path / "whole")
+        trained_until(2, *run, "--out", tmp_path / "parts")
+        trained(*run, "--out", tmp_path / "parts")
+    a, b = (load_state(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert a["scaler"] == b["scaler"] and a["scaler"]["scale"] != 2.0 ** 14
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+@pytest.mark.slow
+def test_compiled_parts_are_the_whole(tmp_path):
+    for name, more in (("whole", []), ("parts", ["--compile", "--accumulate", 2])):
+        trained("--method", "clip", "--drop-path", 0, "--steps", 2, "--out", tmp_path / name, *more)
+    want, got = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("whole", "parts"))
+    assert got == pytest.approx(want, rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 def test_what_is_no_checkpoint_is_told(tmp_path):
@@ -371,6 +422,9 @@ def test_a_finished_run_goes_on_longer_elsewhere_and_as_the_start_of_another(tmp
     (["--steps", 0, "--epochs", 0.01], "--epochs 0.01 of 8 steps are not one"),
     (["--init", "nothing:x"], "timm:FILE"),
     (["--compile", "--accumulate", 2], "leave one out, or --drop-path"),
+    (["--mask-ratio", 0], "--mask-ratio that hides one of 16 patches or more, not 0"),
+    (["--width", 18, "--heads", 3], "--width that 4 divides, not 18"),
+    (["--keep-best"], "say with --eval-every how often to test"),
 ])
 def test_a_mistake_is_a_user_error(more, says, two_processes, tmp_path):
     out = shutil.copytree(two_processes[0], tmp_path / "run")   # this process keeps the lock of the folder it runs in
