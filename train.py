@@ -21,6 +21,7 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -740,6 +741,7 @@ def wrap(core: nn.Module, runtime: Runtime) -> nn.Module:
     """core as it is called in training: on several processes its gradients are averaged during backward."""
     if runtime.world == 1:
         return core
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is")     # torch 2.13 and later; older ones know no other name
     return DistributedDataParallel(core, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
