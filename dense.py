@@ -275,7 +275,7 @@ def patch_scores(model: MaskCLIP, texts: Tensor, path: str) -> Callable[[Tensor]
 
 
 def zeroshot(argv=None):
-    options = parse(ZeroShotOptions, __doc__, argv, positional=("checkpoint",))
+    options = parse(ZeroShotOptions, __doc__, argv, positional=("checkpoint",), command="zeroshot")
     runtime = setup(options)
     model, tokenizer, config = load_checkpoint(options.checkpoint, runtime.device)
     # paper: 512, for windows of 224 with stride 112, so that positions are never resized, and Pascal Context 480; here,
@@ -392,7 +392,7 @@ def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Im
 
 
 def words(argv=None):
-    options = parse(WordOptions, __doc__, argv, positional=("checkpoint",))
+    options = parse(WordOptions, __doc__, argv, positional=("checkpoint",), command="words")
     runtime, out = setup(options), Path(options.out or "runs/words")
     if not runtime.is_main:                                 # a few pictures are not worth sharing
         return
@@ -564,7 +564,8 @@ def parse_recipe(paper: FineTuneOptions, pocket: dict, name: str, large: str, ar
     """The command line over the recipe that it, or else the data, names: `large`, the paper's, or pocket."""
     recipe = recipe_for(first_look(type(paper), argv, "recipe", "data"), large)
     defaults = replace(paper, **pocket) if recipe == "pocket" else paper
-    options = parse(type(paper), __doc__, argv, positional=("checkpoint",), defaults=defaults, own=large)
+    options = parse(type(paper), __doc__, argv, positional=("checkpoint",), defaults=defaults, own=large,
+                    command=name)
     return replace(options, recipe=recipe, out=options.out or f"runs/{name}-{recipe}")
 
 

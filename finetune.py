@@ -106,7 +106,7 @@ def parse_options(argv=None) -> Options:
     if asked.eval:
         trained = load_finetuned(asked.out or defaults.out)["config"]
         defaults = replace(defaults, data=trained["data"], crop_share=trained["crop_share"])
-    options = parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults)
+    options = parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults, own="imagenet")
     return replace(options, recipe=recipe)
 
 

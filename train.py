@@ -57,8 +57,8 @@ from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, SyncBatchNorm, Teac
 @dataclass
 class RunOptions:
     """What every script takes."""
-    data: tuple = opt(("shapes",), f"data set, may be given more than once: {data_module.specs()} (docs/DATA.md)",
-                      "run")
+    data: tuple = opt(("shapes",), f"data set, several are mixed (linear probing takes one): {data_module.specs()} "
+                      "(docs/DATA.md)", "run")
     out: str = opt("", "folder for everything that is written; empty: one below runs/, or that of the checkpoint",
                    "run")
     seed: int = opt(0, "seed of every random choice", "run")
@@ -548,13 +548,13 @@ def check_number(name: str, value: float):
                         + (f" to {most}" if most < math.inf else " up" * (name not in ABOVE_0)) + f", not {value}")
 
 
-def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None, own: str = ""):
+def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=None, own: str = "", command: str = ""):
     """The command line as an instance of dataclass cls: one --flag a field, --help with the field's group and text.
 
-    positional fields may stand without a flag.  `defaults` (an instance) replaces the class's own defaults, which
-    --help shows too if `own` says what they are called.
+    positional fields may stand without a flag, after the command if the script has several.  `defaults` (an instance)
+    replaces the class's own defaults, which --help shows too if `own` says what they are called.
     """
-    usage = " ".join(["%(prog)s", *(f"[{name.upper()}]" for name in positional), "[options]"])
+    usage = " ".join(["%(prog)s", *filter(None, [command]), *(f"[{name.upper()}]" for name in positional), "[options]"])
     cli = Parser(usage=usage, description=doc, allow_abbrev=False,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {"what": cli.add_argument_group("what")}
@@ -741,7 +741,7 @@ def wrap(core: nn.Module, runtime: Runtime) -> nn.Module:
     """core as it is called in training: on several processes its gradients are averaged during backward."""
     if runtime.world == 1:
         return core
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is")     # torch 2.13 and later; older ones know no other name
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is")     # by 2.13; older ones know no other name
     return DistributedDataParallel(core, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 

@@ -1,7 +1,7 @@
-"""The supplement's tables at pocket scale, on the embedded world: every number and picture of docs/reproduction.md.
+"""The supplement's tables at pocket scale, on the embedded world: the tables and pictures of docs/reproduction.md.
 
     python tests/reproduce.py                   which tables there are, what of each is done, and what the rest costs
-    python tests/reproduce.py ladder mask       fills tables; stop it anywhere, the same command goes on
+    python tests/reproduce.py ladder lambda     fills tables; stop it anywhere, the same command goes on
     python tests/reproduce.py all --quick       one seed, eight steps a run, into runs/reproduce-quick: does it run?
                                                 (a quarter of an hour on two cores)
     python tests/reproduce.py report            writes docs/reproduction.md and .png anew from the numbers there are
@@ -12,7 +12,8 @@
 Every number is made by the commands a user has: train.py with a row's options, then an evaluation script.  Each is a
 line of docs/reproduction.jsonl: run (the options of train.py), seed, evaluation, values, seconds, commit.  A network
 stands in several tables and is trained once.  Seconds are of processor time, on one thread each, so that they mean the
-same however many runs share the machine.
+same however many runs share the machine.  What another processor adds is another run of the same seed: to compare, fill
+a copy of the file from its beginning.
 
 The setting is the preset `pocket` itself, so that a row of a table is a command anyone can run.  Rows of one seed start
 from the same weights in all that they share and see the same batches, so two methods are compared seed by seed: their
@@ -287,16 +288,13 @@ class Lab:
     def __init__(self, folder: Path, cells: Path, quick: bool, jobs: int, only: tuple[str, ...]):
         self.folder, self.path, self.quick, self.jobs, self.only = folder, cells, quick, jobs, only
         self.lock = threading.Lock()
-        self.commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                                     text=True).stdout.strip() or "unknown"
 
     def call(self, *arguments) -> float:
-        """Runs a script on its share of the processors; seconds of processor time.  Its output is kept in a file."""
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        """Runs a script on one thread; seconds of processor time.  Its output is kept in a file."""
         log = self.folder / f"{threading.get_ident()}.log"
         with open(log, "w") as out:
             child = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=out,
-                                     stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+                                     stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS="1"))
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
@@ -305,8 +303,10 @@ class Lab:
         return usage.ru_utime + usage.ru_stime
 
     def record(self, **cell):
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
+                                text=True).stdout
         with self.lock, open(self.path, "a") as file:
-            file.write(json.dumps(dict(cell, commit=self.commit)) + "\n")
+            file.write(json.dumps(dict(cell, commit=commit.strip() or "unknown")) + "\n")
 
     def train(self, run: str, seed: int, known: bool) -> Path:
         """The folder of a finished run: found, or trained from the start, so that its seconds are whole."""
@@ -405,6 +405,12 @@ def values_of(run: str, column: tuple[str, str], seeds, cells: dict) -> dict[int
     return {seed: cells[run, seed, evaluation]["values"][value] for seed in seeds if (run, seed, evaluation) in cells}
 
 
+def seed_by_seed(row: Row, column: tuple[str, str], seeds, cells: dict) -> list[float]:
+    """What a row has more than the row it is compared with, of the seeds that both have"""
+    own, base = (values_of(run, column, seeds, cells) for run in (row.run, row.base))
+    return [own[seed] - base[seed] for seed in own if seed in base]
+
+
 def measured(table: Table, seeds: int, cells: dict) -> tuple[list[Row], dict]:
     """The rows of which there is some number, and the columns in which rows can be compared"""
     there = {(row.run, heading) for row in table.rows for heading, column in table.columns.items()
@@ -442,10 +448,10 @@ def markdown(table: Table, seeds: int, cells: dict, steps: int = 0, full: bool =
         texts, apart = [], []
         for heading, column in columns.items():
             wanted = table.seeds_of(column[0], seeds)
-            own, base = (values_of(run, column, wanted, cells) for run in (row.run, row.base))
+            own = values_of(row.run, column, wanted, cells)
             text = spread([*own.values()]) + f" ({len(own)} of {len(wanted)})" * (0 < len(own) < len(wanted))
             texts.append((text + (f" *{paper[heading]}*" if paper.get(heading) is not None else "")).strip())
-            each = [own[seed] - base[seed] for seed in own if seed in base]
+            each = seed_by_seed(row, column, wanted, cells)
             apart.append(spread(each, True, "+") + (f" ({', '.join(f'{x:+.1f}' for x in each)})" if each else ""))
         trained = [cell["seconds"] for (run, _, name_), cell in cells.items() if (run, name_) == (row.run, "train")]
         if not full:
@@ -453,6 +459,8 @@ def markdown(table: Table, seeds: int, cells: dict, steps: int = 0, full: bool =
         lines.append("| " + " | ".join([*name, *texts]) + " |")
         if any(apart):
             differences.append("| " + " | ".join([*name, *apart]) + " |")
+    if " of " in "".join(lines[4:]):
+        lines += ["", "Means are of different seeds where it says (n of m): compare rows by the differences alone."]
     if differences:
         what = "CLIP" if any("clip" in shlex.split(row.base) for row in rows) else "the default"
         lines += ["", f"Less {what}, seed by seed:", "", "| " + " | ".join(head[:len(name) + len(columns)]) + " |",
@@ -499,24 +507,23 @@ SHOWN = ("ladder", "lambda", "length", "pool")
 
 
 def draw(shown: list[Table], seeds: int, cells: dict) -> PIL.Image.Image:
-    """A line of two panels a table: gray dots are the seeds that its rows share, colored ones their means, joined where
-    rows are a scale."""
+    """A line of two panels a table: gray dots are the differences of its rows and what they are compared with, seed by
+    seed, colored ones their means, joined where rows are a scale."""
     sheet = PIL.Image.new("RGB", (840, 275 * len(shown)), "white")
     for r, table in enumerate(shown):
         rows, columns = measured(table, seeds, cells)
+        what = "CLIP" if any(row.base and method_of(row.base) == "clip" for row in rows) else "the default"
+        rows = [row for row in rows if row.base or what == "the default"]       # the default itself stands at 0
         PIL.ImageDraw.Draw(sheet).text((10, 275 * r + 4), table.title, "black", PIL.ImageFont.load_default(15))
         names, groups = list(dict.fromkeys(row.name for row in rows)), list(dict.fromkeys(row.group for row in rows))
         for c, (heading, column) in enumerate(list(columns.items())[:2]):
             wanted = table.seeds_of(column[0], seeds)
-            there = [values_of(row.run, column, wanted, cells) for row in rows]
-            shared = set.intersection(*(set(own) for own in there if own))      # else a mean would be of other seeds
-            points = [(row, [own[seed] for seed in shared if own]) for row, own in zip(rows, there)]
-            every = [value for _, own in points for value in own]
-            if not every:                                                       # nothing to compare yet
-                continue
+            points = [(row, seed_by_seed(row, column, wanted, cells) if row.base else [0.0]) for row in rows]
+            every = [0.0, *(value for _, own in points for value in own)]
             margin = 0.1 * (max(every) - min(every)) + 0.5
-            title = f"{heading}, seed {', '.join(map(str, sorted(shared)))}"
-            panel = Panel(sheet, (420 * c, 275 * r + 20), title, min(every) - margin, max(every) + margin)
+            panel = Panel(sheet, (420 * c, 275 * r + 20), f"{heading} less that of {what}, points", min(every) - margin,
+                          max(every) + margin)
+            panel.pen.line([panel.box[0], panel.y(0), panel.box[2], panel.y(0)], "#888888")
             place = {name: panel.x((k + 0.5) / len(names), name.removeprefix("+ ").split(" = ")[-1],
                                    k % 2 if len(names) > 4 else 0) for k, name in enumerate(names)}
             for g, group in enumerate(groups):
@@ -525,7 +532,7 @@ def draw(shown: list[Table], seeds: int, cells: dict) -> PIL.Image.Image:
                 means = [(x, panel.y(statistics.mean(own))) for x, own in of_group]
                 if names[0].replace(".", "").isdigit():
                     panel.pen.line(means, COLORS[g], 2)
-                for x, y, radius, color in dots + [(*mean, 4, COLORS[g]) for mean in means]:
+                for x, y, radius, color in [(*mean, 5, COLORS[g]) for mean in means] + dots:
                     panel.pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color)
                 panel.key(g, group, COLORS[g])
     return sheet
@@ -573,7 +580,9 @@ def report(seeds: int, cells: dict):
             shown[name] = table
         seen |= numbers
     above = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# The paper on a laptop\n\n"
-    written = [f"![four tables as panels]({PICTURE.name})\n",
+    hours = sum(cell["seconds"] for cell in cells.values()) / 3600
+    written = [f"All numbers below took {hours:.1f} hours of one core.\n",
+               f"![differences from CLIP or the default, of each seed and their means]({PICTURE.name})\n",
                *(markdown(table, seeds, cells) for table in shown.values())]
     PAGE.write_text(above + MARK + "\n" + "\n".join(written))
     if drawn := [table for name, table in shown.items() if name in SHOWN]:
