@@ -397,6 +397,9 @@ def wanted(table: Table, seeds: int, cells: dict, only: tuple[str, ...] = ()) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 MARK = "<!-- what follows is written by tests/reproduce.py -->\n"
+CLAIMED = re.compile("(<!-- claims, written by tests/reproduce.py -->\n).*?(<!-- end of claims -->\n)", re.DOTALL)
+# mean / standard error of so many seeds at which a difference is not 0 with p < 0.05: Student's t, two-sided
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
 
 
 def values_of(run: str, column: tuple[str, str], seeds, cells: dict) -> dict[int, float]:
@@ -428,6 +431,40 @@ def spread(values: list[float], of_mean: bool = False, sign: str = "") -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ± {statistics.stdev(values) / (len(values) ** 0.5 if of_mean else 1):.1f}"
+
+
+def verdict(each: list[float], sign: int) -> str:
+    """Whether differences agree with a claim that they are positive (sign 1) or negative (-1), and their number."""
+    if len(each) < 2 or not sign:
+        return f"{len(each)} seed{'s' * (len(each) > 1)}"
+    mean, error = sign * statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
+    if abs(mean) > T_95[len(each)] * error:
+        how = "**agrees**" if mean > 0 else "**does not**"
+    else:
+        how = "level" if abs(mean) < error else "leans to it" if mean > 0 else "leans against"
+    return f"{how}, {len(each)} seeds"
+
+
+def claims(cells: dict) -> str:
+    """What the paper's tables claim of a row less another, and what the same difference is here."""
+    m, columns = system, {**ZEROSHOT, **LINEAR, **FINE, **DENSE, **RETRIEVAL, **WORDS}
+    said = [("MaskCLIP less CLIP: more", m("maskclip"), m("clip"), 1),
+            ("CLIP+MAE less CLIP: more", m("clip+mae"), m("clip"), 1),
+            ("features less pixels (+MAE): more", m("clip+feature"), m("clip+mae"), 1),
+            ("EMA teacher less current weights: more", m("clip+ema"), m("clip+feature"), 1),
+            ("masked words less none (+EMA): more", m("maskclip"), m("clip+ema"), 1)]
+    for name, option in (("lambda", "distillation_weight"), ("beta", "mlm_weight")):
+        said += [(f"{name} = {value} less 0.05: {how}", setting("maskclip", **{option: value}), m("maskclip"), sign)
+                 for value, how, sign in ((1, "less", -1), (0.1, "about equal", 0), (0.01, "less", -1))]
+    lines = ["| the paper: | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for claim, run, base, sign in said:
+        row, texts = Row(claim, run, base=base), []
+        for column in columns.values():
+            each = seed_by_seed(row, column, MANY, cells)
+            texts.append(f"{spread(each, True, '+')} {verdict(each, sign)}" if each else "")
+        if any(texts):
+            lines.append(f"| {claim} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(table: Table, seeds: int, cells: dict, steps: int = 0, full: bool = False) -> str:
@@ -580,6 +617,7 @@ def report(seeds: int, cells: dict):
             shown[name] = table
         seen |= numbers
     above = PAGE.read_text().split(MARK)[0] if PAGE.exists() else "# The paper on a laptop\n\n"
+    above = CLAIMED.sub(lambda marks: f"{marks[1]}\n{claims(cells)}\n{marks[2]}", above)
     hours = sum(cell["seconds"] for cell in cells.values()) / 3600
     written = [f"All numbers below took {hours:.1f} hours of one core.\n",
                f"![differences from CLIP or the default, of each seed and their means]({PICTURE.name})\n",

@@ -1,5 +1,6 @@
 """The reproduction's tables, without training: their runs are options of train.py, the page says what was found."""
 import json
+import re
 import shlex
 import sys
 
@@ -160,6 +161,40 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     curves = cells_of(*(cell(run, seed, "train", curve=[[100, 10.0], [200, 20.0 + seed]])
                         for run in runs for seed in (0, 1)))
     assert reproduce.draw_results(curves).size[1] == 460 and reproduce.draw_results({}) is None
+
+
+@pytest.mark.parametrize("each, sign, told", [
+    ([5.0], 1, "1 seed"),
+    ([1.0, 2.0, 3.0], 0, "3 seeds"),
+    ([1.0, 2.0, 3.0], 1, "leans to it, 3 seeds"),                       # 2 is 3.5 standard errors from 0, of 4.3
+    ([1.5, 2.0, 2.5], 1, "**agrees**, 3 seeds"),                        # 6.9 of them
+    ([1.5, 2.0, 2.5], -1, "**does not**, 3 seeds"),
+    ([-1.0, 2.0, 0.5], -1, "level, 3 seeds"),
+    ([-1.0, 2.0, 0.6, 2.0], -1, "leans against, 4 seeds"),
+])
+def test_a_claim_is_judged_by_students_t(each, sign, told):
+    assert reproduce.verdict(each, sign) == told
+    if len(each) > 1:
+        table = pytest.importorskip("scipy.stats", reason="scipy is not installed").t.ppf(0.975, len(each) - 1)
+        assert reproduce.T_95[len(each)] == pytest.approx(table, abs=0.006)
+
+
+def test_claims_are_differences_of_the_seeds_that_both_have():
+    run = reproduce.setting
+    cells = cells_of(*(cell(run(method), seed, "zeroshot", top1=float(value), i2t=0.0, t2i=0.0)
+                       for method, values in (("clip", {0: 60, 1: 70, 5: 10}), ("maskclip", {0: 61, 1: 73, 2: 99}))
+                       for seed, value in values.items()))
+    [claim] = reproduce.claims(cells).splitlines()[2:]
+    assert claim.startswith("| MaskCLIP less CLIP: more | +2.0 ± 1.0 leans to it, 2 seeds |")
+
+
+def test_the_pages_quote_what_the_cells_say():
+    """Every difference with its error that README or the page tells by hand is one of the tables'."""
+    page = reproduce.PAGE.read_text()
+    written = set(re.findall(r"[+-]\d+\.\d ± \d+\.\d", page.split(reproduce.MARK)[1]))
+    by_hand = reproduce.CLAIMED.sub("", page.split("## What the earlier preset taught")[0])
+    by_hand += (reproduce.ROOT / "README.md").read_text()
+    assert set(re.findall(r"[+-]\d+\.\d ± \d+\.\d", by_hand)) <= written
 
 
 def test_cells_are_lines_of_a_file(tmp_path):
