@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from os.path import isdir, isfile
+from os.path import isdir, isfile, islink
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1673,8 +1673,9 @@ def folder(root, split, **_):
         folders = numbers_in_order({name for place in splits.values() for name in folders_in(f"{root}/{place}")})
     counts["images beside the folders of the classes, not read"] = sum(map(is_image, os.listdir(home)))
     for label, name in enumerate(folders):
-        for where, below, names in os.walk(f"{home}/{name}", followlinks=True):
+        for where, below, names in os.walk(f"{home}/{name}"):
             below[:] = sorted(name for name in below if not is_hidden(name))        # os.walk goes on with these
+            counts["links to folders inside classes, not followed"] += sum(islink(f"{where}/{name}") for name in below)
             if re.fullmatch(r"\d{5}", name) and any(file.endswith(".txt") for file in names):
                 raise UserError(f"{where} holds pairs as img2dataset leaves them, no class: let it write "
                                 f"--output_format webdataset, and give that as shards:")
@@ -1716,6 +1717,13 @@ def readable(name):
         return printable(name)
     except UnicodeDecodeError:
         return raw.decode("latin-1")
+
+
+def want_several(data, spec: str):
+    """UserError if there is one class, as where DIR is one folder too high."""
+    if data.classes and len(data.classes) == 1:
+        raise UserError(f"{spec} has one class, {data.classes[0]}, and nothing to tell it from: wanted a folder for "
+                        f"each, DIR/CLASS/*.jpg, or DIR/val/CLASS/*.jpg")
 
 
 def want_names(data, spec: str):
@@ -1960,6 +1968,8 @@ class CocoInstances(ImageFiles):
                 problem = f"{where}: there is no category {category}"
             else:
                 file, *size = images[i]
+                if isinstance(mask, list):          # a polygon of two corners has no area: the others count
+                    mask = [points for points in mask if not (are_numbers(points) and len(points) == 4)]
                 problem = problem_of_object(f"{where}, of image {file}", box, area, mask, *size)
             if problem:
                 self.left_out.append(problem)
@@ -2546,8 +2556,9 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def check_folder_of(option: str, path: str):
     """For a file that will be written when the work is done: UserError now if there is no folder for it."""
-    if path and (isdir(path) or not isdir(os.path.dirname(os.path.abspath(path)))):
-        raise UserError(f"{option} {path} cannot be written: wanted the name of a file in a folder that exists")
+    folder = os.path.dirname(os.path.abspath(path))
+    if path and (isdir(path) or not isdir(folder) or not os.access(folder, os.W_OK)):
+        raise UserError(f"{option} {path} cannot be written: wanted a file's name in a folder that exists")
 
 
 def main(argv: list[str] | None = None):

@@ -243,10 +243,10 @@ def evaluate(predict: Callable[[Tensor], Tensor], window: int, stride: int, side
         say("protocol  " + "   ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()))
         say(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {results['class_accuracy']:.1%}   "
             f"({n_images} images, {results['bad']} bad, {time.monotonic() - started:.0f} s)")
+        write_json(options.json, dict(results, task="segmentation"))
         out.mkdir(parents=True, exist_ok=True)
         if drawn:
             show("maps.png", out, sheet, drawn, 192)
-        write_json(options.json, dict(results, task="segmentation"))
     return results
 
 
@@ -378,6 +378,8 @@ def draw_words(image: PIL.Image.Image, caption: str, phrases: list[str], maps: n
 
 def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Image, str]]:
     """(RGB image, caption) of the file, or of records drawn by the seed; bad ones are named and left out."""
+    if options.caption and not options.image:
+        raise UserError("--caption is of --image FILE: give both")
     if options.image:
         try:
             return [(decode(open_image(read_file(options.image))), options.caption)]
@@ -386,7 +388,7 @@ def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Im
     data = open_data(options.data, "val", "captions", size=size)
     records = Records(data, lambda sample, rng: dict(pair=(decode(sample.image), (*sample.captions, "")[0])))
     order, count = np.random.default_rng(options.seed).permutation(len(data)).tolist(), options.samples
-    items = [records[0, *order[k::count]] for k in range(min(count, len(data)))]       # the first of each that is good
+    items = [records[(0, *order[k::count])] for k in range(min(count, len(data)))]     # the first of each that is good
     report_bad([bad for item in items for bad in item["bad"]])
     return [item["pair"] for item in items if "pair" in item]
 

@@ -200,6 +200,7 @@ def main(argv: Sequence[str] | None = None):
         spec = f"shapes:objects=1-1,train=4096,val=1024,{spec.partition(':')[2]}"
         resize = size           # scenes are drawn at the input's size, and their margin belongs to the picture
     train_data, test_data = (data_module.open_data(spec, split, "classes", size=size) for split in ("train", o.split))
+    data_module.want_several(train_data, spec)
     networks = {"checkpoint": model}
     if o.control:
         torch.manual_seed(o.seed)
@@ -209,6 +210,8 @@ def main(argv: Sequence[str] | None = None):
     if runtime.is_main:
         say(f"{o.checkpoint}: linear probing of {config.method} on {o.data[0]}, {len(train_data):,} training records "
             f"of {len(train_data.classes)} classes")
+        data_module.say_notes(train_data)
+        data_module.say_notes(test_data)
         tell_shared(train_data, test_data)
     for name, network in networks.items():
         start = time.monotonic()

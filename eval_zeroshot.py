@@ -249,7 +249,10 @@ class Job:
             spec = f"shapes:{scenes},{rest}"
         split = self.options.split or ("val" if task == "classes" else "test")
         cache = Path(self.options.out or Path(self.options.checkpoint).parent) / "index"
-        return data_module.open_data(spec, split, task, size=self.model.config.image_size, cache=cache)
+        data = data_module.open_data(spec, split, task, size=self.model.config.image_size, cache=cache)
+        if self.runtime.is_main:
+            data_module.say_notes(data)
+        return data
 
     def images(self, data, squash: bool) -> dict:
         """What `extract` returns, with features (n, E)"""
@@ -276,9 +279,7 @@ def names_of_classes(job: Job, data, spec: str) -> list[str]:
     last pair are told.
     """
     file = job.options.classes
-    if len(data.classes) == 1:
-        raise UserError(f"{spec} has one class, {data.classes[0]}, and nothing to tell it from: wanted a folder for "
-                        f"each, DIR/CLASS/*.jpg, or DIR/val/CLASS/*.jpg")
+    data_module.want_several(data, spec)
     if not file:
         data_module.want_names(data, spec)
         return data.classes
@@ -314,6 +315,8 @@ def classify(job: Job, spec: str) -> dict:
     scores, label = scores[known], found["label"][known]
     if not len(label):
         raise UserError(f"no image of {spec} has a class: choose other data, or --task retrieval")
+    if o.metric == "ROC AUC" and len(label.unique()) < 2:
+        raise UserError(f"--metric 'ROC AUC' is of two classes, {spec} has images of one: choose another")
     guess, names = scores.argmax(dim=1), [name.split("\t")[0] for name in classes]
     counts = confusion(guess, label, len(classes))
     accuracy = class_accuracy(counts)
@@ -419,9 +422,11 @@ def main(argv: Sequence[str] | None = None):
     job = Job(o, runtime, model, tokenizer)
     job.say(f"{o.checkpoint}: {config.method}; images are made {config.image_size} px, "
             + ("squeezed to a square" if o.squash else "the short side resized and the centre cut out"))
-    results = [TASKS[task](job, spec) for spec, task in plan]
-    if runtime.is_main:
-        write_json(o.json, dict(checkpoint=o.checkpoint, config=asdict(config), results=results))
+    results = []
+    for spec, task in plan:
+        results.append(TASKS[task](job, spec))
+        if runtime.is_main:
+            write_json(o.json, dict(checkpoint=o.checkpoint, config=asdict(config), results=results))
 
 
 if __name__ == "__main__":

@@ -105,8 +105,10 @@ def parse_options(argv=None) -> Options:
     defaults = replace(RECIPES[recipe], out="runs/finetune")
     if asked.eval:
         trained = load_finetuned(asked.out or defaults.out)["config"]
-        defaults = replace(defaults, data=trained["data"], crop_share=trained["crop_share"])
+        defaults = replace(defaults, **{name: trained[name] for name in ("checkpoint", "data", "crop_share")})
     options = parse(Options, __doc__, argv, positional=("checkpoint",), defaults=defaults, own="imagenet")
+    if options.eval and options.checkpoint != trained["checkpoint"]:
+        raise UserError(f"--eval tests OUT/last.pt, not {options.checkpoint}: name its folder with --out")
     return replace(options, recipe=recipe)
 
 
@@ -173,7 +175,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     start       what to go on from: see find_resumable
     more        what else OUT/last.pt holds, with "kind"
     """
-    stop, o = StopSignal(), options
+    o = options
     if len(data) < o.batch_size:
         raise UserError(f"{len(data)} records are fewer than a batch of {o.batch_size}: choose a smaller --batch-size")
     if not o.steps:
@@ -192,7 +194,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     loader = data_module.train_loader(data, transform, o.batch_size, o.seed, range(start.step, o.steps), runtime.rank,
                                       runtime.world, runtime.workers)
     log = Log(start.out, runtime.is_main, o.steps, o.batch_size, start.step)
-    guard = Guard(o, runtime, stop, o.steps, start, state)
+    guard = Guard(o, runtime, StopSignal(), o.steps, start, state)
     if runtime.is_main:
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         say(f"{more['kind']}, recipe {o.recipe}, from {'random weights' if o.from_scratch else o.checkpoint}: "
@@ -240,6 +242,7 @@ def backward(model: nn.Module, losses_of: Callable, batch: dict, step: int, seed
 def open_classes(o: Options, split: str, size: int, classes: list[str] | None = None):
     """The labeled data; `classes`, if given, are those they must have."""
     data = open_mixed(o.data, split, "classes", size, Path(o.out) / "index")
+    data_module.want_several(data, ", ".join(o.data))
     if data.classes is None or classes and data.classes != classes:
         raise UserError(f"the {split} data of {', '.join(o.data)} have other classes, or several lists of them: "
                         f"all data sets and splits must share one list")
@@ -307,6 +310,8 @@ def main(argv=None):
     o = parse_options(argv)
     runtime = setup(o)
     model, test = load_model(o, runtime) if o.eval else finetune(o, runtime)
+    if runtime.is_main:
+        data_module.say_notes(test)
     result = evaluate(model, test, o, runtime)
     if runtime.is_main:
         say(f"fine-tuned, single crop: top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  "

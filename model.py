@@ -1343,7 +1343,10 @@ def read_timm(path: Path, config: Config) -> tuple[dict[str, Tensor], Config]:
         say(f"note: no config.json beside {path} names its architecture: GELU is assumed, not OpenAI's QuickGELU")
     (width, _, p, _), places = state["visual.patch_embed.proj.weight"].shape, state["visual.pos_embed"].shape[1]
     depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("visual.blocks."))
-    heads = config.heads if width == config.width else width // 64          # which no weight tells: 64 wide, as in ViTs
+    heads = config.heads
+    if width != config.width:
+        heads = max(1, width // 64)
+        say(f"note: {heads} attention heads are assumed, {width // heads} wide, as in ViTs: no weight tells")
     state = renormalize(state, pixels.get("mean", MEAN), pixels.get("std", STD))
     return state, replace(config, dialect=dialect, width=width, depth=depth, heads=heads, patch_size=p,
                           image_size=p * math.isqrt(places))

@@ -240,7 +240,7 @@ def backward_in_parts(model: nn.Module, core: MaskCLIP, teacher: Teacher | None,
 
 def train(o: TrainOptions):
     """Everything a run needs, then step after step."""
-    stop, runtime, out = StopSignal(), setup(o), Path(o.out)
+    runtime, out = setup(o), Path(o.out)
     if o.compile:
         check_compiler(runtime.device)
     if runtime.share(o.batch_size) % o.accumulate:
@@ -282,7 +282,7 @@ def train(o: TrainOptions):
     log = Log(out, runtime.is_main, total, o.batch_size, start.step)
     if runtime.is_main:
         announce(o, data, core, tokenizer, total, start, runtime)
-    guard, tests = Guard(o, runtime, stop, total, start, state), Tests(o, steps_per_epoch, start)
+    guard, tests = Guard(o, runtime, StopSignal(), total, start, state), Tests(o, steps_per_epoch, start)
     core.train()
     for step, batch in guard.batches(loader):
         lr = cosine_schedule(step, total, warmup, o.lr, o.lr_end, o.lr_start)
@@ -401,7 +401,8 @@ def guess_classes(core: MaskCLIP, tokenizer: BytePairTokenizer, runtime: "Runtim
     """(n,) the class whose name is nearest to each image, in the one template "a {}"; and (n,) the true one"""
     core.eval()
     found = extract(data, data_module.EvalTransform(core.config.image_size), core.encode_image, runtime, 256)
-    prompts = tokenizer([f"a {name}" for name in data.classes], core.config.context_length)            # (classes, L)
+    names = [name.split("\t")[0] for name in data.classes]
+    prompts = tokenizer([f"a {name}" for name in names], core.config.context_length)                   # (classes, L)
     texts = core.encode_text(prompts.to(runtime.device)).float()                                        # (classes, E)
     core.train()
     known = found["label"] >= 0
@@ -416,6 +417,7 @@ class Tests:
         self.every, self.keep_every = (x and max(1, round(x * steps_per_epoch)) for x in (o.eval_every, o.keep_every))
         if self.every:
             self.data = data_module.open_data(o.eval_data, "val", "classes", size=o.image_size)
+            data_module.want_names(self.data, o.eval_data)
 
     def after(self, step: int, core: MaskCLIP, tokenizer: BytePairTokenizer, guard: "Guard") -> dict[str, float]:
         """What the log says of this step besides"""
@@ -567,7 +569,7 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
             group.add_argument(f.name, nargs="?", default=default, help=f"{help} (default: {default or 'none'})")
             continue
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
-                dict(action="append", metavar="SPEC") if f.type is tuple else
+                dict(action="append", metavar="SPEC") if f.type is tuple or f.name == "data" else
                 dict(type=f.type, choices=f.metadata["choices"],
                      metavar=None if f.metadata["choices"] else METAVARS[f.type]))
         shown = ", ".join(default) if f.type is tuple else "none" if default == "" else default
@@ -575,9 +577,14 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
         group.add_argument("--" + f.name.replace("_", "-"), default=None, help=f"{help} (default: {shown})", **kind)
     given = vars(cli.parse_args(argv))
     values = {f.name: getattr(defaults, f.name) if defaults else f.default for f in fields(cls)}
-    values.update({name: tuple(value) if isinstance(value, list) else value
+    values.update({name: os.path.expanduser(value) if isinstance(value, str) else
+                   tuple(value) if isinstance(value, list) else value
                    for name, value in given.items() if value is not None})
     for f in fields(cls):
+        if f.type is str and isinstance(values[f.name], tuple):             # --data, where it is one
+            values[f.name], *others = values[f.name]
+            if others:
+                raise UserError(f"--{f.name} is given {1 + len(others)} times, wanted one")
         if f.type in (int, float) and values[f.name] != f.default:
             check_number(f.name, values[f.name])
     return cls(**values)
@@ -838,6 +845,11 @@ class Start:
                     f"momentum are from here on those of the new length")
 
 
+def is_the_same_file(theirs: str, ours: str) -> bool:
+    """Whether ours may be the checkpoint that was at `theirs`: there it is, or has been."""
+    return theirs.endswith(".pt") and (not isfile(theirs) or isfile(ours) and os.path.samefile(theirs, ours))
+
+
 def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
     """What to go on from.  Another run in the same folder is never overwritten."""
     paths = [out / "last.pt"] if (out / "last.pt").exists() else []
@@ -850,7 +862,9 @@ def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
             raise UserError(f"{path} is no {kind} checkpoint: choose another --out")
         for name, value in asdict(options).items():
             theirs = state["config"].get(name)
-            is_same = data_module.same_but_moved(theirs, value) if name == "data" else theirs == value
+            is_same = theirs == value or (
+                data_module.same_but_moved(theirs, value) if name == "data" else
+                name in ("init", "checkpoint") and is_the_same_file(theirs, value))
             if name not in FREE_TO_CHANGE and not is_same:
                 raise UserError(f"{path} is of a run with {name} = {theirs}, this one has {value}: choose another "
                                 f"--out" + f", and --init {path} to begin with its weights" * hasattr(options, "init"))
@@ -886,6 +900,14 @@ class StopSignal:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT and not self.number:
             self.note(signal.SIGTERM, None)
         return self.number > 0
+
+
+def stop_listening():
+    """What comes after training ends at once when asked to."""
+    if hasattr(signal, "SIGALRM"):
+        signal.alarm(0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Guard:
@@ -982,14 +1004,17 @@ class Guard:
         if self.stopping:
             if not self.refused:
                 self.save_and_tell(step + 1)
+            stop_listening()
             sys.exit(128 + (self.stop.number or signal.SIGTERM))
 
     def finish(self):
-        if self.start.step == self.total and self.last.exists():        # resumed with no step to go
-            return
-        if not self.write(self.total):
+        has_more = self.start.step < self.total or not self.last.exists()       # else resumed with no step to go
+        if has_more and not self.write(self.total):
             raise UserError(f"the finished model could not be saved to {self.last}: free some space and run the "
                             f"command again")
+        stop_listening()
+        if self.stop.number:
+            sys.exit(128 + self.stop.number)
 
 
 def report_bad(bad: list[tuple[str, str]]) -> int:
@@ -1009,6 +1034,15 @@ def tell_if_full(path: Path):
         say(f"warning: {path} could not be written ({error.strerror}); training goes on", file=sys.stderr)
 
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; one that a full disk or a power cut has spoiled is passed over."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
 class Log:
     """metrics.jsonl, one object a line, and the progress line with rate and time left; by the main process only."""
     unspoken = {"step", "epoch", "lr", "momentum", "logit_scale", "grad_norm", "patch_entropy", "codes_used"}
@@ -1019,10 +1053,9 @@ class Log:
         self.begun = self.spoken = self.started
         if is_main:
             # lines beyond the checkpoint we go on from will be written again
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
+            kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] < start]
             with tell_if_full(self.path):
-                data_module.write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+                data_module.write_whole(self.path, "".join(kept).encode())
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether `step` gets a line.  If not, a short one is said after five silent seconds, later after a minute."""
@@ -1067,8 +1100,7 @@ def show(name: str, out: str | Path, draw, *arguments):
 def draw_curves(log: Path, columns: int = 4) -> PIL.Image.Image:
     """metrics.jsonl as a picture: a panel for each number against the step, gray as logged, blue its running mean over
     a twentieth of the run."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    panels = []
+    lines, panels = read_log(log), []
     for name in {name: 0 for line in lines for name in line}:
         points = [(line["step"] + 1, line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
         if points and name not in ("step", "epoch", "samples_per_second"):

@@ -333,6 +333,12 @@ def arguments(checkpoint, out, *more) -> list[str]:
             "--batch-size", "16", "--log-every", "1", "--device", "cpu", "--precision", "fp32", *more]
 
 
+def test_an_evaluation_takes_no_other_checkpoint(checkpoint, tmp_path):
+    finetune.main(arguments(checkpoint, tmp_path))
+    with pytest.raises(UserError, match="--eval tests OUT/last.pt, not .*: name its folder with --out"):
+        finetune.main([str(tmp_path / "last.pt"), "--eval", "--out", str(tmp_path)])
+
+
 def test_a_short_run_leaves_its_warm_up(checkpoint, tmp_path):
     finetune.main(arguments(checkpoint, tmp_path, "--epochs", "2", "--warmup-epochs", "20", "--log-every", "1"))
     rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

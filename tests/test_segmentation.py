@@ -636,6 +636,8 @@ def test_a_rare_class_among_many_label_maps(tmp_path, monkeypatch):
     (["zeroshot", "CHECKPOINT", "--templates", "a photo of {a}"], "one {}"),
     (["words", "CHECKPOINT", "--image", "nowhere.jpg", "--caption", "a cat"], "nowhere.jpg"),
     (["words", "CHECKPOINT", "--image", "DIR/images/val2017/val_0.jpg"], "no picture with words to look for"),
+    (["words", "CHECKPOINT", "--caption", "a cat"], "--caption is of --image"),
+    (["zeroshot", "CHECKPOINT", "--data", "shapes", "--data", "voc:DIR"], "--data is given 2 times, wanted one"),
     (["upernet", "CHECKPOINT", "--test-size", "0", "--out", "OUT"], "--test-size must be a number from 1"),
     (["upernet", "CHECKPOINT", "--data", "coco-stuff:DIR", "--out", "OUT"], "5 records are fewer than a batch of 16"),
     (["upernet", "CHECKPOINT", "--batch-size", "1", "--out", "OUT"], "--batch-size 1: .* wants 2 images or more"),

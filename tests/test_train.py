@@ -302,6 +302,36 @@ def test_a_run_from_a_named_checkpoint_says_how_to_go_on(tmp_path, capsys):
     assert f"going on from step 4 of {tmp_path}/b/last.pt" in capsys.readouterr().out
 
 
+def test_lines_that_a_full_disk_spoiled_are_passed_over(tmp_path):
+    run = ["--method", "clip", "--out", tmp_path]
+    trained(*run, "--steps", 2)
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"step": 3, "lr": 4.1{"step": 9, "lr": 1.0}\n\xff\xfe\n')
+    trained(*run, "--steps", 4)
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
+    log.write_bytes(log.read_bytes() + b'{"step"')
+    assert train.draw_curves(log).size[0] > 0
+
+
+def test_a_run_whose_first_weights_have_moved_goes_on(tmp_path):
+    trained("--method", "clip", "--steps", 1, "--out", tmp_path / "a")
+    run = ["--method", "clip", "--steps", 6, "--out", tmp_path / "b", "--init"]
+    trained_until(2, *run, tmp_path / "a" / "last.pt")
+    (tmp_path / "a").rename(tmp_path / "c")
+    trained(*run, tmp_path / "c" / "last.pt")
+    assert load_state(tmp_path / "b" / "last.pt")["step"] == 6
+    shutil.copy(tmp_path / "b" / "last.pt", tmp_path / "c" / "other.pt")
+    with pytest.raises(train.UserError, match="is of a run with init"):
+        trained(*run, tmp_path / "c" / "other.pt")
+
+
+def test_after_training_a_signal_ends_the_program_at_once(tmp_path):
+    with signals_kept(), mock.patch.object(train, "finish", lambda *_: os.kill(os.getpid(), signal.SIGINT)):
+        with pytest.raises(KeyboardInterrupt):
+            train.train(options_of("--method", "clip", "--steps", 1, "--out", tmp_path))
+    assert signal.alarm(0) == 0
+
+
 def test_the_scale_of_fp16_goes_on(tmp_path):
     run = ["--method", "clip", "--steps", 6, "--precision", "fp16"]
     make = partial(torch.amp.GradScaler, growth_interval=2)
