@@ -41,7 +41,7 @@ from data import (BadRecord, MEAN, Records, UserError, decode, eval_loader, fing
                   to_tensor, unpack_counts, write_json)
 from eval_zeroshot import class_accuracy, confusion, find_templates
 from finetune import LoopOptions, find_tower, fine_tune, recipe_for
-from losses import gather, mean_over_processes
+from losses import gather, mean_over_processes, own_columns, world_size
 from model import MaskCLIP, SyncBatchNorm, VisionTransformer, load_checkpoint, opt
 from train import CheckpointOptions, first_look, gather_objects, parse, report_bad, setup, show
 
@@ -487,6 +487,14 @@ def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     return nn.Sequential(conv, SyncBatchNorm(outputs), nn.ReLU())
 
 
+class ChannelDropout(nn.Dropout2d):
+    """nn.Dropout2d whose draw is one for the images of all processes, of which ours are taken: (B, c, h, w)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        draw = super().forward(x.new_ones(world_size() * len(x), x.shape[1], 1, 1))
+        return x * draw[own_columns(len(x), x.device)]
+
+
 class UperNet(nn.Module):
     """Pyramid pooling of the coarsest map, a path from coarse to fine that adds the other three, and all four fused.
 
@@ -502,8 +510,8 @@ class UperNet(nn.Module):
         self.lateral = nn.ModuleList([conv_norm(D, c, 1) for _ in range(3)])
         self.smooth = nn.ModuleList([conv_norm(c, c, 3) for _ in range(3)])
         self.fuse = conv_norm(4 * c, c, 3)
-        self.classify = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(c, n_classes, 1))
-        self.auxiliary = nn.Sequential(conv_norm(D, aux_channels, 3), nn.Dropout2d(dropout),
+        self.classify = nn.Sequential(ChannelDropout(dropout), nn.Conv2d(c, n_classes, 1))
+        self.auxiliary = nn.Sequential(conv_norm(D, aux_channels, 3), ChannelDropout(dropout),
                                        nn.Conv2d(aux_channels, n_classes, 1))
         initialize([self.classify[-1], self.auxiliary[-1]], nn.init.normal_, std=0.01)
 

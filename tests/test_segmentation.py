@@ -684,7 +684,7 @@ def joined_batches(rank: int, world: int) -> dict:
         for tensor in (x.grad, layer.weight.grad, layer.bias.grad) if world > 1 else ():
             torch.distributed.all_reduce(tensor)
         results[name] = [x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
-    net = dense.UperNet(VisionTransformer(32, 8, 16, 3, 2), 5, channels=8, aux_channels=4, dropout=0.0)
+    net = dense.UperNet(VisionTransformer(32, 8, 16, 3, 2), 5, channels=8, aux_channels=4)
     images, labels = torch.randn(4, 3, 32, 32), torch.randint(0, 5, (4, 32, 32))
     labels[:1, 4:] = 255
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
