@@ -399,7 +399,7 @@ def wanted(table: Table, seeds: int, cells: dict, only: tuple[str, ...] = ()) ->
 MARK = "<!-- what follows is written by tests/reproduce.py -->\n"
 CLAIMED = re.compile("(<!-- claims, written by tests/reproduce.py -->\n).*?(<!-- end of claims -->\n)", re.DOTALL)
 # mean / standard error of so many seeds at which a difference is not 0 with p < 0.05: Student's t, two-sided
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
+T_95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
 
 
 def values_of(run: str, column: tuple[str, str], seeds, cells: dict) -> dict[int, float]:
@@ -438,7 +438,7 @@ def verdict(each: list[float], sign: int) -> str:
     if len(each) < 2 or not sign:
         return f"{len(each)} seed{'s' * (len(each) > 1)}"
     mean, error = sign * statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
-    if abs(mean) > T_95[len(each)] * error:
+    if len(each) in T_95 and abs(mean) > T_95[len(each)] * error:
         how = "**agrees**" if mean > 0 else "**does not**"
     else:
         how = "level" if abs(mean) < error else "leans to it" if mean > 0 else "leans against"
