@@ -234,9 +234,8 @@ def tables(cells: dict) -> dict[str, Table]:
                         [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER],
                         dict(maps=MANY, words=MANY)),
         "momentum": Table("Momentum of the teacher, from the first step to the last", CHEAP,
-                          [Row("0.99 to 0.999, the preset's", system("maskclip")),
-                           Row("0.999 to 0.9999, the paper's", setting("maskclip", momentum=0.999, momentum_end=0.9999),
-                               base=system("maskclip"))]),
+                          [Row(name, averaged(m, *ends), {}, m, base=system(m) * (averaged(m, *ends) != system(m)))
+                           for m in ("clip+ema", "maskclip") for name, ends in MOMENTA.items()]),
         "patterns": Table("How often captions name the patterns of objects",
                           {"0-shot": ("patterned", "top1"), "patterns, linear": ("patterns", "top1"),
                            "of the patches": ("patches", "top1")},
@@ -252,6 +251,17 @@ def tables(cells: dict) -> dict[str, Table]:
                        [Row(LADDER[m], setting(m, **changes), {}, name, base=setting("clip", **changes) * (m != "clip"))
                         for name, changes in NEEDS.items() for m in ("clip", "clip+ema", "maskclip")]),
     }
+
+
+MOMENTA = {"0, the current weights": (0, 0), "0.9 to 0.99": (0.9, 0.99), "0.99 to 0.999, the preset's": (),
+           "0.999 to 0.9999, the paper's": (0.999, 0.9999)}
+
+
+def averaged(method: str, first: float | None = None, last: float = 0.0) -> str:
+    """A run with another momentum of the teacher; without one clip+ema is clip+feature."""
+    if first is None or (method, first) == ("clip+ema", 0):
+        return system("clip+feature" if first == 0 else method)
+    return setting(method, momentum=first, momentum_end=last)
 
 
 # worlds and networks in which the masked branches might be worth more
