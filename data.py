@@ -515,9 +515,9 @@ CACHED_CHUNKS, CACHED_LENGTH = 1 << 17, 32    # bounds of the cache: entries, ch
 def clean(text: str) -> str:
     """Repairs garbled text and HTML entities, collapses white space, lower-cases.
 
-    PLAIN text skips ftfy, which would do no more than straighten its quotes: its other fixes need an "&" (HTML), a control
-    character (terminal escapes), or letters beyond ASCII (wrong encodings, ligatures, widths), beside which alone the
-    quotes and dashes of PLAIN look wrongly encoded.  Line ends stay white space.
+    PLAIN text skips ftfy, which would do no more than straighten its quotes: its other fixes need an "&" (HTML), a
+    control character (terminal escapes), or letters beyond ASCII (wrong encodings, ligatures, widths), beside which
+    alone the quotes and dashes of PLAIN look wrongly encoded.  Line ends stay white space.
     """
     if not PLAIN.fullmatch(text):
         text = unescape(unescape(ftfy.fix_text(text)))
