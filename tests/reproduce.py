@@ -460,6 +460,8 @@ def claims(cells: dict) -> str:
     m, columns = system, {**ZEROSHOT, **LINEAR, **FINE, **DENSE, **RETRIEVAL, **WORDS}
     said = [("MaskCLIP less CLIP: more", m("maskclip"), m("clip"), 1),
             ("CLIP+MAE less CLIP: more", m("clip+mae"), m("clip"), 1),
+            ("CLIP+feature less CLIP: more", m("clip+feature"), m("clip"), 1),
+            ("CLIP+EMA less CLIP: more", m("clip+ema"), m("clip"), 1),
             ("features less pixels (+MAE): more", m("clip+feature"), m("clip+mae"), 1),
             ("EMA teacher less current weights: more", m("clip+ema"), m("clip+feature"), 1),
             ("masked words less none (+EMA): more", m("maskclip"), m("clip+ema"), 1)]
