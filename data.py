@@ -1496,8 +1496,8 @@ class Shards:
             counts.update(index["counts"])
             counts[f"of {len(indices)} shards hold no pair"] += not index["keys"]
         cuts = [f"{path}: {index['cut']}" for path, index in zip(self.paths, indices) if index["cut"]]
-        self.notes = note_counts(counts) + cuts[:10] + (
-            [f"{len(cuts) - 10} more shards are damaged or cut short"] if len(cuts) > 10 else [])
+        self.notes = note_counts(counts) + cuts[:10] + note_counts(
+            {"more shards are damaged or cut short": len(cuts[10:])})
         if not len(self.keys):
             raise UserError(f"no image with a caption in {pattern}: {'; '.join(self.notes)}")
 

@@ -1077,8 +1077,9 @@ def load_state(path: str | Path, kind: str | None = None) -> dict:
                         f"train again, or name another file") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint of this project")
-    if kind and state.get("kind", "pretraining") != kind:
-        raise UserError(f"{path} holds a {state.get('kind', 'pretraining')} run, wanted a {kind} run"
+    found = state.get("kind", "pretraining")
+    if kind and found != kind:
+        raise UserError(f"{path} holds a {found} run, wanted a {kind} run"
                         + (": what train.py wrote, as runs/pocket/last.pt" if kind == "pretraining" else ""))
     return state
 

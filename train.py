@@ -556,7 +556,7 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
     positional fields may stand without a flag, after the command if the script has several.  `defaults` (an instance)
     replaces the class's own defaults, which --help shows too if `own` says what they are called.
     """
-    usage = " ".join(["%(prog)s", *filter(None, [command]), *(f"[{name.upper()}]" for name in positional), "[options]"])
+    usage = " ".join(["%(prog)s", *command.split(), *(f"[{name.upper()}]" for name in positional), "[options]"])
     cli = Parser(usage=usage, description=doc, allow_abbrev=False,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {"what": cli.add_argument_group("what")}

@@ -424,6 +424,11 @@ def seed_by_seed(row: Row, column: tuple[str, str], seeds, cells: dict) -> list[
     return [own[seed] - base[seed] for seed in own if seed in base]
 
 
+def compared_with(rows: list[Row]) -> str:
+    """What the rows of a table are compared with, in words"""
+    return "CLIP" if any(row.base and method_of(row.base) == "clip" for row in rows) else "the default"
+
+
 def measured(table: Table, seeds: int, cells: dict) -> tuple[list[Row], dict]:
     """The rows of which there is some number, and the columns in which rows can be compared"""
     there = {(row.run, heading) for row in table.rows for heading, column in table.columns.items()
@@ -508,11 +513,11 @@ def markdown(table: Table, seeds: int, cells: dict, steps: int = 0, full: bool =
         lines.append("| " + " | ".join([*name, *texts]) + " |")
         if any(apart):
             differences.append("| " + " | ".join([*name, *apart]) + " |")
-    if " of " in "".join(lines[4:]):
+    if re.search(r"\(\d+ of \d+\)", "".join(lines)):
         lines += ["", "Means are of different seeds where it says (n of m): compare rows by the differences alone."]
     if differences:
-        what = "CLIP" if any("clip" in shlex.split(row.base) for row in rows) else "the default"
-        lines += ["", f"Less {what}, seed by seed:", "", "| " + " | ".join(head[:len(name) + len(columns)]) + " |",
+        lines += ["", f"Less {compared_with(rows)}, seed by seed:", "",
+                  "| " + " | ".join(head[:len(name) + len(columns)]) + " |",
                   "|---" * (len(name) + len(columns)) + "|", *differences]
     return "\n".join(lines) + "\n"
 
@@ -561,7 +566,7 @@ def draw(shown: list[Table], seeds: int, cells: dict) -> PIL.Image.Image:
     sheet = PIL.Image.new("RGB", (840, 275 * len(shown)), "white")
     for r, table in enumerate(shown):
         rows, columns = measured(table, seeds, cells)
-        what = "CLIP" if any(row.base and method_of(row.base) == "clip" for row in rows) else "the default"
+        what = compared_with(rows)
         rows = [row for row in rows if row.base or what == "the default"]       # the default itself stands at 0
         PIL.ImageDraw.Draw(sheet).text((10, 275 * r + 4), table.title, "black", PIL.ImageFont.load_default(15))
         names, groups = list(dict.fromkeys(row.name for row in rows)), list(dict.fromkeys(row.group for row in rows))
