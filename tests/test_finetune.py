@@ -411,6 +411,7 @@ def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path, more):
         run_script("finetune.py", *arguments(checkpoint, out, *every, "--json", f"{out}.json"), processes=processes)
     assert losses(tmp_path / "0") == pytest.approx(losses(tmp_path / "2"), rel=2e-4)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("0.json", "2.json"))
+    assert (one.pop("out"), two.pop("out")) == (str(tmp_path / "0"), str(tmp_path / "2"))
     assert one == two and one["images"] == 7 and one["bad"] == 0
 
 
