@@ -19,6 +19,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -43,7 +44,7 @@ from eval_zeroshot import class_accuracy, confusion, find_templates
 from finetune import LoopOptions, find_tower, fine_tune, recipe_for
 from losses import gather, mean_over_processes, own_columns, world_size
 from model import MaskCLIP, SyncBatchNorm, VisionTransformer, load_checkpoint, opt
-from train import CheckpointOptions, first_look, gather_objects, parse, report_bad, setup, show
+from train import CheckpointOptions, first_look, gather_objects, parse, report_bad, setup, show, written_to
 
 IGNORED = 255
 MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model
@@ -244,7 +245,6 @@ def evaluate(predict: Callable[[Tensor], Tensor], window: int, stride: int, side
         say(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {results['class_accuracy']:.1%}   "
             f"({n_images} images, {results['bad']} bad, {time.monotonic() - started:.0f} s)")
         write_json(options.json, dict(results, task="segmentation"))
-        out.mkdir(parents=True, exist_ok=True)
         if drawn:
             show("maps.png", out, sheet, drawn, 192)
     return results
@@ -276,7 +276,9 @@ def patch_scores(model: MaskCLIP, texts: Tensor, path: str) -> Callable[[Tensor]
 
 def zeroshot(argv=None):
     options = parse(ZeroShotOptions, __doc__, argv, positional=("checkpoint",), command="zeroshot")
-    runtime = setup(options)
+    runtime, out = setup(options), Path(options.out or "runs/zeroshot-segmentation")
+    with written_to(out):
+        tempfile.TemporaryFile(dir=out).close()             # told now, not when the pictures are there
     model, tokenizer, config = load_checkpoint(options.checkpoint, runtime.device)
     # paper: 512, for windows of 224 with stride 112, so that positions are never resized, and Pascal Context 480; here,
     # for Pascal Context, sides of 520 at most, because the config it follows, DenseCLIP's named 480x480, tests so; for
@@ -291,8 +293,7 @@ def zeroshot(argv=None):
     look_at_labels(data, None, runtime.is_main)
     texts = model.encode_classes(progress(data.classes, len(data.classes), "classes embedded", runtime.is_main),
                                  templates, tokenizer)                                           # (classes, E)
-    evaluate(patch_scores(model, texts, options.path), window, window // 2, sides, data, options, runtime,
-             Path(options.out or "runs/zeroshot-segmentation"),
+    evaluate(patch_scores(model, texts, options.path), window, window // 2, sides, data, options, runtime, out,
              dict(checkpoint=options.checkpoint, method=config.method, path=options.path,
                   templates=f"{len(templates)} ({fingerprint(templates)})"))
 
@@ -398,6 +399,8 @@ def words(argv=None):
     runtime, out = setup(options), Path(options.out or "runs/words")
     if not runtime.is_main:                                 # a few pictures are not worth sharing
         return
+    with written_to(out):
+        tempfile.TemporaryFile(dir=out).close()             # told now, not when the pictures are there
     paths = [path for path in (options.checkpoint, options.compare) if path]
     loaded = [load_checkpoint(path, runtime.device)[:2] for path in paths]              # model and tokenizer of each
     methods, model = [model.config.method for model, _ in loaded], loaded[0][0]
@@ -417,7 +420,6 @@ def words(argv=None):
         rows.append(draw_words(image, caption, phrases, maps, names))
     if not rows:
         raise UserError("no picture with words to look for: give --words, or --image and --caption")
-    out.mkdir(parents=True, exist_ok=True)
     show("words.png", out, sheet, rows, 160)
     pointing = {}
     if only_shapes((options.data,)) and not options.image:                     # where the truth is known
@@ -1523,7 +1525,6 @@ def evaluate_detector(net: MaskRCNN, names: list[str], data, options: MaskRCNNOp
             say(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
                                         for key, value in results[what].items()))
         say(f"({len(images)} images, {results['bad']} bad, {time.monotonic() - started:.0f} s)")
-        out.mkdir(parents=True, exist_ok=True)
         if drawn:
             show("detections.png", out, sheet, drawn, DRAWN_SIZE)
         (out / "detections.json").write_text(json.dumps(with_own_ids(found, data, label_of)))

@@ -639,11 +639,8 @@ class Runtime:
         The workers of a torchrun that was killed need a moment to notice, so a new run waits for them.
         """
         if self.is_main:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
+            with written_to(out):
                 self.lock = open(out / "lock", "w")         # stays open: the lock goes with the process
-            except OSError as error:
-                raise UserError(f"cannot write to {out}: {error.strerror}") from None
             started = time.monotonic()
             while is_locked(self.lock):
                 if time.monotonic() - started > patience:
@@ -659,6 +656,16 @@ class Runtime:
                 if mine[name] != other[name]:
                     raise UserError(f"processes differ in {name.replace('_', ' ')}: {mine[name]} here, {other[name]} "
                                     f"elsewhere; --out and --data must be on a disk that all machines share")
+
+
+@contextlib.contextmanager
+def written_to(out: Path):
+    """Makes the folder; UserError where it cannot be, or where what the caller tries to write there cannot."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
 
 
 def is_locked(file) -> bool:

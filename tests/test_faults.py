@@ -33,6 +33,7 @@ import pytest
 import torch
 
 import data
+import dense
 import model
 import train
 from conftest import ROOT, command, run_script
@@ -334,6 +335,9 @@ def test_a_folder_is_held_by_one_run_until_its_process_ends(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
         ALONE.claim(tmp_path / "file" / "below")
+    for command in ("zeroshot", "words"):                   # before the checkpoint is read
+        with pytest.raises(UserError, match="cannot write to"):
+            dense.main([command, "no.pt", "--out", str(tmp_path / "file" / "below")])
 
 
 # ------------------------------------------------------------------------------------------------------ processes
