@@ -245,6 +245,7 @@ def evaluate(predict: Callable[[Tensor], Tensor], window: int, stride: int, side
         say(f"mIoU {miou:.1%}   accuracy {accuracy:.1%}   class accuracy {results['class_accuracy']:.1%}   "
             f"({n_images} images, {results['bad']} bad, {time.monotonic() - started:.0f} s)")
         write_json(options.json, dict(results, task="segmentation"))
+        out.mkdir(parents=True, exist_ok=True)
         if drawn:
             show("maps.png", out, sheet, drawn, 192)
     return results
@@ -1525,6 +1526,7 @@ def evaluate_detector(net: MaskRCNN, names: list[str], data, options: MaskRCNNOp
             say(f"{what:5}" + "  ".join(f"{key} {value:.1%}" if value >= 0 else f"{key} -"
                                         for key, value in results[what].items()))
         say(f"({len(images)} images, {results['bad']} bad, {time.monotonic() - started:.0f} s)")
+        out.mkdir(parents=True, exist_ok=True)
         if drawn:
             show("detections.png", out, sheet, drawn, DRAWN_SIZE)
         (out / "detections.json").write_text(json.dumps(with_own_ids(found, data, label_of)))
