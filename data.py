@@ -341,7 +341,7 @@ class TrainTransform:
 
 @dataclass
 class EvalTransform:
-    """The centre of an image as uint8 tensor (3, size, size): its short side is made `resize` (default: size) first.
+    """The center of an image as uint8 tensor (3, size, size): its short side is made `resize` (default: size) first.
 
     squash: all of the image instead, whatever its shape; `resize` has no meaning then.
     """
@@ -788,7 +788,7 @@ def coverage(thing, size):
     """(size, size): the share of each pixel that an object covers."""
     radius, cx, cy = thing.size / 2 * size, thing.cx * size, thing.cy * size               # pixels
     pixels = np.arange(size, dtype=np.float32)
-    x = (pixels + (0.5 - cx)) / radius                                                     # pixel centres, in radii
+    x = (pixels + (0.5 - cx)) / radius                                                     # pixel centers, in radii
     y = (pixels[:, None] + (0.5 - cy)) / radius
     cos, sin = turn(thing.angle)
     distance = radius * shape_distance(thing.shape, cos * x + sin * y, cos * y - sin * x)  # (size, size), pixels
@@ -2100,7 +2100,7 @@ class IcinwTask:
     templates   its own prompts
     metric      accuracy, mean per class, 11-point mAP or ROC AUC
     is_class    (n, classes) bool, True where an image is of a class: of several, in the set that has 11-point mAP
-    squash      the whole image squeezed to a square instead of its centre
+    squash      the whole image squeezed to a square instead of its center
     notes       what differs from the published test set
     """
     name: str
@@ -2144,7 +2144,7 @@ def icinw_task(name, home, names, templates):
     for what, count, wanted in ("images", len(data), images), ("classes", len(data.classes), classes):
         if count != wanted:
             notes.append(f"{count:,} {what}, the published test set has {wanted:,}")
-    # the nearest car may stand at the margin: the toolkit, too, does not cut out the centre of these images
+    # the nearest car may stand at the margin: the toolkit, too, does not cut out the center of these images
     return IcinwTask(name, data, templates, metric, is_class, squash=name == "kitti-distance", notes=notes)
 
 

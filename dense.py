@@ -171,7 +171,7 @@ class EvalOptions(CheckpointOptions):
 @dataclass
 class SegmentationOptions(EvalOptions):
     data: str = opt("shapes:objects=2-4", "shapes, ade20k:DIR, pascal-context:DIR, coco-stuff:DIR or voc:DIR")
-    test_size: int = opt(0, "short side of test images, pixels; 0: as the paper", "test")
+    test_size: int = opt(0, "short side of test images, pixels; 0: as the paper, in proportion to the input", "test")
 
 
 def open_labels(options: EvalOptions, split: str, task: str, size: int):
@@ -367,7 +367,8 @@ def overlay(image: PIL.Image.Image, values: np.ndarray, low: float, high: float)
 
 
 def draw_words(image: PIL.Image.Image, caption: str, phrases: list[str], maps: np.ndarray, models: list[str]) -> list:
-    """maps (models, phrases, height, width) -> (text, picture): the image below its caption, then each phrase by each.
+    """maps (models, phrases, height, width) -> (text, picture): the image below its caption, then each phrase, by each
+    model.
 
     A phrase's colors go from its least to its greatest value over all models.
     """

@@ -1,12 +1,12 @@
 """Linear probing: how much of the classes a linear map finds in the frozen image tower.
 
     backbone   frozen, in evaluation mode; the feature of an image is what pre-training contrasted,
-               the class token or the mean of the patches after the final norm
+               the class token or the mean of the patches (FILIP's are contrasted one by one) after the final norm
     head       BatchNorm without scale and shift, then a linear layer
     training   cross-entropy; LARS with momentum 0.9 and no weight decay; 90 epochs; learning rate 6.4 at batch 16384,
                scaled with the batch (not under 100,000 records), from 0 in 10 epochs, then cosine to 0; random crops,
                one draw an image, and mirroring
-    test       top-1; short side resized to 256/224 of the input side, centre cut out
+    test       top-1; short side resized to 256/224 of the input side, center cut out
                                                                                     (supplement B; MAE)
     python eval_linear.py                                                  runs/pocket/last.pt, scenes of one object
     torchrun --nproc-per-node 8 eval_linear.py CHECKPOINT --data folder:IMAGENET --augment     the paper's protocol
@@ -143,7 +143,8 @@ def fresh_batches(data, size: int, encode: Callable, batch_size: int, steps: int
     for batch in loader:
         report_bad(batch["bad"])
         if len(batch.get("label", ())) < share:
-            raise UserError(f"twenty records in a row cannot be read, the last was {': '.join(batch['bad'][-1])}")
+            raise UserError(f"too many bad records to fill the batch; look at them with: python data.py check "
+                            f"--data SPEC")
         features = []
         for images in batch["images"].split(AT_ONCE):
             with runtime.autocast():
@@ -193,7 +194,8 @@ def main(argv: Sequence[str] | None = None):
         raise UserError(f"linear probing takes one --data, got {len(o.data)}")
     runtime = setup(o)
     model, _, config = load_checkpoint(o.checkpoint, runtime.device)
-    o.feature = config.pool if o.feature == "auto" else o.feature
+    contrasted = "mean" if config.method == "filip" else config.pool
+    o.feature = contrasted if o.feature == "auto" else o.feature
     spec, size = o.data[0], config.image_size
     resize = size * 256 // 224
     if data_module.kind_of(spec) == "shapes":

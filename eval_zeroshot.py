@@ -38,17 +38,19 @@ from train import CheckpointOptions, Runtime, extract, parse, setup
 
 @dataclass
 class Options(CheckpointOptions):
-    task: str = opt("auto", "auto: all that the data are there for", "what", ("auto", "classes", "retrieval", "icinw"))
+    task: str = opt("auto", "auto: all that the data can be used for", "what",
+                    ("auto", "classes", "retrieval", "icinw"))
     templates: str = opt("auto", "7, 80, 85, a file with a template a line, or one template as 'a photo of a {}.'; "
                          "auto: the data's own, of icinw or DIR/templates.txt, else 'a {}' for a model that was "
                          "trained on shapes, else 7 (paper)", "what")
     classes: str = opt("", "file with a class a line in the data's order, tabs between several names of one; empty: "
                        "the data's own names", "what")
-    metric: str = opt("accuracy", "what the score of classes is; ROC AUC is of the second of two classes", "what",
+    metric: str = opt("accuracy", "how classification is scored; ROC AUC ranks images by the second of two classes",
+                      "what",
                       ("accuracy", "mean per class", "ROC AUC", "mean of top-1 and top-5"))
     split: str = opt("", "part of the data; empty: val for classes, test for retrieval", "what")
     caption_prefix: str = opt("", "put before each caption in retrieval, as 'a photo of ' (paper silent)", "what")
-    squash: bool = opt(False, "squeeze images to a square; else their centre is cut out (paper silent)", "what")
+    squash: bool = opt(False, "squeeze images to a square; else their center is cut out (paper silent)", "what")
     batch_size: int = opt(256, "images at a time over all processes, texts in each", "run")
 
 
@@ -76,13 +78,11 @@ def embed_classes(model: MaskCLIP, tokenizer: BytePairTokenizer, classes: Sequen
 
     FILIP's words have no mean: of such a model a list of C (prompts, L, E), whose similarities are averaged.
     """
-    embedded = []
-    for names in data_module.progress(classes, len(classes), "classes embedded", runtime.is_main):
-        prompts = [template.format(name) for name in names.split("\t") for template in templates]
-        embedded.append(encode_texts(model, tokenizer, prompts, runtime, batch_size))               # (prompts, E)
-    if embedded[0].ndim == 3:
-        return embedded
-    return F.normalize(torch.stack([rows.mean(dim=0) for rows in embedded]), dim=-1)
+    classes = data_module.progress(classes, len(classes), "classes embedded", runtime.is_main)
+    if model.config.method != "filip":
+        return model.encode_classes(classes, templates, tokenizer)
+    prompts = ([template.format(name) for name in names.split("\t") for template in templates] for names in classes)
+    return [encode_texts(model, tokenizer, some, runtime, batch_size) for some in prompts]
 
 
 def find_templates(model: MaskCLIP, asked: str, usual: str = "7", root: str = "") -> tuple[str, ...]:
@@ -421,7 +421,7 @@ def main(argv: Sequence[str] | None = None):
     model, tokenizer, config = load_checkpoint(o.checkpoint, runtime.device)
     job = Job(o, runtime, model, tokenizer)
     job.say(f"{o.checkpoint}: {config.method}; images are made {config.image_size} px, "
-            + ("squeezed to a square" if o.squash else "the short side resized and the centre cut out"))
+            + ("squeezed to a square" if o.squash else "the short side resized and the center cut out"))
     results = []
     for spec, task in plan:
         results.append(TASKS[task](job, spec))

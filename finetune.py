@@ -79,15 +79,16 @@ class Options(LoopOptions, CheckpointOptions):
     mixup: float = opt(0.8, "alpha of mixup's Beta distribution, 0: off (MAE: 0.8)", "augmentation")
     cutmix: float = opt(1.0, "alpha of cutmix's Beta distribution, 0: off (MAE: 1.0)", "augmentation")
     smoothing: float = opt(0.1, "share of each label spread over all classes (MAE: 0.1)", "augmentation")
-    crop_share: float = opt(0.875, "evaluation: side of the crop in short sides (MAE: 224/256)", "augmentation")
+    crop_share: float = opt(0.875, "evaluation: side of the crop as a share of the short side (MAE: 224/256)",
+                            "augmentation")
 
 
 # paper: nothing so small; here: warm-up over a tenth of the run, a higher rate for fewer steps, no mixing and no
 # erasing, which guard against learning images by heart: here an image is seen four times
 RECIPES = {
-    "imagenet": replace(Options(), recipe="imagenet"),
-    "pocket": replace(Options(), recipe="pocket", data=("shapes:objects=1-1",), epochs=4.0, warmup_epochs=0.4,
-                      batch_size=128, lr=1e-3, crop_min=1.0, flip=False, randaugment=0.0, erasing=0.0, mixup=0.0,
+    "imagenet": Options(),
+    "pocket": replace(Options(), data=("shapes:objects=1-1",), epochs=4.0, warmup_epochs=0.4, batch_size=128, lr=1e-3,
+                      crop_min=1.0, flip=False, randaugment=0.0, erasing=0.0, mixup=0.0,
                       cutmix=0.0, crop_share=1.0),
 }
 
@@ -179,7 +180,7 @@ def fine_tune(net: nn.Module, losses_of: Callable, schedule: Callable, data, tra
     if len(data) < o.batch_size:
         raise UserError(f"{len(data)} records are fewer than a batch of {o.batch_size}: choose a smaller --batch-size")
     if not o.steps:
-        raise UserError("what is asked for is not one step: give more --epochs or --steps")
+        raise UserError("what is asked for is not one step: give more of it, --epochs or --steps")
     optimizer = torch.optim.AdamW(layer_decay_groups(net, o.lr, o.weight_decay, o.layer_decay), fused=True)
     start.use(data)
     start.load(net, "model")
@@ -323,7 +324,7 @@ def main(argv=None):
 # RandAugment: "rand-m9-mstd0.5-inc1" in timm's words, which MAE uses
 #
 # Two operations, drawn with replacement, each applied with probability 1/2 and a strength of its own.  Operations work
-# harder the higher the strength, those at the top excepted, which have none.
+# harder the higher the strength, but for the first three, which have none.
 # ---------------------------------------------------------------------------------------------------------------------
 
 FILL = tuple(round(255 * mean) for mean in MEAN)             # where a moved image leaves nothing: the mean color
@@ -345,7 +346,7 @@ OPERATIONS = {
     "equalize": lambda image, m, sign: ImageOps.equalize(image),
     "invert": lambda image, m, sign: ImageOps.invert(image),
     "rotate": lambda image, m, sign: image.rotate(sign * 30 * m, resample=BICUBIC, fillcolor=FILL),
-    "posterize": lambda image, m, sign: image.point(lambda v: v >> 4 + int(4 * m) << 4 + int(4 * m)),
+    "posterize": lambda image, m, sign: image.point(lambda v: v >> (4 + int(4 * m)) << (4 + int(4 * m))),
     "solarize": lambda image, m, sign: ImageOps.solarize(image, 256 - int(256 * m)),
     "solarize_add": lambda image, m, sign: image.point(lambda v: min(255, v + int(110 * m)) if v < 128 else v),
     "color": lambda image, m, sign: ImageEnhance.Color(image).enhance(blend(m, sign)),

@@ -5,11 +5,13 @@
     L_MLM      masked_language_loss    masked words of the caption, from the text tower alone
     L          L_I + L_T + lambda * L_Dist + beta * L_MLM     (Eq. 8, in model.MaskCLIP.total_loss)
 
-    pixel_loss, feature_loss           what stands for L_Dist in supplement Table 2's CLIP+MAE; with --target features
-    simclr_loss                                               the compared systems, at the end:  SLIP
-    filip_similarity, token_contrastive_loss                                     FILIP, DeFILIP
-    simsiam_loss                                                                 DeCLIP, DeFILIP
-    unicl_loss                                                                   UniCL, for labeled data
+    pixel_loss                         stands for L_Dist in supplement Table 2's row CLIP+MAE
+    feature_loss                       stands for L_Dist with --target features
+
+    simclr_loss                                  the compared systems:  SLIP
+    filip_similarity, token_contrastive_loss                            FILIP, DeFILIP
+    simsiam_loss                                                        DeCLIP, DeFILIP
+    unicl_loss                                                          UniCL, for labeled data
 
 Letters: B pairs on this process, W processes, N patches, M hidden patches, L tokens, V vocabulary, C codes, D width,
 E embedding, n rows of whatever a loss is a mean over.
@@ -147,7 +149,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temp_s: float = 0.1, tem
                       center: Tensor | float = 0.0) -> Tensor:
     """L_Dist: cross-entropy between the code distributions of hidden patches, averaged over them.
 
-        L_Dist = -1/n sum_(hidden n) sum_c  softmax((t_n - center) / temp_t)_c  log softmax(s_n / temp_s)_c
+        L_Dist = -1/n sum_(hidden i) sum_c  softmax((t_i - center) / temp_t)_c  log softmax(s_i / temp_s)_c
 
     student, teacher  (..., C) logits over the C codes at hidden patches; no gradient reaches the teacher
     center            (C,) running mean of the teacher's logits: keeps one code from winning everywhere

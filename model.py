@@ -7,7 +7,8 @@
                        └─ text transformer, 20% masked ─► 4-layer text decoder ─► word logits (n,V)      predict_words
 
 Config holds every number of a run, PRESETS the named ones, METHODS the rows of supplement Table 2.
-SLIP, FILIP, DeCLIP and DeFILIP, which the paper compares with, stand together at the end; nothing before needs them.
+SLIP, FILIP, DeCLIP and DeFILIP, which the paper compares with, stand together after the teacher; they and what follows
+them, checkpoints, exchange of weights and costs, can wait.
 Letters: B images, N patches, K visible and M hidden ones, D width, H heads, L tokens, V vocabulary, E embedding,
 C codes.
 
@@ -92,7 +93,7 @@ class Config:
     quantizer_bottleneck: int = opt(256, "width in which codes are compared (iBOT; paper silent)", "self-distillation")
     temp_s: float = opt(0.1, "student temperature (iBOT; paper silent)", "self-distillation")
     temp_t: float = opt(0.04, "teacher temperature, constant (iBOT's at its start; paper silent)", "self-distillation")
-    center_momentum: float = opt(0.9, "momentum of the centre of the teacher's logits (iBOT)", "self-distillation")
+    center_momentum: float = opt(0.9, "momentum of the center of the teacher's logits (iBOT)", "self-distillation")
     momentum: float = opt(0.999, "teacher momentum at step 0 (paper)", "self-distillation")
     momentum_end: float = opt(0.9999, "teacher momentum at the last step, linear to it (paper)", "self-distillation")
     # masked language modelling
@@ -105,14 +106,14 @@ class Config:
                                      ("sum", "mean"))
     unicl: bool = opt(True, "of data with classes: pairs of one class are positives (UniCL); else each is a pair of "
                       "its own (the paper's \"unified format\" may mean no more)", "loss")
-    # compared systems: weights, heads and views, at the end of model.py
+    # compared systems: weights, heads and views, see SLIP, FILIP, DeCLIP below
     contrastive_weight: float = opt(0.4, "weight of DeCLIP's contrastive term (DeCLIP)", "compared systems")
     simclr_weight: float = opt(1.0, "weight of SLIP's NT-Xent (SLIP)", "compared systems")
     token_weight: float = opt(1.0, "weight of FILIP's token-wise contrast (FILIP; DeFILIP 0.2)", "compared systems")
     simsiam_weight: float = opt(0.2, "weight of DeCLIP's SimSiam (DeCLIP)", "compared systems")
     neighbor_weight: float = opt(0.2, "weight of DeCLIP's contrast with nearest texts (DeCLIP)", "compared systems")
     slip_hidden: int = opt(4096, "hidden width of SLIP's projection head (SLIP)", "compared systems")
-    simsiam_hidden: int = opt(1024, "width of DeCLIP's projector, twice that of its bottleneck (DeCLIP)",
+    simsiam_hidden: int = opt(1024, "width of DeCLIP's projector; half of it hides in its predictor (DeCLIP)",
                               "compared systems")
     token_dim: int = opt(256, "width in which FILIP compares patches and words (FILIP)", "compared systems")
     token_top_k: int = opt(0, "tokens of the other side that FILIP compares with, 0: all (FILIP; benchmark 16)",
@@ -157,14 +158,15 @@ PRESETS = {
     "vit-b16-icinw": replace(PAPER, epochs=32, batch_size=16384),
 }
 
-# what a compared system changes in a preset, from its own paper or code.  A pocket run keeps the recipe of its preset
+# what a compared system changes in a preset, from its own code, or of FILIP, DeCLIP, DeFILIP from DeCLIP's benchmark.
+# A pocket run keeps the recipe of its preset
 BENCHMARK = dict(epochs=32, lr_start=1e-4, lr_end=0.0, warmup_epochs=0.67, contrastive_reduction="mean")
 RECIPES = {
     # SLIP's README and main.py; all else is the paper's recipe too
-    "slip": dict(lr=3e-3, weight_decay=0.1, contrastive_reduction="mean"),
+    "slip": dict(lr=3e-3, contrastive_reduction="mean"),
     # DeCLIP's benchmark (github.com/Sense-GVT/DeCLIP, yfcc15m_vit_*/config.yaml): 128,000 steps, 2,500 to warm up
     "filip": dict(BENCHMARK, lr=5e-4, weight_decay=0.5),
-    "declip": dict(BENCHMARK, lr=1e-3, weight_decay=0.1, view_crop_min=0.2, word_ratio=0.15, mlm_weight=0.2),
+    "declip": dict(BENCHMARK, view_crop_min=0.2, word_ratio=0.15, mlm_weight=0.2),
 }
 RECIPES["defilip"] = dict(RECIPES["declip"], token_weight=0.2, token_top_k=16)
 
@@ -186,7 +188,7 @@ METHODS = {
     "clip+feature": dict(predicts="teacher", ema=False, mlm=False),
     "clip+ema": dict(predicts="teacher", ema=True, mlm=False),
     "maskclip": dict(predicts="teacher", ema=True, mlm=True),
-    # compared systems, see the end of this file
+    # compared systems, see SLIP, FILIP, DeCLIP below
     "slip": dict(predicts=None, ema=False, mlm=False),
     "filip": dict(predicts=None, ema=False, mlm=False),
     "declip": dict(predicts=None, ema=False, mlm=True),
@@ -248,7 +250,8 @@ class Block(nn.Module):
     def skip_at_random(self, x: Tensor) -> Tensor:
         """Stochastic depth: in training, a residual branch is left out for a share of the samples, the rest scaled up.
 
-        The draw is one for the samples of all processes, of which ours are taken: their number does not matter.
+        The draw is one for the samples of all processes, of which ours are taken, so it is the same on any number of
+        them.
         """
         if self.drop_path == 0 or not self.training:
             return x
@@ -379,7 +382,7 @@ class VisionTransformer(nn.Module):
         """(B, 3, h, w) -> (B, 1+n, D) normalized tokens, class token first.
 
         keep (B, K): only these patches are computed, as the student of self-distillation sees them.
-        leftmost: the last block computes only so many tokens, for who reads no others: 1 for the class token.
+        leftmost: the last block computes only so many tokens, for callers that read no others: 1 for the class token.
         """
         x = self.embed(images, keep)
         for block in self.blocks[:-1]:
@@ -1069,7 +1072,7 @@ def load_state(path: str | Path, kind: str | None = None) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; make one with: torchrun train.py")
+        raise UserError(f"no checkpoint at {path}" + "; make one with: torchrun train.py" * (kind == "pretraining"))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                  # of a damaged or hostile file, whatever stumbles over it

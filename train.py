@@ -34,6 +34,7 @@ PARENT = os.getppid()           # asked before the imports below, which take sec
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn     # before init_process_group: its functions keep the group of their import as a default
@@ -57,16 +58,16 @@ from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, SyncBatchNorm, Teac
 @dataclass
 class RunOptions:
     """What every script takes."""
-    data: tuple = opt(("shapes",), f"data set, several are mixed (linear probing takes one): {data_module.specs()} "
-                      "(docs/DATA.md)", "run")
-    out: str = opt("", "folder for everything that is written; empty: one below runs/, or that of the checkpoint",
-                   "run")
+    data: tuple = opt(("shapes",), f"data set; of several training takes a mixture, zero-shot evaluation one "
+                      f"after the other: {data_module.specs()} (docs/DATA.md)", "run")
+    out: str = opt("", "folder for everything that is written but --json; empty: one below runs/, for the indices of "
+                   "shards in zero-shot evaluation that of the checkpoint", "run")
     seed: int = opt(0, "seed of every random choice", "run")
     device: str = opt("auto", "where to compute", "run", ("auto", "cpu", "cuda", "mps"))
     precision: str = opt("auto", "of matrix products; auto: bf16 where the hardware multiplies it, else fp16 on a GPU "
                          "(in training with a scaled loss), else fp32 (IEEE's; tf32 is its fast approximation on GPUs)",
                          "run", ("auto", "fp32", "tf32", "bf16", "fp16"))
-    workers: int = opt(-1, "loader processes a process, -1: none on CPU, on GPU its share of the cores but one", "run")
+    workers: int = opt(-1, "loaders of each process, -1: none on CPU, on GPU its share of the cores but one", "run")
 
 
 @dataclass
@@ -82,7 +83,8 @@ class TrainOptions(RunOptions, Config):
     preset: str = opt("pocket", "model and recipe that the other options change", "what", tuple(PRESETS))
     exclude_classes: str = opt("", "file with a folder's name a line, as ImageNet-1K's: images of folder: data "
                                "that lie in these are left out", "run")
-    bpe: str = opt("", "CLIP's merges file; empty: learn vocab_size entries from the captions", "run")
+    bpe: str = opt("", "CLIP's merges file; empty: the vocabulary of --init's weights, or else "
+                   "vocab_size entries learned from the captions", "run")
     synonyms: str = opt("", "DeCLIP's second caption: file with a group of words a line, divided by commas", "run")
     steps: int = opt(0, "length in steps instead of --epochs, 0: use --epochs", "run")
     resume: str = opt("auto", "auto: go on from OUT/last.pt if there; none: start over; or a checkpoint's path", "run")
@@ -92,12 +94,12 @@ class TrainOptions(RunOptions, Config):
     compile: bool = opt(False, "torch.compile the model: faster after minutes of compiling, worth it on GPUs", "run")
     max_bad: float = opt(0.05, "stop when more than this share of the records read is bad", "run")
     eval_every: float = opt(0.0, "epochs between tests of zero-shot accuracy, which is logged; 0: none", "run")
-    eval_data: str = opt("shapes", f"their labeled data: {data_module.specs('classes')}", "run")
+    eval_data: str = opt("shapes", f"labeled data of these tests: {data_module.specs('classes')}", "run")
     keep_best: bool = opt(False, "keep the checkpoint of the best of these tests as OUT/best.pt", "run")
     keep_every: float = opt(0.0, "epochs between checkpoints that are kept as OUT/step-N.pt, 0: none", "run")
     plan: bool = opt(False, "train nothing: print what the run would cost on --gpus", "plan")
     gpus: int = opt(8, "devices to plan for", "plan")
-    gpu: str = opt("h100", "their kind", "plan", ("h200", "h100", "a100", "a100-40gb", "l40s", "4090", "v100"))
+    gpu: str = opt("h100", "what devices", "plan", ("h200", "h100", "a100", "a100-40gb", "l40s", "4090", "v100"))
     pairs: int = opt(15_000_000, "pairs of the data to plan for (YFCC15M's)", "plan")
     # public logs of ViT-B/16 on A100: LAION's 390 pairs a second and GPU, which is 0.15 by our count; NeMo about 0.2
     utilization: float = opt(0.2, "share of the peak that is reached, as measured on an H200 without --compile", "plan")
@@ -123,8 +125,8 @@ def parse_train_options(argv=None) -> TrainOptions:
             raise UserError(f"width {width} cannot be cut into {heads} attention heads: choose a divisor of {width}")
     hidden = random_mask(1, o.grid ** 2, o.mask_ratio, torch.Generator())[1]
     if METHODS[o.method]["predicts"] and (o.width % 4 or not hidden.numel()):
-        raise UserError(f"{o.method} wants a --width that 4 divides, not {o.width}, and a --mask-ratio that hides one "
-                        f"of {o.grid ** 2} patches or more, not {o.mask_ratio}")
+        raise UserError(f"{o.method} wants a --width that 4 divides (got {o.width}) and a --mask-ratio that hides one "
+                        f"of {o.grid ** 2} patches or more (got {o.mask_ratio})")
     if o.keep_best and not o.eval_every:
         raise UserError("--keep-best keeps the best of the tests: say with --eval-every how often to test")
     if o.compile and o.accumulate > 1 and o.drop_path:
@@ -152,6 +154,7 @@ def cosine_schedule(step: int, total: int, warmup: int, peak: float, final: floa
 def hide(batch: dict, c: Config, tokenizer: BytePairTokenizer, step: int, seed: int, rank: int = 0,
          world: int = 1) -> dict:
     """The batch with what its masked branches need: keep and hidden patches, corrupted words; see MaskCLIP.forward.
+    Pairs of no class get one each.
 
     Draws are those of the global batch, of which this process takes its own rows.  The loader calls this where it
     joins a batch (PairCollate), so that a device need not wait for it.
@@ -271,6 +274,8 @@ def train(o: TrainOptions):
         if teacher:
             teacher.compile()
 
+    tests = Tests(o, steps_per_epoch, start)
+
     def state(step: int, bad_count: int) -> dict:
         return checkpoint(core, tokenizer, o, step=step, total=total, data=start.data, bad_count=bad_count,
                           best=tests.best, optimizer=optimizer.state_dict(),
@@ -282,7 +287,7 @@ def train(o: TrainOptions):
     log = Log(out, runtime.is_main, total, o.batch_size, start.step)
     if runtime.is_main:
         announce(o, data, core, tokenizer, total, start, runtime)
-    guard, tests = Guard(o, runtime, StopSignal(), total, start, state), Tests(o, steps_per_epoch, start)
+    guard = Guard(o, runtime, StopSignal(), total, start, state)
     core.train()
     for step, batch in guard.batches(loader):
         lr = cosine_schedule(step, total, warmup, o.lr, o.lr_end, o.lr_start)
@@ -495,7 +500,7 @@ def micro_batches(batch: dict, count: int, device: torch.device) -> list[dict]:
 
 
 def to_device(part: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """On the device: views after their steps, pixels normalized, the places of chosen words in place of a mask."""
+    """On the device: views with colors changed, pixels normalized, the places of chosen words in place of a mask."""
     if "is_chosen" in part:
         part["chosen"] = part.pop("is_chosen").flatten().nonzero().squeeze(1)     # here it costs no GPU sync
     for name in [name for name in part if f"{name}_steps" in part]:
@@ -572,8 +577,8 @@ def parse(cls, doc: str, argv=None, positional: tuple[str, ...] = (), defaults=N
                 dict(action="append", metavar="SPEC") if f.type is tuple or f.name == "data" else
                 dict(type=f.type, choices=f.metadata["choices"],
                      metavar=None if f.metadata["choices"] else METAVARS[f.type]))
-        shown = ", ".join(default) if f.type is tuple else "none" if default == "" else default
-        shown = f"{shown}; {own}: {f.default}" if own and default != f.default else shown
+        shown, usual = (", ".join(x) if f.type is tuple else "none" if x == "" else x for x in (default, f.default))
+        shown = f"{shown}; {own}: {usual}" if own and default != f.default else shown
         group.add_argument("--" + f.name.replace("_", "-"), default=None, help=f"{help} (default: {shown})", **kind)
     given = vars(cli.parse_args(argv))
     values = {f.name: getattr(defaults, f.name) if defaults else f.default for f in fields(cls)}
@@ -806,7 +811,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float):
 
 
 def clip_gradient(optimizer: torch.optim.Optimizer, limit: float, runtime: "Runtime") -> Tensor:
-    """The norm of all gradients, which lose the loss's scale and have `limit` at most, if that is not 0."""
+    """Takes the loss's scale out of all gradients; returns their norm, and scales them down to `limit`, if not 0."""
     runtime.scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -866,7 +871,7 @@ def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
     for path in paths:
         state = load_state(path)
         if state.get("kind") != kind or not all(isinstance(state.get(name), parts[name]) for name in parts):
-            raise UserError(f"{path} is no {kind} checkpoint: choose another --out")
+            raise UserError(f"{path} is no {kind} checkpoint: choose another --out or --resume")
         for name, value in asdict(options).items():
             theirs = state["config"].get(name)
             is_same = theirs == value or (
@@ -874,7 +879,8 @@ def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
                 name in ("init", "checkpoint") and is_the_same_file(theirs, value))
             if name not in FREE_TO_CHANGE and not is_same:
                 raise UserError(f"{path} is of a run with {name} = {theirs}, this one has {value}: choose another "
-                                f"--out" + f", and --init {path} to begin with its weights" * hasattr(options, "init"))
+                                f"--out or --resume" + f", and --init {path} to begin with its weights" *
+                                hasattr(options, "init"))
     return Start(out, None if options.resume == "none" else state, path)
 
 
@@ -971,7 +977,7 @@ class Guard:
         """The batch; records that could not be read, for which others stand in, are named."""
         self.bad = report_bad(batch.pop("bad"))
         if len(batch.get("images", ())) < self.runtime.share(self.o.batch_size):
-            raise UserError(f"step {step + 1}: too many bad records in a row to fill the batch; look at them with: "
+            raise UserError(f"step {step + 1}: too many bad records to fill the batch; look at them with: "
                             f"python data.py check --data SPEC")
         return batch
 
@@ -984,7 +990,7 @@ class Guard:
         told = dict(terms, norm=norm, stopping=norm.new_full((), self.stop.is_set), bad=norm.new_full((), self.bad))
         stacked = torch.stack([x.float() for x in told.values()])
         means = dict(zip(told, mean_over_processes(stacked).tolist()))
-        self.norm, self.stopping, self.bad = (means.pop(name) for name in ("norm", "stopping", "bad"))
+        self.norm, self.stopping, self.bad_mean = (means.pop(name) for name in ("norm", "stopping", "bad"))
         self.terms = means
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
         wrong = wrong or [f"gradient (norm {self.norm})"] * (not math.isfinite(self.norm))
@@ -1003,7 +1009,7 @@ class Guard:
 
     def end(self, step: int):
         """Counts bad records, and stops the run if they are too many or if it was asked to."""
-        self.bad_count += round(self.bad * self.runtime.world)
+        self.bad_count += round(self.bad_mean * self.runtime.world)
         read = (step + 1) * self.o.batch_size + self.bad_count          # each bad one has a stand-in
         if self.bad_count > self.o.max_bad * max(read, 100):
             raise UserError(f"{self.bad_count} of {read} records read so far are bad, more than --max-bad "
@@ -1197,53 +1203,43 @@ def open_mixed(specs: tuple[str, ...], split: str, task: str, size: int, cache: 
 
 
 class ReadRecord:
-    """A record -> its image, its class and its captions."""
+    """A record -> its image, its class, its captions, and what tells copies of an image: made in the loader, where
+    there are processes to spare."""
 
     def __init__(self, image):
         self.image = image              # transform(PIL image, rng) -> uint8 (3, H, W)
 
     def __call__(self, sample, rng) -> dict:
-        return dict(images=self.image(sample.image, rng), label=sample.label, captions=sample.captions)
-
-
-class ReadIdentified(ReadRecord):
-    """The same, and what tells copies of an image: made in the loader, where there are processes to spare."""
-
-    def __call__(self, sample, rng) -> dict:
-        record = super().__call__(sample, rng)
-        return dict(record, pixels=hashlib.sha256(record["images"].numpy()).hexdigest())
+        image = self.image(sample.image, rng)
+        return dict(images=image, label=sample.label, captions=sample.captions,
+                    pixels=hashlib.sha256(image.numpy()).hexdigest())
 
 
 @torch.no_grad()
 def extract(data, transform, encode, runtime: Runtime, batch_size: int) -> dict:
     """encode(images) of each readable record, once and in order; all processes get the same dict:
 
-    features (n, D)   index (n,) of the record   label (n,), -1 unknown   captions [n tuples]   bad [(name, reason)]
-    pixels [n texts], equal for images that are copies of each other as the network sees them
+    features (n, D)   index (n,) of the record   label (n,), -1 unknown   captions (n tuples)   bad [(name, reason)]
+    pixels (n texts), equal for images that are copies of each other as the network sees them
     """
-    loader = data_module.eval_loader(data, ReadIdentified(transform), max(1, batch_size // runtime.world),
+    loader = data_module.eval_loader(data, ReadRecord(transform), max(1, batch_size // runtime.world),
                                      runtime.rank, runtime.world, runtime.workers)
-    features, index, label, captions, pixels, bad = [], [], [], [], [], []
+    rows, bad = [], []
     for batch in data_module.progress(loader, len(loader), "batches of images", runtime.is_main):
         bad += batch["bad"]
         if "index" in batch:
             with runtime.autocast():
                 x = encode(data_module.normalize(batch["images"].to(runtime.device)))              # (B, D)
-            features.append(x.float().cpu())
-            index += batch["index"].tolist()
-            label += batch["label"].tolist()
-            captions += batch["captions"]
-            pixels += batch["pixels"]
-    parts = gather_objects((features, index, label, captions, pixels, bad), runtime)
-    features, index, label, captions, pixels, bad = ([item for part in parts for item in part[k]] for k in range(6))
+            rows += zip(batch["index"].tolist(), x.float().cpu().numpy(), batch["label"].tolist(), batch["captions"],
+                        batch["pixels"])
+    rows, bad = (sum(parts, []) for parts in zip(*gather_objects((rows, bad), runtime)))
     if runtime.is_main:
         report_bad(bad)
-    if not features:
+    if not rows:
         raise UserError(f"none of the {len(data)} records can be read; {bad[0][0]}: {bad[0][1]}")
-    order = torch.tensor(index).argsort()
-    return dict(features=torch.cat(features)[order].to(runtime.device), index=torch.tensor(index)[order],
-                label=torch.tensor(label)[order], captions=[captions[i] for i in order],
-                pixels=[pixels[i] for i in order], bad=bad)
+    index, features, label, captions, pixels = zip(*sorted(rows, key=lambda row: row[0]))
+    return dict(features=torch.from_numpy(np.stack(features)).to(runtime.device), index=torch.tensor(index),
+                label=torch.tensor(label), captions=captions, pixels=pixels, bad=bad)
 
 
 def tell_shared(train_data, test_data):
@@ -1307,11 +1303,14 @@ def plan(o: TrainOptions):
           f"{own} pairs {gb['activations']:.1f} + logits {gb['logits']:.1f}")
     print(f"a step         {seconds:.3f} s = FLOPs / ({o.gpus} x {tflops:g} T x utilization {o.utilization:g})")
     needed, made = o.batch_size / seconds / o.gpus, VIEWED.get(o.method, LOADED)
-    print(f"loader         {needed:,.0f} images a second for each GPU: {math.ceil(needed / made)} cores, at {made} "
+    print(f"loader         {needed:,.0f} images a second for each GPU: cores {math.ceil(needed / made)}, at {made} "
           f"images of 256 px a second and core")
     print(f"time           {steps * seconds / 3600:.1f} hours, {steps * seconds / 3600 * o.gpus:.0f} GPU hours")
-    if sum(gb.values()) > 0.9 * memory:
-        print(f"note: this does not fit {o.gpu}: give --accumulate {o.accumulate * 2} or more --gpus")
+    room = 0.9 * memory - gb["states"] - gb["logits"]                       # for activations
+    if gb["activations"] > room:
+        parts = o.accumulate * 2 ** math.ceil(math.log2(gb["activations"] / max(room, 1e-9)))
+        fewer = f"--accumulate {parts} or " * (parts <= o.batch_size // o.gpus)
+        print(f"note: this does not fit {o.gpu}: give {fewer}more --gpus or another --gpu")
 
 
 def main():

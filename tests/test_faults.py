@@ -463,7 +463,7 @@ def test_a_loader_process_that_dies_is_told_in_one_line(tmp_path):
 
 def test_data_without_one_good_record_ends_in_one_line(tmp_path, capsys):
     rows = "".join(f"{k}.jpg,x\n" for k in range(400))
-    with pytest.raises(UserError, match="step 1: too many bad records in a row to fill the batch"):
+    with pytest.raises(UserError, match="step 1: too many bad records to fill the batch"):
         trained("--data", make_csv(tmp_path, f"filepath,title\n0.jpg,\n{rows}", images=1), "--steps", 3,
                 "--method", "declip", "--batch-size", 3, "--out", tmp_path / "out")
     told = capsys.readouterr().err.splitlines()

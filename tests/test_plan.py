@@ -55,7 +55,7 @@ def test_plan_is_the_sum_it_says(planned, monkeypatch, tmp_path):
     assert number("states", out) == pytest.approx((18 * 0.11 + 4 * 0.09), abs=0.05)
     assert number("activations of 512 pairs", out) == pytest.approx(512 * 0.6, abs=0.05)
     assert number("logits", out) == pytest.approx(12 * 49408 * 4096 / 1e9, abs=0.05)
-    assert "does not fit a100: give --accumulate 2 or more --gpus" in out
+    assert "does not fit a100: give --accumulate 8 or more --gpus or another --gpu" in out
     parts = planned(f"{run} --accumulate 8")
     assert "does not fit" not in parts and number("activations of 64 pairs", parts) == pytest.approx(38.4, abs=0.05)
     assert number("FLOPs", parts) == pytest.approx(4096 * (165e9 + 40e9) / 1e15, abs=0.005), "the towers twice"

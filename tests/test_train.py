@@ -175,7 +175,7 @@ def test_a_long_step_is_not_silent(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------ one step
 
 def one_step(method: str, count: int, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
-    """Terms, gradients and centre after a step of 8 pairs, prepared as in training, over `count` micro-batches on each
+    """Terms, gradients and center after a step of 8 pairs, prepared as in training, over `count` micro-batches on each
     of `world` processes, in float64."""
     net, runtime = tiny(method).double(), train.Runtime(rank, world, torch.device("cpu"), False, 0)
     teacher = Teacher(net).double() if METHODS[method]["predicts"] == "teacher" else None
@@ -230,7 +230,7 @@ def two_processes(tmp_path_factory):
 
 
 def test_two_processes_make_the_step_of_one(two_processes):
-    """Gradients, which DistributedDataParallel has averaged, and centre of the joined batch; terms are shares of it."""
+    """Gradients, which DistributedDataParallel has averaged, and center of the joined batch; terms are shares of it."""
     one, other = (process["steps"] for process in two_processes[1])
     for name in one:
         got = {key: (value + other[name][key]) / 2 if key in ("L_I", "L_T", "L_Dist", "L_MLM", "neighbor", "simsiam")
@@ -452,8 +452,8 @@ def test_a_finished_run_goes_on_longer_elsewhere_and_as_the_start_of_another(tmp
     (["--steps", 0, "--epochs", 0.01], "--epochs 0.01 of 8 steps are not one"),
     (["--init", "nothing:x"], "timm:FILE"),
     (["--compile", "--accumulate", 2], "leave one out, or --drop-path"),
-    (["--mask-ratio", 0], "--mask-ratio that hides one of 16 patches or more, not 0"),
-    (["--width", 18, "--heads", 3], "--width that 4 divides, not 18"),
+    (["--mask-ratio", 0], "--mask-ratio that hides one of 16 patches or more (got 0.0)"),
+    (["--width", 18, "--heads", 3], "--width that 4 divides (got 18)"),
     (["--keep-best"], "say with --eval-every how often to test"),
 ])
 def test_a_mistake_is_a_user_error(more, says, two_processes, tmp_path):
