@@ -1566,7 +1566,7 @@ def captioned(source, root, listed, counts={}):
     captions are left out and counted."""
     captions, rows = defaultdict(list), 0
     for rows, (file, more) in enumerate(listed, 1):
-        captions[file] += more
+        captions[os.path.normpath(file)] += more
     kept = ((file, dict(captions=some)) for file, some in captions.items() if some)
     return ImageFiles(source, root, kept, counts={
         **counts, f"images of {source} have no caption": sum(not some for some in captions.values()),
@@ -1623,8 +1623,8 @@ def csv_rows(path, image, texts, counts):
             raise UserError(f"{path}: {error}; is there a quote that is never closed?") from None
 
 
-SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-            "test": "test", "testing": "test"}             # by the name of a folder
+# folders of splits, as train, Validation, test_set, seg_train
+SPLIT = re.compile(r"(?:(?:images|seg)[ _-])?(train|val|test)(?:ing|id|idation)?(?:[ _-](?:set|images|data))?", re.I)
 
 
 def is_hidden(path):
@@ -1646,7 +1646,7 @@ def folders_in(path):
 def numbers_in_order(names):
     """Sorted, where numbers in the names count as numbers."""
     def key(name):
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name       # 1, 01
     return sorted(names, key=key)
 
 
@@ -1654,13 +1654,13 @@ def folder(root, split, **_):
     """One folder per class; labels follow the sorted names of the folders, over all splits.
 
         folder:DIR     DIR/train/CLASS/**/*.jpg     or DIR/CLASS/**/*.jpg, the same for every split.  Splits may be
-                       DIR/val/CLASS/**/*.jpg       called training, valid, validation or testing, in capitals too;
+                       DIR/val/CLASS/**/*.jpg       called training, valid, test_set and the like, in capitals too;
                                                     "test" stands in for a missing "val", and the other way round
                        DIR/classnames.txt           optional, lines "CLASS<TAB>name"; without it _ becomes a space
     """
     folders = folders_in(root)
-    splits = {SPLIT_OF[name.lower()]: name for name in folders
-              if name.lower() in SPLIT_OF and folders_in(f"{root}/{name}")}         # in each a folder for each class
+    splits = {match[1].lower(): name for name in folders                            # in each a folder for each class
+              if (match := SPLIT.fullmatch(name)) and folders_in(f"{root}/{name}")}
     other = {"val": "test", "test": "val"}.get(split)
     part = splits.get(split) or splits.get(other) or "."
     if splits and part == ".":
@@ -1681,6 +1681,9 @@ def folder(root, split, **_):
             images = sorted(filter(is_image, names))
             counts["files that are no images by their names, or hidden, not read"] += len(names) - len(images)
             listed += [(f"{os.path.relpath(where, root)}/{file}", dict(label=label)) for file in images]
+    empty = sorted({*range(len(folders))} - {known["label"] for _, known in listed})
+    if listed and empty:
+        counts[f"of {len(folders):,} classes have no image in {home}, as {readable(folders[empty[0]])}"] = len(empty)
     data = ImageFiles(f"{home}, sorted into a folder for each class as docs/DATA.md says,", root, listed,
                       class_names(root, folders), counts)
     data.folders = folders
@@ -1727,12 +1730,13 @@ def want_several(data, spec: str):
 
 def want_names(data, spec: str):
     """UserError if the classes have WordNet's numbers for names, which no text tower has read."""
-    if re.fullmatch(r"n\d{8}", data.classes[0]):
-        raise UserError(f"the classes of {spec} are numbers of WordNet, such as {data.classes[0]}: put their names "
-                        f"into {data.root}/classnames.txt, lines CLASS<TAB>name (docs/DATA.md says where to find them)")
+    if numbers := [name for name in data.classes if re.fullmatch(r"n\d{8}", name)]:
+        raise UserError(f"the classes of {spec} are numbers of WordNet, such as {numbers[0]}: put their names into "
+                        f"{data.root}/classnames.txt, lines CLASS<TAB>name (docs/DATA.md says where to find them)")
 
 
 ID = int | str               # of an image: some tools take the file's name, or a hash of 64 bits
+TEXT = str | None            # of a caption, which may be missing as in a table
 
 
 class Absent(UserError):
@@ -1757,10 +1761,10 @@ def coco_captions(root, split):
     """
     path, part, content = coco_file(root, "captions", split)
     captions = {i: (file, []) for i, (file,) in by_id(content, "images", path, id=ID, file_name=str).items()}
-    for where, i, caption in entries(content, "annotations", path, image_id=ID, caption=str):
+    for where, i, caption in entries(content, "annotations", path, image_id=ID, caption=TEXT):
         if i not in captions:
-            raise UserError(f"{where}: there is no image {i}")
-        captions[i][1].append(caption)
+            raise UserError(f"{where}: there is no image {i!r}")
+        captions[i][1].append(caption or "")
     return captioned(path, f"{root}/{part}", captions.values())
 
 
@@ -1779,7 +1783,7 @@ def karpathy(path, images, split):
                                                        filepath=object, filename=str):
         found[part] += 1
         if part == split or (part, split) == ("restval", "train"):
-            captions = [want(sentence, "raw", str, where) for sentence in sentences]
+            captions = [want(sentence, "raw", TEXT, where) or "" for sentence in sentences]
             listed.append((f"{below}/{file}" if below else file, captions))
     if not listed:
         raise UserError(f"{path} has no image of the split {split!r}, only {dict(found)}")
@@ -1903,8 +1907,8 @@ class LabelMaps(ImageFiles):
     def read(self, i: int) -> Sample:
         sample = super().read(i)
         label = open_image(read_file(f"{self.root}/{sample.label_map}"))
-        if label.mode not in ("L", "P"):
-            raise BadRecord(f"not a label map: mode {label.mode}, wanted one byte a pixel")
+        if label.mode not in ("L", "P") or label.format == "JPEG":              # which would change its numbers
+            raise BadRecord(f"not a label map: {label.format} of mode {label.mode}, wanted a PNG of one byte a pixel")
         as_annotated(sample.image, label.size, self.ignore_exif)
         with refusing("corrupt label map"):
             sample.label_map = self.label_of[np.array(label)]                   # (H, W); of a palette image the indices

@@ -44,7 +44,8 @@ from eval_zeroshot import class_accuracy, confusion, find_templates
 from finetune import LoopOptions, find_tower, fine_tune, recipe_for
 from losses import gather, mean_over_processes, own_columns, world_size
 from model import MaskCLIP, SyncBatchNorm, VisionTransformer, load_checkpoint, opt
-from train import CheckpointOptions, first_look, gather_objects, parse, report_bad, setup, show, written_to
+from train import (CheckpointOptions, first_look, gather_objects, parse, report_bad, setup, show, tell_shared,
+                   written_to)
 
 IGNORED = 255
 MEAN_COLOR = tuple(round(255 * mean) for mean in MEAN)                   # is 0 to the model
@@ -673,6 +674,8 @@ def begin(options, kind: str, task: str, size: int) -> tuple:
     runtime = setup(options)
     train, test = (open_labels(options, split, task, size) for split in ("train", "val"))
     look_at_labels(test, look_at_labels(train, None, runtime.is_main), runtime.is_main)
+    if runtime.is_main:
+        tell_shared(train, test)
     return runtime, train, test, *find_tower(options, kind, runtime)
 
 

@@ -178,7 +178,8 @@ def top_k(scores: Tensor, label: Tensor, k: int) -> float:
     """Share of the rows of (n, C) whose label (n,) is among the k highest scores; of equal ones the first is first."""
     label = label[:, None]
     own = scores.gather(1, label)                                                                   # (n, 1)
-    is_before = (scores > own) | (scores == own) & (torch.arange(scores.shape[1], device=scores.device) < label)
+    number = torch.arange(scores.shape[1], device=scores.device)
+    is_before = ~((scores < own) | (scores == own) & (number >= label))                             # nan is no hit
     return share(is_before.sum(dim=1) < k)
 
 
@@ -274,9 +275,9 @@ class Job:
 def names_of_classes(job: Job, data, spec: str) -> list[str]:
     """Those of --classes, or the data's own.  UserError if they are no names, or not as many.
 
-    A file whose lines begin with the names of the folders of the classes may have them in any order; folders that are
-    numbers, as n01440764, name no class themselves.  Else lines and classes are matched by position, and the first and
-    last pair are told.
+    A file whose lines begin with the names of the folders of the classes, with spaces for _ and capitals or not, may
+    have them in any order; folders that are numbers, as n01440764, name no class themselves.  Else lines and classes
+    are matched by position, and the first and last pair are told.
     """
     file = job.options.classes
     data_module.want_several(data, spec)
@@ -284,10 +285,11 @@ def names_of_classes(job: Job, data, spec: str) -> list[str]:
         data_module.want_names(data, spec)
         return data.classes
     lines, folders = data_module.read_lines(file, "class names"), getattr(data, "folders", data.classes)
-    named = {line.partition("\t")[0].strip(): line for line in lines}
+    folders = [folder.replace("_", " ").casefold() for folder in folders]
+    named = {line.partition("\t")[0].strip().replace("_", " ").casefold(): line for line in lines}
     if all(re.fullmatch(r"n?\d+", folder) for folder in folders):
         named |= data_module.by_folder(lines)
-    if set(folders) <= set(named):
+    if len(set(folders) & set(named)) == len(folders):
         return [named[folder] for folder in folders]
     if len(lines) != len(folders):
         raise UserError(f"{file} has {len(lines)} lines, {spec} {len(folders)} classes: want as many")

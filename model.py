@@ -1109,10 +1109,13 @@ def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairT
         model.load_state_dict(state["model"])
         model.trained_on = tuple(map(str, state["config"].get("data", ())))
         pixels = [list(state["mean"]), list(state["std"])]
+        damaged = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     except Exception as error:
         raise UserError(f"{path} does not fit its own config: {one_line(error)}") from None
     if pixels != [list(MEAN), list(STD)]:
         raise UserError(f"{path} was trained with pixel normalization {pixels}; this version uses {MEAN}, {STD}")
+    if damaged:
+        raise UserError(f"{path}: not all of {damaged[0]} is finite: such a model knows nothing, train again")
     return model.to(device).eval(), tokenizer, config
 
 
@@ -1333,9 +1336,12 @@ def read_timm(path: Path, config: Config) -> tuple[dict[str, Tensor], Config]:
     How its pixels are normalized, and whether a tower of CLIP's kind has QuickGELU, says the config.json beside it, as
     timm's hub has it; else ImageNet's mean and deviation, and GELU, are assumed.
     """
-    state = {f"visual.{name}": value for name, value in read_weights(path).items() if not name.startswith("head.")}
-    if "visual.patch_embed.proj.weight" not in state:
-        raise UserError(f"{path} holds no vision transformer of timm's: it has no patch_embed.proj.weight")
+    weights, marks = read_weights(path), ("patch_embed.proj.weight", "pos_embed")
+    stems = [name.removesuffix(marks[0]) for name in weights if name.endswith(marks[0])]        # SLIP's: "visual."
+    if not stems or stems[0] + marks[1] not in weights:
+        raise UserError(f"{path} holds no vision transformer of timm's: it has no {' or no '.join(marks)}")
+    state = {"visual." + name.removeprefix(stems[0]): value for name, value in weights.items()
+             if name.startswith(stems[0]) and not re.match("head|decoder|mask_token", name.removeprefix(stems[0]))}
     about = read_json(path.with_name("config.json")) if path.with_name("config.json").is_file() else {}
     pixels = about.get("pretrained_cfg", {})
     if "mean" not in pixels:

@@ -863,10 +863,10 @@ def is_the_same_file(theirs: str, ours: str) -> bool:
 
 
 def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
-    """What to go on from.  Another run in the same folder is never overwritten."""
+    """What to go on from: of OUT/last.pt and --resume what is further.  Another run in OUT is never overwritten."""
     paths = [out / "last.pt"] if (out / "last.pt").exists() else []
     paths += [Path(options.resume)] if options.resume not in ("auto", "none") else []
-    path, state = None, None
+    start = Start(out, None)
     parts = dict(step=int, total=int, bad_count=int, config=dict, model=dict, optimizer=dict, data=str)
     for path in paths:
         state = load_state(path)
@@ -881,7 +881,9 @@ def find_resumable(options, out: Path, kind: str = "pretraining") -> Start:
                 raise UserError(f"{path} is of a run with {name} = {theirs}, this one has {value}: choose another "
                                 f"--out or --resume" + f", and --init {path} to begin with its weights" *
                                 hasattr(options, "init"))
-    return Start(out, None if options.resume == "none" else state, path)
+        if options.resume != "none" and (not start.state or state["step"] > start.step):
+            start = Start(out, state, path)
+    return start
 
 
 class StopSignal:
@@ -941,7 +943,7 @@ class Guard:
 
     def save_and_tell(self, step: int, why: str = ""):
         if self.write(step) and self.runtime.is_main:
-            same = "the same command" + " with --resume auto" * (self.o.resume != "auto")
+            same = "the same command" + " with --resume auto" * (self.o.resume == "none")
             say(f"stopped after step {step}{why}; {same} goes on from there")
 
     def checkpoint(self, step: int) -> dict:

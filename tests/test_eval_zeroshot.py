@@ -290,6 +290,7 @@ def test_folder_with_own_names_and_a_corrupt_image(checkpoint, tmp_path, capsys)
     (["owl", "cat"], ["owl\teagle owl", "cat"], ["cat", "owl\teagle owl"], ""),                     # more names of one
     (["1", "10", "2"], ["1", "10", "2"], ["1", "2", "10"], ""),                                     # as text sorts them
     (["x", "y"], ["cat", "dog"], ["cat", "dog"], "x is cat ... y is dog"),
+    (["apple_pie", "Beagle"], ["beagle", "Apple pie"], ["beagle", "Apple pie"], ""),                # as folders say it
 ])
 def test_names_belong_to_their_folders(folders, lines, names, said, checkpoint, tmp_path, capsys):
     for i, folder in enumerate(folders):
@@ -444,6 +445,16 @@ def test_a_wrong_file_of_the_suite_is_named(tmp_path, file, content, told):
     with pytest.raises(UserError, match=re.escape(told)) as error:
         data.icinw(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_of_broken_weights_is_refused(checkpoint, tmp_path):
+    """... and scores that are not numbers hit nothing."""
+    assert top_k(torch.tensor([[torch.nan] * 3, [0.2, 0.1, 0.2]]), torch.tensor([0, 0]), 1) == 0.5
+    state = torch.load(checkpoint[0], weights_only=True)
+    state["model"]["visual.norm.bias"][0] = torch.nan
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match="visual.norm.bias is finite"):
+        main([str(tmp_path / "nan.pt")])
 
 
 def test_wordnet_numbers_are_no_names(checkpoint, tmp_path):

@@ -130,6 +130,23 @@ def test_from_timm(timm, tmp_path, dialect, capsys):
         close(ours.visual(data.normalize(pixels)), theirs.forward_features(their_pixels))
 
 
+def test_from_towers_inside_other_networks(tmp_path, capsys):
+    """SLIP's checkpoints hold the text tower besides, MAE's the decoder, MoCo v3's two towers and heads."""
+    vocabulary = toy_vocabulary()
+    net = saved(tmp_path / "ours.pt", replace(PRESETS["pocket"], method="clip", vocab_size=vocabulary.vocab_size),
+                vocabulary)
+    tower = net.visual.state_dict()
+    for mark, more in (("module.visual.", ["module.transformer.x", "module.image_mlp.0.weight"]),
+                       ("", ["mask_token", "decoder_pos_embed", "decoder_blocks.0.norm1.weight", "head.weight"]),
+                       ("module.base_encoder.", ["module.momentum_encoder.patch_embed.proj.weight",
+                                                 "module.base_encoder.head.0.weight"])):
+        state = {mark + name: value for name, value in tower.items()} | {name: torch.zeros(3) for name in more}
+        torch.save(dict(state_dict=state), tmp_path / "theirs.pth")
+        run_model(capsys, "--import", f"timm:{tmp_path}/theirs.pth", "--preset", "pocket", "--out", tmp_path / "x.pt")
+        got = load_checkpoint(tmp_path / "x.pt")[0].visual.state_dict()
+        assert all(torch.equal(got[name], value) for name, value in tower.items() if "patch_embed" not in name)
+
+
 # -------------------------------------------------------------------------------------------------------- open_clip
 
 def compare(open_clip, folder, ours: MaskCLIP, tokenizer, image: Image.Image):

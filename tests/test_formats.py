@@ -529,6 +529,8 @@ def make_folder(root, files: list[str]):
     (["training/a/1.jpg", "VALID/b/1.jpg"], "val", ["a", "b"], [1]),
     (["train/a/1.jpg", "validation/b/1.jpg", "testing/a/1.jpg", "docs/x/1.jpg"], "test", ["a", "b"], [0]),
     (["train/1.jpg", "car/1.jpg", "test/1.jpg"], "train", ["car", "test", "train"], [0, 1, 2]),
+    (["training_set/a/1.jpg", "test_set/b/1.jpg", "seg_train/x.txt"], "val", ["a", "b"], [1]),              # Kaggle's
+    (["test_tube/a/1.jpg", "trainer/b/1.jpg"], "train", ["test tube", "trainer"], [0, 1]),
     (["a/1.jpg", "b/._1.jpg", "b/1.jfif", "b/2.JPE", "b/.ipynb_checkpoints/1.jpg", "__MACOSX/a/._1.jpg",
       ".ipynb_checkpoints/1.jpg"], "train", ["a", "b"], [0, 1, 1]),
 ])
@@ -584,6 +586,8 @@ def test_what_is_not_read_of_a_folder_is_counted(tmp_path):
     spec = make_folder(tmp_path, files)
     assert open_data(spec, "val", "classes").notes == [
         "1 folders beside those of the splits, not read", f"{tmp_path} has no folder 'val': 'Test' stands in for it"]
+    make_folder(tmp_path, ["Train/b/1.jpg"])
+    assert f"1 of 2 classes have no image in {tmp_path}/Test, as b" in open_data(spec, "test", "classes").notes
     assert "2 files that are no images by their names, or hidden, not read" in open_data(spec, "train", "classes").notes
     spec = make_folder(tmp_path / "loose", ["a/1.jpg", "b/2.jpg", "3.jpg"])
     (tmp_path / "loose" / "b" / "more").symlink_to(tmp_path / "loose")                          # a circle

@@ -125,6 +125,10 @@ def test_bad_label_maps(tmp_path):
         with pytest.raises(BadRecord, match=reason):
             val.read(i)
     assert val.read(5).label_map.shape == (25, 45)
+    (folder / "val_5.png").unlink()
+    PIL.Image.new("L", (45, 25)).save(folder / "val_5.jpg")                     # its numbers are not those drawn
+    with pytest.raises(BadRecord, match="JPEG of mode L"):
+        open_data(f"ade20k:{tmp_path}", "val", "segmentation").read(5)
 
 
 @pytest.mark.parametrize("extension", [".jpeg", ".JPG", ".png", ".webp", ".TIF"])

@@ -297,8 +297,8 @@ def test_a_run_from_a_named_checkpoint_says_how_to_go_on(tmp_path, capsys):
     trained_until(3, *run)
     said = capsys.readouterr().out
     assert f"going on from step 2 of {tmp_path}/a/last.pt" in said
-    assert "stopped after step 4; the same command with --resume auto goes on from there" in said
-    trained(*run, "--resume", "auto")
+    assert "stopped after step 4; the same command goes on from there" in said
+    trained(*run)
     assert f"going on from step 4 of {tmp_path}/b/last.pt" in capsys.readouterr().out
 
 
