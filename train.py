@@ -1064,8 +1064,8 @@ class Log:
 
     def __init__(self, out: Path, is_main: bool, total: int, samples_per_step: int, start: int = 0):
         self.path, self.is_main, self.total, self.samples = out / "metrics.jsonl", is_main, total, samples_per_step
-        self.started, self.at = time.monotonic(), start
-        self.begun = self.spoken = self.started
+        self.line_time, self.line_step = time.monotonic(), start
+        self.started = self.said_time = self.line_time
         if is_main:
             # lines beyond the checkpoint we go on from will be written again
             kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] < start]
@@ -1077,15 +1077,15 @@ class Log:
         if (step + 1) % every == 0 or step + 1 == self.total:
             return True
         now = time.monotonic()
-        if self.is_main and now - self.spoken > min(60, max(5, (now - self.begun) / 20)):
+        if self.is_main and now - self.said_time > min(60, max(5, (now - self.started) / 20)):
             say(f"step {step + 1}/{self.total}  {self.rate(step)[1]}")
-            self.spoken = now
+            self.said_time = now
         return False
 
     def line(self, step: int, values: dict[str, float]):
         """After `step` (counted from 0) is done."""
         rate, rest = self.rate(step)
-        self.started, self.at = time.monotonic(), step + 1
+        self.line_time, self.line_step = time.monotonic(), step + 1
         if not self.is_main:
             return
         spoken = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in self.unspoken)
@@ -1094,11 +1094,11 @@ class Log:
         with tell_if_full(self.path), open(self.path, "a") as file:
             file.write(json.dumps(rounded) + "\n")
         say(f"step {step + 1}/{self.total}  {spoken}  lr {values['lr']:.2e}  {rest}")
-        self.spoken = time.monotonic()
+        self.said_time = time.monotonic()
 
     def rate(self, step: int) -> tuple[float, str]:
         """Samples a second since the last line, and in words with the time left."""
-        rate = (step + 1 - self.at) * self.samples / max(time.monotonic() - self.started, 1e-9)
+        rate = (step + 1 - self.line_step) * self.samples / max(time.monotonic() - self.line_time, 1e-9)
         left = (self.total - step - 1) * self.samples / rate
         return rate, f"{rate:.{int(rate < 10)}f}/s  {timedelta(seconds=round(left))} left"
 

@@ -230,7 +230,6 @@ def test_class_embedding_averages_names_and_templates_together(checkpoint):
         with torch.no_grad():
             each = torch.cat([model.encode_text(tokenizer([prompt], 24)) for prompt in prompts])
         torch.testing.assert_close(row, F.normalize(each.mean(dim=0), dim=0))
-    torch.testing.assert_close(got[:1], model.encode_classes(["red moon"], templates, tokenizer))
 
 
 def test_copies_of_a_text_get_the_same_bits(checkpoint):
