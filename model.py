@@ -182,17 +182,18 @@ def preset_for(preset: str, method: str) -> Config:
 
 # supplement Table 2, row by row: what hidden patches are predicted as (None: there are none), whether the teacher is a
 # running average or (momentum 0) the current weights, and whether words are masked too
+CLIP = dict(predicts=None, ema=False, mlm=False)
 METHODS = {
-    "clip": dict(predicts=None, ema=False, mlm=False),
-    "clip+mae": dict(predicts="pixels", ema=False, mlm=False),
-    "clip+feature": dict(predicts="teacher", ema=False, mlm=False),
-    "clip+ema": dict(predicts="teacher", ema=True, mlm=False),
-    "maskclip": dict(predicts="teacher", ema=True, mlm=True),
+    "clip": CLIP,
+    "clip+mae": dict(CLIP, predicts="pixels"),
+    "clip+feature": dict(CLIP, predicts="teacher"),
+    "clip+ema": dict(CLIP, predicts="teacher", ema=True),
+    "maskclip": dict(CLIP, predicts="teacher", ema=True, mlm=True),
     # compared systems, see SLIP, FILIP, DeCLIP below
-    "slip": dict(predicts=None, ema=False, mlm=False),
-    "filip": dict(predicts=None, ema=False, mlm=False),
-    "declip": dict(predicts=None, ema=False, mlm=True),
-    "defilip": dict(predicts=None, ema=False, mlm=True),
+    "slip": CLIP,
+    "filip": CLIP,
+    "declip": dict(CLIP, mlm=True),
+    "defilip": dict(CLIP, mlm=True),
 }
 
 
