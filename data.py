@@ -91,12 +91,15 @@ def reading(path):
 
 
 @contextlib.contextmanager
-def refusing(what):
-    """Whatever is raised over a record's bytes, and on hostile ones that is nearly everything, becomes a BadRecord."""
+def refusing(what, kind=BadRecord):
+    """Whatever is raised over a record's bytes, and on hostile ones that is nearly everything, becomes a BadRecord;
+    over a file that the user has named, a UserError, if it is not one already."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        raise BadRecord(f"{what}: {one_line(error)}") from None
+        raise kind(f"{what}: {one_line(error)}") from None
 
 
 def printable(text: str) -> str:
@@ -1858,8 +1861,8 @@ class LabelMaps(ImageFiles):
     DeepLab's trainaug does: /JPEGImages/x.jpg /SegmentationClassAug/x.png
 
     above               the folder above
-    parts               what the format calls train and val, for {} in the paths
     images, maps        where the images and the label maps are
+    parts               what the format calls train and val, for {} in the paths
     listing             file with the names of the images; without one it is all images
     classes             their names; without them of class_names.txt
     reduce_zero_label   label 0 belongs to no class: they start with label 1
@@ -1869,8 +1872,8 @@ class LabelMaps(ImageFiles):
     advice = ("a label map holds the number of a class in each pixel, and 255 where there is none: a mask in black and "
               "white wants 1 in place of 255")
 
-    def __init__(self, root, split, above, parts, images, maps, listing="", classes=None, reduce_zero_label=False,
-                 label_of=np.arange(256, dtype=np.uint8), **_):
+    def __init__(self, root, split, above, images, maps, parts=("train", "val"), listing="", classes=None,
+                 reduce_zero_label=False, label_of=np.arange(256, dtype=np.uint8), **_):
         if split not in ("train", "val"):
             raise UserError(f"{root} has no split {split!r}; use train or val")
         root = f"{root}/{above}" if isdir(f"{root}/{above}") else root
@@ -2148,7 +2151,7 @@ def toolkit_prompts(path):
         return {}, {}
     values, substitute = {}, ast.NodeTransformer()       # values: of the names in the file
     substitute.visit_Name = lambda node: ast.Constant(values[node.id])
-    try:
+    with refusing(f"{path} is not the toolkit's vision_benchmark/datasets/prompts.py", UserError):
         for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):      # of what is no plain list
                 values[node.targets[0].id] = ast.literal_eval(substitute.visit(node.value))
@@ -2157,11 +2160,6 @@ def toolkit_prompts(path):
                  for name, classes in values["class_map"].items()}
         templates = values["template_map"]
         return names, {name: checked_templates(templates[name]) for name in ICINW if name in templates}
-    except UserError:
-        raise
-    except Exception as error:                           # of any file
-        raise UserError(f"{path} is not the toolkit's vision_benchmark/datasets/prompts.py: "
-                        f"{one_line(error)}") from None
 
 
 def toolkit_list(home, path):
@@ -2329,13 +2327,13 @@ FORMATS = {
         LabelMaps, above="ADEChallengeData2016", parts=("training", "validation"), images="images/{}",
         maps="annotations/{}", classes=ADE20K, reduce_zero_label=True)),
     "pascal-context": Format("pascal-context:DIR", ("segmentation",), partial(
-        LabelMaps, above="VOC2010", parts=("train", "val"), images="JPEGImages", maps="SegmentationClassContext",
+        LabelMaps, above="VOC2010", images="JPEGImages", maps="SegmentationClassContext",
         listing="ImageSets/SegmentationContext/{}.txt", classes=PASCAL_CONTEXT, reduce_zero_label=True)),
     "coco-stuff": Format("coco-stuff:DIR", ("segmentation",), partial(
         LabelMaps, above="coco_stuff164k", parts=("train2017", "val2017"), images="images/{}", maps="annotations/{}",
         classes=COCO_STUFF, label_of=COCO_STUFF_LABEL)),
     "voc": Format("voc:DIR", ("segmentation",), partial(
-        LabelMaps, above="VOC2012", parts=("train", "val"), images="JPEGImages", maps="SegmentationClass",
+        LabelMaps, above="VOC2012", images="JPEGImages", maps="SegmentationClass",
         listing="ImageSets/Segmentation/{}.txt")),
     "icinw": Format("icinw:DIR", ("icinw",), icinw),
 }

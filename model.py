@@ -43,7 +43,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import losses
-from data import MEAN, STD, BytePairTokenizer, UserError, at_least, one_line, read_json, run, say
+from data import (MEAN, STD, BytePairTokenizer, UserError, at_least, one_line, open_text, read_json, refusing, run,
+                  say)
 from losses import fp32, patchify
 
 
@@ -1235,7 +1236,7 @@ def with_defaults(model_cfg: dict) -> dict:
 
 def config_from_open_clip(model_cfg: dict) -> Config:
     """The Config whose open_clip_config says the same; UserError names what has no counterpart here."""
-    try:
+    with refusing("open_clip's config is not that of a plain vision transformer with CLIP's text tower", UserError):
         theirs = with_defaults(model_cfg)
         vision, text = theirs["vision_cfg"], theirs["text_cfg"]
         dialect = "timm" if vision.get("no_ln_pre") else "openai" if theirs.get("quick_gelu") else "clip"
@@ -1246,9 +1247,6 @@ def config_from_open_clip(model_cfg: dict) -> Config:
                     text_width=text["width"], text_depth=text["layers"], text_heads=text["heads"],
                     context_length=text["context_length"], vocab_size=text["vocab_size"], embed_dim=theirs["embed_dim"])
         ours = with_defaults(open_clip_config(c))
-    except Exception as error:
-        raise UserError(f"open_clip's config is not that of a plain vision transformer with CLIP's text tower: "
-                        f"{one_line(error)}") from None
     free = {"vision_cfg", "text_cfg", "tokenizer_kwargs", "hf_tokenizer_name", "init_logit_scale"}
     for said, want in ((vision, ours["vision_cfg"]), (text, ours["text_cfg"]), (theirs, ours)):
         for key in (said.keys() | want.keys()) - free:
@@ -1279,17 +1277,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-@contextlib.contextmanager
-def telling(what: str):
-    """Of a damaged or foreign file, or a folder that takes none, whatever stumbles over it is told in one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{what}: {one_line(error)}") from None
-
-
 # of other people's checkpoints, which hold options and scores besides weights; they can do nothing but be there
 HARMLESS = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(kind)) for kind in "fdliqb")]
 
@@ -1298,8 +1285,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """float32 tensors by name, from a .safetensors or what torch.save wrote, where they may lie some dicts deeper."""
     if not path.is_file():
         raise UserError(f"no file {path}: wanted weights as timm or open_clip publish them")
-    with telling(f"cannot read weights from {path}"):
-        if is_torchscript(path):
+    with refusing(f"cannot read weights from {path}", UserError):
+        if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
             raise UserError(f"{path} is a TorchScript program, as OpenAI's: torch.save(torch.jit.load({str(path)!r}, "
                             f"'cpu').state_dict(), FILE) makes weights of it")
         with torch.serialization.safe_globals(HARMLESS):
@@ -1312,10 +1299,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return {name: value.float() for name, value in state.items()}
 
 
-def is_torchscript(path: Path) -> bool:
-    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
-
-
 def read_public(spec: str, config: Config) -> tuple[dict[str, Tensor], Config]:
     """timm:FILE or open_clip:DIR -> weights under our names, for our pixels, and the Config of their towers.
 
@@ -1323,7 +1306,7 @@ def read_public(spec: str, config: Config) -> tuple[dict[str, Tensor], Config]:
     """
     kind, _, path = spec.partition(":")
     path = Path(path).expanduser()
-    with telling(f"cannot read weights from {path}"):
+    with refusing(f"cannot read weights from {path}", UserError):
         if kind == "timm":
             return read_timm(path, config)
         if kind == "open_clip":
@@ -1389,9 +1372,9 @@ def read_merges(path: str) -> BytePairTokenizer:
     """The vocabulary beside open_clip weights, merges.txt.gz or merges.txt: a header, then a merge a line."""
     folder = Path(path).expanduser()
     folder = folder if folder.is_dir() else folder.parent
-    for file, opener in ((folder / "merges.txt.gz", gzip.open), (folder / "merges.txt", open)):
+    for file in (folder / "merges.txt.gz", folder / "merges.txt"):
         if file.is_file():
-            with telling(f"cannot read {file}"), opener(file, "rt", encoding="utf-8") as lines:
+            with refusing(f"cannot read {file}", UserError), open_text(file) as lines:
                 return BytePairTokenizer.from_state({"merges": lines.read(1 << 24).partition("\n")[2]})
     raise UserError(f"no merges.txt beside the weights in {folder}: give CLIP's merges file with --bpe")
 
@@ -1443,7 +1426,7 @@ def import_public(spec: str, preset: str, bpe: str | None, out: Path):
         note = f"dialect {config.dialect}, {config.image_size} px, {tokenizer.vocab_size} tokens"
     model = MaskCLIP(config, tokenizer.eot)
     load_public(model, state, spec)
-    with telling(f"{out} cannot be written"):
+    with refusing(f"{out} cannot be written", UserError):
         out.parent.mkdir(parents=True, exist_ok=True)
     if not save_checkpoint(out, model, tokenizer, config):
         raise UserError(f"{out} could not be written")
@@ -1452,7 +1435,7 @@ def import_public(spec: str, preset: str, bpe: str | None, out: Path):
 
 def export(model: MaskCLIP, tokenizer: BytePairTokenizer, kind: str, path: Path):
     """Writes weights for timm (a file) or open_clip (a folder that `open_clip.create_model("local-dir:...")` takes)."""
-    with telling(f"{path} cannot be written"):
+    with refusing(f"{path} cannot be written", UserError):
         if kind == "timm":
             return export_timm(model, path)
         if kind == "open_clip":
