@@ -1115,9 +1115,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def group(order: np.ndarray, groups: np.ndarray, batch_size: int, seed: tuple) -> np.ndarray:
     """The same records, so that all but the last of the batches cut from them hold records of one group (n,) each."""
     parts = [order[groups[order] == one] for one in np.unique(groups)]
-    whole = [part[:len(part) // batch_size * batch_size].reshape(-1, batch_size) for part in parts]
-    rest = [part[len(part) // batch_size * batch_size:] for part in parts]
-    return np.concatenate([np.random.default_rng(seed).permutation(np.concatenate(whole)).ravel(), *rest])
+    whole, rest = zip(*(np.split(part, [len(part) // batch_size * batch_size]) for part in parts))
+    batches = np.concatenate(whole).reshape(-1, batch_size)
+    return np.concatenate([np.random.default_rng(seed).permutation(batches).ravel(), *rest])
 
 
 def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, world: int,
@@ -1131,7 +1131,8 @@ def train_batches(n: int, batch_size: int, seed: int, steps: range, rank: int, w
     per_epoch, share, stand_ins = n // batch_size, batch_size // world, np.r_[0, n // 2:n // 2 + 20]
     for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step // per_epoch):
         order = epoch_order(n, seed, epoch)
-        order = order if groups is None else group(order, groups, batch_size, (seed, epoch))
+        if groups is not None:
+            order = group(order, groups, batch_size, (seed, epoch))
         for step in steps_of_epoch:
             start = step % per_epoch * batch_size + rank * share
             places = np.arange(start, start + share)[:, None] + stand_ins                           # (share, 21)
@@ -2330,7 +2331,7 @@ FORMATS = {
         LabelMaps, above="VOC2010", images="JPEGImages", maps="SegmentationClassContext",
         listing="ImageSets/SegmentationContext/{}.txt", classes=PASCAL_CONTEXT, reduce_zero_label=True)),
     "coco-stuff": Format("coco-stuff:DIR", ("segmentation",), partial(
-        LabelMaps, above="coco_stuff164k", parts=("train2017", "val2017"), images="images/{}", maps="annotations/{}",
+        LabelMaps, above="coco_stuff164k", images="images/{}2017", maps="annotations/{}2017",
         classes=COCO_STUFF, label_of=COCO_STUFF_LABEL)),
     "voc": Format("voc:DIR", ("segmentation",), partial(
         LabelMaps, above="VOC2012", images="JPEGImages", maps="SegmentationClass",

@@ -662,9 +662,8 @@ class MaskCLIP(nn.Module):
         labels (B,) of labeled data: pairs of one label are each other's positives then (UniCL).
         """
         image, text, scale = features["image"], features["text"], self.logit_scale.exp()
-        if labels is not None:
-            return self.both_ways(losses.unicl_loss(image, text, labels, scale))
-        return self.both_ways(losses.contrastive_loss(image, text, scale))
+        return self.both_ways(losses.contrastive_loss(image, text, scale) if labels is None else
+                              losses.unicl_loss(image, text, labels, scale))
 
     def both_ways(self, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """L_I and L_T, as Eq. 8 adds them; or halved, so that their sum is the mean that CLIP's code takes."""
@@ -985,10 +984,10 @@ class DeCLIP(MaskCLIP):
         simsiam = losses.simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
         self.newest = [text.detach() for text in texts]
         nearest = [self.queue[(text @ self.queue.T).argmax(dim=1)] for text in self.newest]     # (B, E)
-        pairs = [self.both_ways(losses.contrastive_loss(i, t, scale)) for i in images for t in texts]
+        pairs = [losses.contrastive_loss(i, t, scale) for i in images for t in texts]
+        L_I, L_T = (sum(side) / 4 for side in zip(*pairs))
         neighbor = [losses.contrastive_loss(i, t, scale)[0] for i in images for t in nearest]
-        return dict(L_I=sum(pair["L_I"] for pair in pairs) / 4, L_T=sum(pair["L_T"] for pair in pairs) / 4,
-                    neighbor=sum(neighbor) / 4, simsiam=simsiam)
+        return dict(self.both_ways((L_I, L_T)), neighbor=sum(neighbor) / 4, simsiam=simsiam)
 
     def total_loss(self, L_I=0.0, L_T=0.0, L_MLM=0.0, neighbor=0.0, simsiam=0.0):
         c = self.config
