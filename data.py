@@ -1189,8 +1189,8 @@ def train_loader(data, transform, batch_size: int, seed: int, steps: range, rank
 
 def eval_loader(data, transform, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0, collate=collate):
     """Every record once and in order: process r reads records r, r + world, ...  Bad ones are left out and named."""
-    indices = range(rank, len(data), world)
-    batches = [[(0, i) for i in indices[k:k + batch_size]] for k in range(0, len(indices), batch_size)]
+    keys = [(0, i) for i in range(rank, len(data), world)]
+    batches = torch.utils.data.BatchSampler(keys, batch_size, drop_last=False)
     return DataLoader(Records(data, transform), batches, workers, collate)
 
 

@@ -1091,7 +1091,7 @@ def load_state(path: str | Path, kind: str | None = None) -> dict:
 def checkpoint(model: MaskCLIP, tokenizer: BytePairTokenizer, options, **more) -> dict:
     """Everything needed to resume and to evaluate with no other file; `more` holds optimizer, step, teacher ..."""
     return dict(kind="pretraining", config=asdict(options), model=model.state_dict(), tokenizer=tokenizer.state(),
-                mean=list(MEAN), std=list(STD), torch=str(torch.__version__), **more)
+                mean=MEAN, std=STD, torch=str(torch.__version__), **more)
 
 
 def save_checkpoint(path: str | Path, model: MaskCLIP, tokenizer: BytePairTokenizer, options, **more) -> bool:
@@ -1109,11 +1109,11 @@ def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairT
         model = build(config, tokenizer.eot)
         model.load_state_dict(state["model"])
         model.trained_on = tuple(map(str, state["config"].get("data", ())))
-        pixels = [list(state["mean"]), list(state["std"])]
+        pixels = tuple(state["mean"]), tuple(state["std"])
         damaged = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     except Exception as error:
         raise UserError(f"{path} does not fit its own config: {one_line(error)}") from None
-    if pixels != [list(MEAN), list(STD)]:
+    if pixels != (MEAN, STD):
         raise UserError(f"{path} was trained with pixel normalization {pixels}; this version uses {MEAN}, {STD}")
     if damaged:
         raise UserError(f"{path}: not all of {damaged[0]} is finite: such a model knows nothing, train again")
