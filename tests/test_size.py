@@ -9,8 +9,8 @@ from conftest import ROOT
 
 LIMIT = 72_640              # of all together
 LIMITS = {                  # of each, in reading order
-    "losses.py": 2_450, "model.py": 13_900, "train.py": 11_590, "data.py": 19_050, "eval_zeroshot.py": 3_600,
-    "eval_linear.py": 1_750, "finetune.py": 3_850, "dense.py": 16_650,
+    "losses.py": 2_450, "model.py": 13_850, "train.py": 11_600, "data.py": 19_010, "eval_zeroshot.py": 3_600,
+    "eval_linear.py": 1_750, "finetune.py": 3_850, "dense.py": 16_670,
 }
 COUNTED = (tokenize.NAME, tokenize.OP, tokenize.NUMBER)
 LINES, LINES_OF_TRAIN = 60, 80      # of a function, and of the one that may be longer, train.train
