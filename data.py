@@ -512,7 +512,7 @@ CLIP_MERGES = 49152 - 256 - 2    # CLIP uses this many of the merges in its file
 # the length of some hostile texts.  A symbol of CLIP's has at most 32, so these hold 77 tokens even of the longest
 # words, unless most of them are white space or for ftfy to remove.
 LONGEST = 2_500
-CACHED_WORDS, CACHED_LENGTH = 1 << 17, 32     # bounds of the cache: entries, characters of an entry
+CACHED_CHUNKS, CACHED_LENGTH = 1 << 17, 32    # bounds of the cache: entries, characters of an entry
 
 
 def clean(text: str) -> str:
@@ -577,7 +577,7 @@ class BytePairTokenizer:
         self.sot, self.eot, self.vocab_size = len(self.symbols), len(self.symbols) + 1, len(self.symbols) + 2
         self.symbols += [START, END]
         self.ids |= {START: self.sot, END: self.eot}
-        self.cache = {START: [self.sot], END: [self.eot]}                # word -> its ids
+        self.cache = {}                                  # what stands between two spaces -> its ids
 
     @classmethod
     def from_file(cls, path: str | Path) -> "BytePairTokenizer":
@@ -636,11 +636,20 @@ class BytePairTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text of any length, without start and end token."""
         ids = []
-        for word in WORD.findall(clean(text)):
-            merged = self.cache.get(word) or self.merge(bytes_of(word))
-            if len(word) <= CACHED_LENGTH and len(self.cache) < CACHED_WORDS:
-                self.cache[word] = merged
-            ids += merged
+        for chunk in clean(text).split():
+            ids += self.cache.get(chunk) or self.encode_chunk(chunk)
+        return ids
+
+    def encode_chunk(self, chunk):
+        ids = []
+        for word in WORD.findall(chunk):
+            symbol = word if word in (START, END) else word + WORD_END
+            if word.isascii() and symbol in self.ids:    # a symbol is what its own bytes merge into
+                ids.append(self.ids[symbol])
+            else:
+                ids += self.merge(bytes_of(word))
+        if len(chunk) <= CACHED_LENGTH and len(self.cache) < CACHED_CHUNKS:
+            self.cache[chunk] = ids
         return ids
 
     def merge(self, ids):
@@ -980,9 +989,10 @@ class ShapesWorld:
         limits = dict(objects=(1, 6), count=(1, 10 ** 9), size=(16, 100_000), unsaid=(0, 1), mismatched=(0, 1),
                       patterns=(0, 1))
         for name, (least, largest) in limits.items():
-            values = np.ravel(getattr(self, name) or 0)
+            value = getattr(self, name) or 0
+            values = np.ravel(value)
             if not least <= values[0] <= values[-1] <= largest:
-                raise UserError(f"Shapes world: {name} is {values}, wanted numbers that rise from {least} to {largest}")
+                raise UserError(f"Shapes world: {name} is {value}, wanted numbers that rise from {least} to {largest}")
         if self.by_pattern and self.patterns is None:
             raise UserError("Shapes world: by_pattern=1 wants patterns: patterns=0.5, or what else it was in training")
         self.classes = list(PATTERNS if self.by_pattern else SHAPES if self.forms else KINDS)

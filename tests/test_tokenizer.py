@@ -280,7 +280,7 @@ def test_state_survives_a_checkpoint(toy, tmp_path):
 
 
 def test_the_cache_is_bounded_and_changes_nothing(toy, monkeypatch):
-    monkeypatch.setattr(data, "CACHED_WORDS", 3)
+    monkeypatch.setattr(data, "CACHED_CHUNKS", 3)
     small = BytePairTokenizer.from_state(toy.state())
     text = "a red circle, a blue square; two red squares " * 3 + "x" * 100
     assert small.encode(text) == toy.encode(text) == small.encode(text)
