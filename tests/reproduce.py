@@ -147,6 +147,10 @@ class Table:
         """The seeds of an evaluation; of these as many as the command gives, if it gives a number"""
         return self.seeds.get(evaluation, SEEDS)[:given or None]
 
+    def shown_of(self, evaluation: str, given: int = 0) -> range:
+        """The seeds whose numbers are shown: all there are, as a run may stand in several tables, or so many"""
+        return self.seeds_of(evaluation, given) if given else MANY
+
 
 ZEROSHOT, LINEAR = {"0-shot": ("zeroshot", "top1")}, {"linear": ("linear", "top1")}
 FINE = {"fine-tuned": ("finetune", "top1")}
@@ -432,7 +436,7 @@ def compared_with(rows: list[Row]) -> str:
 def measured(table: Table, seeds: int, cells: dict) -> tuple[list[Row], dict]:
     """The rows of which there is some number, and the columns in which rows can be compared"""
     there = {(row.run, heading) for row in table.rows for heading, column in table.columns.items()
-             if values_of(row.run, column, table.seeds_of(column[0], seeds), cells)}
+             if values_of(row.run, column, table.shown_of(column[0], seeds), cells)}
     return ([row for row in table.rows if any(run == row.run for run, _ in there)],
             {heading: column for heading, column in table.columns.items()
              if sum(name == heading for _, name in there) > 1})
@@ -501,11 +505,13 @@ def markdown(table: Table, seeds: int, cells: dict, steps: int = 0, full: bool =
         paper, name = row.paper, [row.name, *([row.group] if groups else [])]
         texts, apart = [], []
         for heading, column in columns.items():
-            wanted = table.seeds_of(column[0], seeds)
-            own = values_of(row.run, column, wanted, cells)
-            text = spread([*own.values()]) + f" ({len(own)} of {len(wanted)})" * (0 < len(own) < len(wanted))
+            shown, wanted = table.shown_of(column[0], seeds), len(table.seeds_of(column[0], seeds))
+            own = values_of(row.run, column, shown, cells)
+            text = spread([*own.values()])
+            if own and len(own) != wanted:
+                text += f" ({len(own)} of {wanted})" if len(own) < wanted else f" ({len(own)} seeds)"
             texts.append((text + (f" *{paper[heading]}*" if paper.get(heading) is not None else "")).strip())
-            each = seed_by_seed(row, column, wanted, cells)
+            each = seed_by_seed(row, column, shown, cells)
             apart.append(spread(each, True, "+") + (f" ({', '.join(f'{x:+.1f}' for x in each)})" if each else ""))
         trained = [cell["seconds"] for (run, _, name_), cell in cells.items() if (run, name_) == (row.run, "train")]
         if not full:
@@ -513,8 +519,9 @@ def markdown(table: Table, seeds: int, cells: dict, steps: int = 0, full: bool =
         lines.append("| " + " | ".join([*name, *texts]) + " |")
         if any(apart):
             differences.append("| " + " | ".join([*name, *apart]) + " |")
-    if re.search(r"\(\d+ of \d+\)", "".join(lines)):
-        lines += ["", "Means are of different seeds where it says (n of m): compare rows by the differences alone."]
+    if re.search(r"\(\d+ (of \d+|seeds)\)", "".join(lines)):
+        lines += ["", "Means are of different seeds where a number of them stands beside: compare rows by the differences "
+                  "alone."]
     if differences:
         lines += ["", f"Less {compared_with(rows)}, seed by seed:", "",
                   "| " + " | ".join(head[:len(name) + len(columns)]) + " |",
@@ -557,12 +564,12 @@ class Panel:
 
 
 COLORS = ("#1f5fbf", "#c8501e")
-SHOWN = ("ladder", "lambda", "length", "pool")
+SHOWN, PANELS = ("ladder", "lambda", "length", "pool"), ("0-shot", "box AP", "linear")
 
 
 def draw(shown: list[Table], seeds: int, cells: dict) -> PIL.Image.Image:
-    """A line of two panels a table: gray dots are the differences of its rows and what they are compared with, seed by
-    seed, colored ones their means, joined where rows are a scale."""
+    """A line of two panels a table, the first two of PANELS that it has: gray dots are the differences of its rows and
+    what they are compared with, seed by seed, colored ones their means, joined where rows are a scale."""
     sheet = PIL.Image.new("RGB", (840, 275 * len(shown)), "white")
     for r, table in enumerate(shown):
         rows, columns = measured(table, seeds, cells)
@@ -570,9 +577,10 @@ def draw(shown: list[Table], seeds: int, cells: dict) -> PIL.Image.Image:
         rows = [row for row in rows if row.base or what == "the default"]       # the default itself stands at 0
         PIL.ImageDraw.Draw(sheet).text((10, 275 * r + 4), table.title, "black", PIL.ImageFont.load_default(15))
         names, groups = list(dict.fromkeys(row.name for row in rows)), list(dict.fromkeys(row.group for row in rows))
-        for c, (heading, column) in enumerate(list(columns.items())[:2]):
-            wanted = table.seeds_of(column[0], seeds)
-            points = [(row, seed_by_seed(row, column, wanted, cells) if row.base else [0.0]) for row in rows]
+        for c, heading in enumerate([heading for heading in PANELS if heading in columns][:2]):
+            column = columns[heading]
+            some = table.shown_of(column[0], seeds)
+            points = [(row, seed_by_seed(row, column, some, cells) if row.base else [0.0]) for row in rows]
             every = [0.0, *(value for _, own in points for value in own)]
             margin = 0.1 * (max(every) - min(every)) + 0.5
             panel = Panel(sheet, (420 * c, 275 * r + 20), f"{heading} less that of {what}, points", min(every) - margin,
