@@ -520,8 +520,8 @@ def markdown(table: Table, seeds: int, cells: dict, steps: int = 0, full: bool =
         if any(apart):
             differences.append("| " + " | ".join([*name, *apart]) + " |")
     if re.search(r"\(\d+ (of \d+|seeds)\)", "".join(lines)):
-        lines += ["", "Means are of different seeds where a number of them stands beside: compare rows by the differences "
-                  "alone."]
+        lines += ["", "Means are of different seeds where a number of them stands beside: compare rows by the "
+                  "differences alone."]
     if differences:
         lines += ["", f"Less {compared_with(rows)}, seed by seed:", "",
                   "| " + " | ".join(head[:len(name) + len(columns)]) + " |",
