@@ -175,6 +175,14 @@ class SegmentationOptions(EvalOptions):
     test_size: int = opt(0, "short side of test images, pixels; 0: as the paper, in proportion to the input", "test")
 
 
+def folder_for_pictures(options: CheckpointOptions, name: str) -> Path:
+    """OUT or runs/NAME, made; UserError now where it cannot be written, and not when the pictures are there."""
+    out = Path(options.out or f"runs/{name}")
+    with written_to(out):
+        tempfile.TemporaryFile(dir=out).close()
+    return out
+
+
 def open_labels(options: EvalOptions, split: str, task: str, size: int):
     data = open_data(options.data, split, task, size=size)
     data.ignore_exif = options.ignore_exif
@@ -278,9 +286,7 @@ def patch_scores(model: MaskCLIP, texts: Tensor, path: str) -> Callable[[Tensor]
 
 def zeroshot(argv=None):
     options = parse(ZeroShotOptions, __doc__, argv, positional=("checkpoint",), command="zeroshot")
-    runtime, out = setup(options), Path(options.out or "runs/zeroshot-segmentation")
-    with written_to(out):
-        tempfile.TemporaryFile(dir=out).close()             # told now, not when the pictures are there
+    runtime, out = setup(options), folder_for_pictures(options, "zeroshot-segmentation")
     model, tokenizer, config = load_checkpoint(options.checkpoint, runtime.device)
     # paper: 512, for windows of 224 with stride 112, so that positions are never resized, and Pascal Context 480; here,
     # for Pascal Context, sides of 520 at most, because the config it follows, DenseCLIP's named 480x480, tests so; for
@@ -399,11 +405,10 @@ def captioned_images(options: WordOptions, size: int) -> list[tuple[PIL.Image.Im
 
 def words(argv=None):
     options = parse(WordOptions, __doc__, argv, positional=("checkpoint",), command="words")
-    runtime, out = setup(options), Path(options.out or "runs/words")
+    runtime = setup(options)
     if not runtime.is_main:                                 # a few pictures are not worth sharing
         return
-    with written_to(out):
-        tempfile.TemporaryFile(dir=out).close()             # told now, not when the pictures are there
+    out = folder_for_pictures(options, "words")
     paths = [path for path in (options.checkpoint, options.compare) if path]
     loaded = [load_checkpoint(path, runtime.device)[:2] for path in paths]              # model and tokenizer of each
     methods, model = [model.config.method for model, _ in loaded], loaded[0][0]
