@@ -706,7 +706,7 @@ def trim(tokens: Tensor, eot: int, multiple: int = 1) -> Tensor:
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 COLORS = {"red": (214, 36, 40), "orange": (238, 132, 24), "yellow": (238, 224, 50), "green": (42, 160, 62),
           "blue": (38, 76, 214), "purple": (142, 44, 176), "white": (237, 237, 237), "black": (18, 18, 18)}
-KINDS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]        # an object's category is its place here
+KINDS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 TEXTURES = ("plain", "striped", "checkered", "dotted", "cloudy")
 OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there {} ")
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
@@ -715,8 +715,10 @@ LONE_SHARE = 0.7            # of the scenes have one object, where one to severa
 PATTERNS = {"checks": ("checkered", 0), "dots": ("dotted", 0), "upright stripes": ("striped", 0),        # and angle
             "level stripes": ("striped", 90), "rising stripes": ("striped", 45), "falling stripes": ("striped", 135)}
 PATTERN_PERIOD = 0.09
-SHAPES_OPTIONS = dict(train=int, val=int, size=int, seed=int, unsaid=float, mismatched=float, forms=int,
-                      patterns=float, by_pattern=int)
+QUARTERS = ["first quarter", "second quarter", "third quarter", "last quarter"]              # of a range of numbers
+CLASSES = dict(kind=KINDS, shape=SHAPES, pattern=PATTERNS, texture=TEXTURES, tilt=QUARTERS, fineness=QUARTERS)
+SHAPES_OPTIONS = dict(train=int, val=int, size=int, seed=int, unsaid=float, mismatched=float, patterns=float,
+                      by=lambda key: CLASSES[key] and key)                                   # else a KeyError
 MAX_NOISE = 8        # colors keep this far from 0 and 255, so that noise is never clipped
 
 
@@ -734,8 +736,12 @@ class Thing:
     phases: tuple = ()                                           # of the pattern, as a texture's
 
     @property
-    def category(self):
-        return KINDS.index(f"{self.color} {self.shape}")
+    def kind(self):
+        return f"{self.color} {self.shape}"
+
+    @property
+    def tilt(self):
+        return QUARTERS[int(self.angle + 20) // 10]
 
 
 @dataclass
@@ -749,6 +755,10 @@ class Scene:
     phases: tuple[float, float]
     noise_seed: int
     caption: str
+
+    @property
+    def fineness(self):
+        return QUARTERS[int(25 * (self.period - 0.14))]
 
 
 def shape_distance(shape, u, v):
@@ -913,7 +923,7 @@ def scene_caption(rng, things, texture, unsaid, patterns):
 
     groups = defaultdict(list)
     for thing in things:
-        groups[thing.category].append(thing)
+        groups[thing.kind].append(thing)
     subject, *others = sorted(groups.values(), key=lambda group: rng.random())
     groups = [subject, *(group for group in others if not chance(unsaid))]
     names = [name(group) for group in groups]
@@ -930,13 +940,13 @@ def scene_caption(rng, things, texture, unsaid, patterns):
     return text + rng.choice((" on a {} background", ", {} background")).format(texture) if chance(0.25) else text
 
 
-def lay_out(rng, n, category):
-    """n objects inside the picture that hide at most about a quarter of each other, the first of `category`."""
+def lay_out(rng, n, kind):
+    """n objects inside the picture that hide at most about a quarter of each other, the first of `kind`."""
     things, scale = [], n ** -0.4
     while len(things) < n:
-        if category is None:                                     # now and then two alike
-            category = things[-1].category if things and rng.random() < 0.1 else rng.randrange(len(KINDS))
-        color, shape = KINDS[category].split()
+        if kind is None:                                         # now and then two alike
+            kind = things[-1].kind if things and rng.random() < 0.1 else rng.choice(KINDS)
+        color, shape = kind.split()
         size = rng.uniform(*LONE_SIZE) * scale
         cx, cy = rng.uniform(size / 2, 1 - size / 2), rng.uniform(size / 2, 1 - size / 2)
 
@@ -948,7 +958,7 @@ def lay_out(rng, n, category):
         else:
             rgb = tuple(min(max(c + rng.uniform(-10, 10), MAX_NOISE), 255 - MAX_NOISE) for c in COLORS[color])
             things.append(Thing(shape, color, cx, cy, size, rng.uniform(-20, 20), rgb))
-            category = None
+            kind = None
     return things
 
 
@@ -961,9 +971,11 @@ class ShapesWorld:
     unsaid       probability that the caption leaves out an object after the first, or an object's color or shape
     mismatched   probability that the caption is that of another scene, or a camera's name for a file
     dense        read() gives label_map and objects too
-    forms        a class is a shape of any color, and there are 8; else color and shape, and there are 64
-    patterns     each object has a pattern, which its phrase names with this probability; without the option it has none
-    by_pattern   a class is a pattern, and there are 6
+    patterns     each object has a pattern, which its phrase names with this probability; without the option it has
+                 none, unless a class is a pattern
+    by           what a class is, a key of CLASSES: kind (color and shape, 64), shape (8), pattern (6), or what captions
+                 hardly say or never: the background's texture (5) and, in quarters of their range, an object's tilt and
+                 the fineness of the texture
 
     A scene is in "val" if a hash of its layout (color and shape of its objects, their places and sizes in sixteenths of
     the side) is a multiple of 4, else in "train".  So no layout is in both, whatever the seeds and options, while both
@@ -977,9 +989,8 @@ class ShapesWorld:
     unsaid: float = 0.0
     mismatched: float = 0.0
     dense: bool = False
-    forms: bool = False
     patterns: float | None = None
-    by_pattern: bool = False
+    by: str = "kind"
 
     notes = ()
     reduce_zero_label = True            # label 0 of a label_map is no class
@@ -993,9 +1004,9 @@ class ShapesWorld:
             values = np.ravel(value)
             if not least <= values[0] <= values[-1] <= largest:
                 raise UserError(f"Shapes world: {name} is {value}, wanted numbers that rise from {least} to {largest}")
-        if self.by_pattern and self.patterns is None:
-            raise UserError("Shapes world: by_pattern=1 wants patterns: patterns=0.5, or what else it was in training")
-        self.classes = list(PATTERNS if self.by_pattern else SHAPES if self.forms else KINDS)
+        if self.by == "pattern":
+            self.patterns = self.patterns or 0
+        self.classes = list(CLASSES[self.by])
 
     def __len__(self):
         return self.count
@@ -1011,8 +1022,8 @@ class ShapesWorld:
         n = 1 if lone else rng.randint(max(fewest, 2), most)
         held_out = None
         while held_out != (self.split == "val"):
-            things = lay_out(rng, n, i % len(KINDS) if most == 1 else None)
-            cells = sorted((t.category, int(16 * t.cx), int(16 * t.cy), int(16 * t.size)) for t in things)
+            things = lay_out(rng, n, KINDS[i % len(KINDS)] if most == 1 else None)
+            cells = sorted((KINDS.index(t.kind), int(16 * t.cx), int(16 * t.cy), int(16 * t.size)) for t in things)
             held_out = hashlib.blake2b(bytes(sum(cells, ()))).digest()[0] % 4 == 0
         texture, gray, contrast = rng.choice(TEXTURES), rng.uniform(108, 142), rng.uniform(12, 22)
         for thing in things if self.patterns is not None else ():
@@ -1029,8 +1040,8 @@ class ShapesWorld:
     def read(self, i: int) -> Sample:
         scene = self.scene(i)
         sample = Sample(Image.fromarray(draw_scene(scene, self.size)), (scene.caption,))
-        labels = [self.classes.index(thing.pattern) if self.by_pattern else thing.category % len(self.classes)
-                  for thing in scene.objects]                                        # forms: KINDS' inner loop
+        labels = [self.classes.index(getattr(scene if hasattr(scene, self.by) else thing, self.by))
+                  for thing in scene.objects]
         if len(labels) == 1:
             sample.label = labels[0]
         if self.dense:
@@ -1049,7 +1060,7 @@ def shapes(text, split, task, size, **_):
 
     Any split but "train" is held out; what a task asks for is the default.
     """
-    options = dict(train=20000, val=1024, size=size or 64, forms=task == "detection")
+    options = dict(train=20000, val=1024, size=size or 64, by="shape" if task == "detection" else "kind")
     if task == "classes":
         options["objects"] = 1, 1
     for item in filter(None, text.split(",")):
@@ -1063,7 +1074,7 @@ def shapes(text, split, task, size, **_):
         except (KeyError, ValueError):
             raise UserError(f"Shapes world: cannot read {item!r}; options look like train=20000, val=1024, size=64, "
                             f"seed=0, objects=1-4, unsaid=0.2, mismatched=0.3, patterns=0.5 (each from 0 to 1), "
-                            f"forms=1, by_pattern=1 (or 0)") from None
+                            f"by=shape (or {', '.join(CLASSES)})") from None
     counts = {name: options.pop(name) for name in ("train", "val")}
     split = "train" if split == "train" else "val"
     return ShapesWorld(split, counts[split], dense=task in ("segmentation", "detection"), **options)

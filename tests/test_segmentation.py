@@ -983,7 +983,7 @@ def test_clipping_is_an_option(argv, recipe, clip_grad):
 
 @pytest.mark.slow
 def test_upernet_learns_on_two_processes(checkpoint, tmp_path):
-    few = ["--data", "shapes:objects=2-3,forms=1,train=4,val=4", *SMALL[2:]]           # learned by heart
+    few = ["--data", "shapes:objects=2-3,by=shape,train=4,val=4", *SMALL[2:]]           # learned by heart
     run_script("dense.py", "upernet", checkpoint, *few, "--steps", 80, "--lr", 3e-3, "--out", tmp_path,
                "--json", tmp_path / "r.json", processes=2)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

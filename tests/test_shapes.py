@@ -136,7 +136,7 @@ def test_dense_samples():
     for i in range(100):
         scene, sample = world.scene(i), world.read(i)
         assert np.array_equal(sample.image, draw_scene(scene, world.size)) and sample.captions == (scene.caption,)
-        assert sample.label == (scene.objects[0].category if len(scene.objects) == 1 else -1)
+        assert sample.label == (data.KINDS.index(scene.objects[0].kind) if len(scene.objects) == 1 else -1)
         assert [world.classes[o["category"]] for o in sample.objects] == [f"{t.color} {t.shape}" for t in scene.objects]
         want = np.zeros((64, 64), dtype=int)
         for o, thing in zip(sample.objects, scene.objects):
@@ -181,19 +181,30 @@ def test_stripes_run_as_their_name_says():
         assert min(change, key=change.get) == along, (name, change)
 
 
-def test_classes_by_pattern():
-    world = open_data("shapes:objects=1-1,patterns=0,by_pattern=1,val=20", "val", "classes", size=32)
-    assert world.classes == list(PATTERNS)
-    for i in range(20):
-        assert world.classes[world.read(i).label] == world.scene(i).objects[0].pattern
-    with pytest.raises(UserError, match="by_pattern=1 wants patterns"):
-        open_data("shapes:by_pattern=1", "val", "classes")
-    with pytest.raises(UserError, match="patterns is"):
-        open_data("shapes:patterns=2", "val", "classes")
+@pytest.mark.parametrize("by, names, of", [
+    ("kind", data.KINDS, lambda thing, scene: thing.color + " " + thing.shape),
+    ("shape", SHAPES, lambda thing, scene: thing.shape),
+    ("pattern", PATTERNS, lambda thing, scene: thing.pattern),
+    ("texture", data.TEXTURES, lambda thing, scene: scene.texture),
+    ("tilt", data.QUARTERS, lambda thing, scene: quarter(thing.angle, -20, 20)),
+    ("fineness", data.QUARTERS, lambda thing, scene: quarter(scene.period, 0.14, 0.3)),
+])
+def test_what_a_class_is(by, names, of):
+    """The same pictures whatever is asked of them (patterns are drawn where they are asked for), all classes in use."""
+    world, plain = (open_data(f"shapes:val=200{end}", "val", "classes", size=32) for end in (f",by={by}", ""))
+    assert world.classes == list(names)
+    samples, scenes = zip(*((world.read(i), world.scene(i)) for i in range(len(world))))
+    assert [world.classes[sample.label] for sample in samples] == [of(scene.objects[0], scene) for scene in scenes]
+    assert {sample.label for sample in samples} == set(range(len(names)))
+    assert (samples[3].image == plain.read(3).image) == (by != "pattern")
 
 
-def test_with_forms_a_class_is_a_shape_of_any_color():
-    forms, both = ShapesWorld(objects=(1, 3), dense=True, forms=True), ShapesWorld(objects=(1, 3), dense=True)
+def quarter(value: float, low: float, high: float) -> str:
+    return data.QUARTERS[sum(value >= low + (high - low) * share for share in (0.25, 0.5, 0.75))]
+
+
+def test_with_shapes_a_class_is_of_any_color():
+    forms, both = (ShapesWorld(objects=(1, 3), dense=True, by=by) for by in ("shape", "kind"))
     assert forms.classes == list(SHAPES) and len(both.classes) == 64
     for i in range(40):
         scene, sample, finer = forms.scene(i), forms.read(i), both.read(i)
@@ -210,7 +221,7 @@ def test_later_objects_cover_earlier_ones_and_hidden_ones_are_dropped(monkeypatc
     scene = replace(ShapesWorld().scene(0), objects=[below, above])
     assert np.linalg.norm(draw_scene(scene, 64)[32, 32] - np.array(above.rgb)) < 16
     monkeypatch.setattr(ShapesWorld, "scene", lambda self, i: scene)
-    assert [o["category"] for o in ShapesWorld(dense=True).read(0).objects] == [above.category]
+    assert [o["category"] for o in ShapesWorld(dense=True).read(0).objects] == [data.KINDS.index(above.kind)]
 
 
 # ---- splits and balance ----------------------------------------------------------------------------------------------
@@ -232,7 +243,7 @@ def test_splits_share_no_layout():
 def test_single_object_worlds_are_balanced(split):
     world = ShapesWorld(split=split, count=256, objects=(1, 1))
     scenes = [world.scene(i) for i in range(len(world))]
-    assert [scene.objects[0].category for scene in scenes] == [i % 64 for i in range(256)]
+    assert [scene.objects[0].kind for scene in scenes] == [data.KINDS[i % 64] for i in range(256)]
     assert len(world.classes) == len(set(world.classes)) == 64
 
 
@@ -367,8 +378,8 @@ def test_mismatched():
 
 def test_options():
     """What follows "shapes:" in a SPEC, and what a task asks for where it says nothing."""
-    world = open_data("shapes:val=9,seed=3,objects=1-1,unsaid=.25,forms=1,size=48", "val", "retrieval", size=32)
-    assert vars(world) == vars(ShapesWorld("val", 9, 48, 3, (1, 1), 0.25, forms=True)) and world.classes == list(SHAPES)
+    world = open_data("shapes:val=9,seed=3,objects=1-1,unsaid=.25,by=shape,size=48", "val", "retrieval", size=32)
+    assert vars(world) == vars(ShapesWorld("val", 9, 48, 3, (1, 1), 0.25, by="shape")) and world.classes == list(SHAPES)
     plain, held_out = open_data("shapes:train=30", size=32), open_data("shapes", "val")
     assert (len(plain), len(held_out)) == (30, 1024) and held_out.split == "val"
     sample = plain.read(0)
@@ -392,6 +403,8 @@ def test_options():
     ("unsaid=1.5", ["unsaid", "1.5", "from 0 to 1"]),
     ("unsaid=nan", ["unsaid", "nan"]),
     ("mismatched=-1", ["mismatched", "-1"]),
+    ("patterns=2", ["patterns", "2"]),
+    ("by=form", ["by=form", "by=shape", "fineness"]),     # no key of CLASSES
 ])
 def test_bad_options(text, told):
     with pytest.raises(UserError) as error:
