@@ -258,6 +258,8 @@ def tables(cells: dict) -> dict[str, Table]:
         "untold": Table("What captions seldom or never say: linear probes of the patches' mean",
                         {by: (by, "top1") for by in UNTOLD},
                         [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER] +
+                        [Row(f"MaskCLIP, lambda = {weight}", setting("maskclip", distillation_weight=weight),
+                             base=system("clip")) for weight in (0.1, 1)] +
                         [Row("not trained", setting("clip", steps=1, lr=0), base=system("clip"))],
                         dict.fromkeys(UNTOLD, LATER)),
         "needs": Table("What the effect may need", CHEAP,
