@@ -260,6 +260,9 @@ def tables(cells: dict) -> dict[str, Table]:
                         [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER] +
                         [Row(f"MaskCLIP, lambda = {weight}", setting("maskclip", distillation_weight=weight),
                              base=system("clip")) for weight in (0.1, 1)] +
+                        [Row("MaskCLIP, beta = 1", setting("maskclip", mlm_weight=1), base=system("clip")),
+                         Row("SLIP", system("slip"), base=system("clip")),
+                         Row("SLIP, a tenth of its weight", setting("slip", simclr_weight=0.1), base=system("clip"))] +
                         [Row("not trained", setting("clip", steps=1, lr=0), base=system("clip"))],
                         dict.fromkeys(UNTOLD, LATER)),
         "needs": Table("What the effect may need", CHEAP,
@@ -690,7 +693,6 @@ def overview(seeds: int, cells: dict):
 # Tables 1 and 2 at full scale
 # ---------------------------------------------------------------------------------------------------------------------
 
-UNTOLD = ("texture", "fineness", "tilt")          # captions say the first of the background, in one case of four
 # evaluation -> its command; {WORD} is an option of this script
 FULL = {
     "zeroshot": "eval_zeroshot.py CHECKPOINT --data folder:{imagenet} --classes {classes}",
