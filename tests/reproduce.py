@@ -226,7 +226,7 @@ def tables(cells: dict) -> dict[str, Table]:
                         [Row(LADDER[m], system(m), TABLE_2[m], base=system("clip") * (m != "clip")) for m in LADDER],
                         dict(zeroshot=MANY, linear=MANY, finetune=LATER, upernet=LATER, detector=LATER)),
         "systems": Table("Supplement Table 1: MaskCLIP and the systems it is compared with (the paper's numbers: "
-                         "ViT-B/32 on YFCC15M / ViT-B/16 on CC3M)", {**ZEROSHOT, **LINEAR, **FINE},
+                         "ViT-B/32 on YFCC15M / ViT-B/16 on CC3M)", {**ZEROSHOT, **LINEAR, **FINE, **RETRIEVAL},
                          compared(SYSTEMS, {m: both_halves(m) for m in SYSTEMS})),
         "lambda": Table("Weight of the distillation, lambda of Eq. 8", CHEAP,
                         sweep("distillation_weight", list(LAMBDA), LAMBDA)),
@@ -256,7 +256,7 @@ def tables(cells: dict) -> dict[str, Table]:
                            Row("not trained", setting("clip", world="patterns=0", steps=1, lr=0), {}, "never",
                                base=setting("clip", world="patterns=0"))]),
         "untold": Table("What captions seldom or never say: linear probes of the patches' mean",
-                        {by: (by, "top1") for by in UNTOLD},
+                        {**ZEROSHOT, **{by: (by, "top1") for by in UNTOLD}},
                         [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER] +
                         [Row(f"MaskCLIP, lambda = {weight}", setting("maskclip", distillation_weight=weight),
                              base=system("clip")) for weight in (0.1, 1)] +
@@ -264,7 +264,7 @@ def tables(cells: dict) -> dict[str, Table]:
                          Row("SLIP", system("slip"), base=system("clip")),
                          Row("SLIP, a tenth of its weight", setting("slip", simclr_weight=0.1), base=system("clip"))] +
                         [Row("not trained", setting("clip", steps=1, lr=0), base=system("clip"))],
-                        dict.fromkeys(UNTOLD, LATER)),
+                        dict(zeroshot=MANY, **dict.fromkeys(UNTOLD, LATER))),
         "needs": Table("What the effect may need", CHEAP,
                        [Row(LADDER[m], setting(m, **changes), {}, name, base=setting("clip", **changes) * (m != "clip"))
                         for name, changes in NEEDS.items() for m in ("clip", "clip+ema", "maskclip")]),
@@ -573,6 +573,12 @@ class Panel:
         self.pen.text((place, self.box[3] + 4 + 13 * line), text, "#444444", self.font, anchor="mt")
         return place
 
+    def dots(self, x: float, values: list[float], color: str):
+        """Each value in gray over their mean in color"""
+        for value, radius, fill in [(statistics.mean(values), 5, color), *((value, 3, "#b8b8b8") for value in values)]:
+            y = self.y(value)
+            self.pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
+
     def key(self, line: int, text: str, color: str):
         self.pen.text((self.box[2], self.box[1] - 6 - 14 * line), text, color, self.font, anchor="rs")
 
@@ -604,19 +610,21 @@ def draw(shown: list[Table], seeds: int, cells: dict) -> PIL.Image.Image:
                                    k % 2 if len(names) > 4 else 0) for k, name in enumerate(names)}
             for g, group in enumerate(groups):
                 of_group = [(place[row.name], own) for row, own in points if own and row.group == group]
-                dots = [(x, panel.y(value), 3, "#b8b8b8") for x, own in of_group for value in own]
-                means = [(x, panel.y(statistics.mean(own))) for x, own in of_group]
                 if names[0].replace(".", "").isdigit():
-                    panel.pen.line(means, COLORS[g], 2)
-                for x, y, radius, color in [(*mean, 5, COLORS[g]) for mean in means] + dots:
-                    panel.pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color)
+                    panel.pen.line([(x, panel.y(statistics.mean(own))) for x, own in of_group], COLORS[g], 2)
+                for x, own in of_group:
+                    panel.dots(x, own, COLORS[g])
                 panel.key(g, group, COLORS[g])
     return sheet
 
 
+SEEN = {"not trained": setting("clip", steps=1, lr=0), "clip": setting("clip"), "maskclip": setting("maskclip"),
+        "lambda = 1": setting("maskclip", distillation_weight=1), "slip": setting("slip")}
+
+
 def draw_results(cells: dict) -> PIL.Image.Image | None:
-    """Zero-shot accuracy against steps of clip and maskclip, mean and range over the seeds that both have; beside it
-    words in pictures by both."""
+    """Zero-shot accuracy against steps of clip and maskclip, mean and range over the seeds that both have; below it how
+    well the background's texture is told; beside them words in pictures by both."""
     runs = {method: setting(method) for method in ("clip", "maskclip")}
     seeds = [seed for seed in range(100) if all((run, seed, "train") in cells and cells[run, seed, "train"]["values"]
                                                 for run in runs.values())]
@@ -630,7 +638,7 @@ def draw_results(cells: dict) -> PIL.Image.Image | None:
     sheet.paste(words, (520, 0))
     steps = [step for step, _ in curves["clip"][0]]
     high = max(value for some in curves.values() for curve in some for _, value in curve)
-    panel = Panel(sheet, (0, 0), f"zero-shot accuracy, %, {len(seeds)} seeds", 0, 1.05 * high, (510, height))
+    panel = Panel(sheet, (0, 0), f"zero-shot accuracy, %, {len(seeds)} seeds", 0, 1.05 * high, (510, height - 200))
     for k, (method, some) in enumerate(curves.items()):
         at = [panel.x(step / steps[-1]) for step in steps]
         values = [[curve[i][1] for curve in some] for i in range(len(steps))]
@@ -642,6 +650,14 @@ def draw_results(cells: dict) -> PIL.Image.Image | None:
         panel.key(k, method, COLORS[k])
     for step in ticks(0, steps[-1]):
         panel.x(step / steps[-1], f"{step:.0f}")
+    panel = Panel(sheet, (0, height - 200), "the background's texture, which captions seldom name: linear probe, %", 0,
+                  110, (510, 200))
+    for k, (name, run) in enumerate(SEEN.items()):
+        x = panel.x((k + 0.5) / len(SEEN), name)
+        if told := list(values_of(run, ("texture", "top1"), MANY, cells).values()):
+            panel.dots(x, told, COLORS[0])
+            panel.pen.text((x + 9, panel.y(statistics.mean(told))), f"{statistics.mean(told):.0f}", "black", panel.font,
+                           anchor="lm")
     return sheet
 
 
