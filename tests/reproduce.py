@@ -260,6 +260,8 @@ def tables(cells: dict) -> dict[str, Table]:
                         [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER] +
                         [Row(f"MaskCLIP, lambda = {weight}", setting("maskclip", distillation_weight=weight),
                              base=system("clip")) for weight in (0.1, 1)] +
+                        [Row(f"{SYSTEMS[m]}, 12 epochs", setting(m, epochs=12),
+                             base=setting("clip", epochs=12) * (m != "clip")) for m in both] +
                         [Row("MaskCLIP, beta = 1", setting("maskclip", mlm_weight=1), base=system("clip")),
                          Row("SLIP", system("slip"), base=system("clip")),
                          Row("SLIP, a tenth of its weight", setting("slip", simclr_weight=0.1), base=system("clip"))] +
