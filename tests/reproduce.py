@@ -12,8 +12,9 @@
 Every number is made by the commands a user has: train.py with a row's options, then an evaluation script.  Each is a
 line of docs/reproduction.jsonl: run (the options of train.py), seed, evaluation, values, seconds, commit.  A network
 stands in several tables and is trained once.  Seconds are of processor time, on one thread each, so that they mean the
-same however many runs share the machine.  What another processor adds is another run of the same seed: to compare, fill
-a copy of the file from its beginning.
+same however many runs share the machine.  What another processor adds may be another run of the same seed: before, see
+whether it repeats a number that is there, else fill a copy of the file from its beginning; and of a slower one add
+"slower" to its lines, how many times as long a step of clip takes there, by which their seconds are divided.
 
 The setting is the preset `pocket` itself, so that a row of a table is a command anyone can run.  Rows of one seed start
 from the same weights in all that they share and see the same batches, so two methods are compared seed by seed: their
@@ -220,7 +221,7 @@ def tables(cells: dict) -> dict[str, Table]:
                     base="" if m == "clip" or value == default and len(methods) == 1 else
                     run("clip", value) if len(methods) > 1 else run(m, default))
                 for m in methods for value in values]
-    both, whole = ("clip", "maskclip"), dict(steps=steps_of(system("clip")))
+    both, half = ("clip", "maskclip"), dict(steps=steps_of(setting("clip", epochs=3)))
     return {
         "ladder": Table("Supplement Table 2: what each part adds", {**ZEROSHOT, **LINEAR, **FINE, **DENSE, **RETRIEVAL},
                         [Row(LADDER[m], system(m), TABLE_2[m], base=system("clip") * (m != "clip")) for m in LADDER],
@@ -234,9 +235,9 @@ def tables(cells: dict) -> dict[str, Table]:
                       sweep("mlm_weight", list(BETA), BETA)),
         "length": Table(f"How often each of {PAIRS:,} pairs is seen", CHEAP,
                         sweep("epochs", [1.5, 3, 6, 12], {}, both)),
-        "pairs": Table("How many pairs there are, in runs of equal length", CHEAP,
+        "pairs": Table("How many pairs there are, in runs of half the length", CHEAP,
                        [Row(f"{n:,}", setting(m, n, **length), {}, m, base=setting("clip", n, **length) * (m != "clip"))
-                        for m in both for n, length in ((1250, whole), (5000, whole), (PAIRS, {}))]),
+                        for m in both for n, length in ((1250, half), (5000, half), (PAIRS, dict(epochs=3)))]),
         "pool": Table("What stands for the image", CHEAP, sweep("pool", ["cls", "mean", "max"], {}, both)),
         "figure": Table("Supplement Figures 2 and 3: where words are found", WORDS,
                         [Row(LADDER[m], system(m), base=system("clip") * (m != "clip")) for m in LADDER],
@@ -405,9 +406,10 @@ def folder_name(run: str) -> str:
 
 
 def read_cells(path: Path) -> dict:
-    """(run, seed, evaluation) -> cell"""
+    """(run, seed, evaluation) -> cell; its seconds are as of the first cells' processor"""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(line["run"], line["seed"], line["evaluation"]): line for line in lines}
+    return {(line["run"], line["seed"], line["evaluation"]):
+            dict(line, seconds=line["seconds"] / line.get("slower", 1)) for line in lines}
 
 
 def wanted(table: Table, seeds: int, cells: dict, only: tuple[str, ...] = ()) -> dict[tuple, list[str]]:

@@ -380,6 +380,12 @@ def test_momentum_ramp(step, want):
     assert model.momentum_at(step, 101, 0.999, 0.9999) == pytest.approx(want)
 
 
+@pytest.mark.parametrize("start, end, want", [(0.999, 0.9999, 0.36), (0.99, 0.999, 0.00003)])     # README's numbers
+def test_what_a_pocket_run_leaves_of_the_teachers_start(start, end, want):
+    left = math.prod(model.momentum_at(step, 1872, start, end) for step in range(1872))
+    assert left == pytest.approx(want, rel=0.1)
+
+
 # ------------------------------------------------------------------------------------------------------ costs
 
 @pytest.mark.parametrize("method, pool", [("maskclip", "mean"), *(

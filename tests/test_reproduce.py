@@ -204,7 +204,10 @@ def test_cells_are_lines_of_a_file(tmp_path):
     lab.record(**cell("--method clip", 0, "train"))
     lab.record(**cell("--method clip", 0, "zeroshot", top1=1.0))
     assert len(path.read_text().splitlines()) == 2 and json.loads(path.read_text().splitlines()[0])["commit"]
-    assert set(reproduce.read_cells(path)) == {("--method clip", 0, "train"), ("--method clip", 0, "zeroshot")}
+    lab.record(**cell("--method slip", 0, "train", 400.0), slower=2)
+    cells = reproduce.read_cells(path)
+    assert set(cells) == {("--method clip", 0, "train"), ("--method clip", 0, "zeroshot"), ("--method slip", 0, "train")}
+    assert cells["--method slip", 0, "train"]["seconds"] == 200, "as of the processor of the others"
 
 
 def test_a_script_that_fails_ends_with_its_last_words(tmp_path):
