@@ -191,7 +191,7 @@ class Sample:
     label: int = -1                         # class index, -1 unknown
     text_label: int = -1                    # class that the captions name, over all data sets: see name_classes
     label_map: np.ndarray | None = None     # (H, W) uint8 class of each pixel, 255 ignored
-    objects: list[dict] | None = None       # {"box": [x1, y1, x2, y2], "category", "mask": (H, W) bool, "crowd"}
+    objects: list[dict] | None = None       # {"box": [x1, y1, x2, y2], "category", "mask" for dense.read_mask, "crowd"}
 
 
 def pick_caption(sample: Sample, rng: np.random.Generator) -> str:
@@ -977,9 +977,9 @@ class ShapesWorld:
                  hardly say or never: the background's texture (5) and, in quarters of their range, an object's tilt and
                  the fineness of the texture
 
-    A scene is in "val" if a hash of its layout (color and shape of its objects, their places and sizes in sixteenths of
-    the side) is a multiple of 4, else in "train".  So no layout is in both, whatever the seeds and options, while both
-    have all classes: held out is where a thing is, how large, and beside which others.
+    A scene is held out, of any split but "train", if a hash of its layout (color and shape of its objects, their places
+    and sizes in sixteenths of the side) is a multiple of 4.  So no layout is in both, whatever the seeds and options,
+    while both have all classes: held out is where a thing is, how large, and beside which others.
     """
     split: str = "train"
     count: int = 20000
@@ -996,7 +996,6 @@ class ShapesWorld:
     reduce_zero_label = True            # label 0 of a label_map is no class
 
     def __post_init__(self):
-        assert self.split in ("train", "val"), self.split
         limits = dict(objects=(1, 6), count=(1, 10 ** 9), size=(16, 100_000), unsaid=(0, 1), mismatched=(0, 1),
                       patterns=(0, 1))
         for name, (least, largest) in limits.items():
@@ -1021,7 +1020,7 @@ class ShapesWorld:
         lone = fewest == 1 and (most == 1 or rng.random() < LONE_SHARE)
         n = 1 if lone else rng.randint(max(fewest, 2), most)
         held_out = None
-        while held_out != (self.split == "val"):
+        while held_out != (self.split != "train"):
             things = lay_out(rng, n, KINDS[i % len(KINDS)] if most == 1 else None)
             cells = sorted((KINDS.index(t.kind), int(16 * t.cx), int(16 * t.cy), int(16 * t.size)) for t in things)
             held_out = hashlib.blake2b(bytes(sum(cells, ()))).digest()[0] % 4 == 0
@@ -1521,7 +1520,7 @@ class Shards:
 
     def name(self, i):
         stem = os.path.basename(self.paths[self.shard[i]]).removesuffix(".tar")
-        return f"{stem}/{self.keys[i].decode('utf-8', 'replace')}"
+        return readable(f"{stem}/{os.fsdecode(self.keys[i])}")
 
     def read(self, i: int) -> Sample:
         path = self.paths[self.shard[i]]
@@ -1578,7 +1577,7 @@ class ImageFiles:
 
 def captioned(source, root, listed, counts={}):
     """ImageFiles of (file, captions): what is listed of one file is one image with several captions; images without
-    captions are left out and counted."""
+    captions are left out and counted; one whose captions are all empty is a bad record."""
     captions, rows = defaultdict(list), 0
     for rows, (file, more) in enumerate(listed, 1):
         captions[os.path.normpath(file)] += more
@@ -1628,7 +1627,7 @@ def csv_rows(path, image, texts, counts):
             for row in rows:
                 captions = []
                 for value in map(row.get, texts):
-                    captions += value if isinstance(value, list) else ["" if value is None else value]
+                    captions += value if isinstance(value, list) else [value or ""]
                 counts["captions go over several lines: look for stray quotes"] += "\n" in "".join(captions)
                 counts[f"rows have too many fields: captions with a {separator!r} need quotes"] += None in row
                 yield row[image].strip(), captions
@@ -1836,7 +1835,7 @@ def look_at_labels(data, known: list[str] | None = None, speaks: bool = True) ->
     known   the classes that a network has learned: others that occur are named
     UserError if there is nothing to learn or to measure.  Of what is drawn nothing is said: it has all its classes.
     """
-    if not isinstance(data, LabelMaps | CocoInstances):
+    if not hasattr(data, "tally"):
         return data.classes
 
     def some(names):
@@ -1846,7 +1845,7 @@ def look_at_labels(data, known: list[str] | None = None, speaks: bool = True) ->
     strange = [name for name in found if name not in (known or found)]
     line += f", of {len(found)} of {len(data.classes)} classes ({some(found)})"
     if strange:
-        line += f", but not among those learned ({some(known)}): {some(strange)}"
+        line += f", not seen among those learned ({some(known)}): {some(strange)}"
     if bad:
         line += f"; {len(bad):,} cannot be used, the first is {bad[0]}"
     if len(found) - len(strange) < data.fewest_classes:
@@ -1859,6 +1858,8 @@ def look_at_labels(data, known: list[str] | None = None, speaks: bool = True) ->
 def as_annotated(image, size, ignore_exif):
     """Settles whether annotations for an image of `size` (width, height) were drawn on it as `decode` turns it, or on
     the pixels as stored: then its EXIF orientation goes.  Where both sizes are the same, ignore_exif says so."""
+    with refusing("corrupt image"):
+        image.load()                                 # the EXIF of a PNG may stand behind its pixels
     if upright_size(image) != size or ignore_exif and image.size == size:
         if image.size != size:
             raise BadRecord(f"image of another size: {image.size}, and {upright_size(image)} when turned as its EXIF "
@@ -1890,7 +1891,7 @@ class LabelMaps(ImageFiles):
     reduce_zero_label   label 0 belongs to no class: they start with label 1
     label_of            (256,) the label of each value in the files, where they differ
     """
-    task, fewest_classes = "segmentation", 2
+    fewest_classes = 2
     advice = ("a label map holds the number of a class in each pixel, and 255 where there is none: a mask in black and "
               "white wants 1 in place of 255")
 
@@ -1936,7 +1937,7 @@ class LabelMaps(ImageFiles):
         """(classes,) how many pixels are of each, in LOOKED_AT label maps drawn at random; the same in words; and those
         that cannot be used."""
         counts, bad, order = np.zeros(256, dtype=int), [], epoch_order(len(self), 0, 0).tolist()
-        for read, i in enumerate(progress(order, min(len(order), LOOKED_AT), "label maps read", speaks), start=1):
+        for read, i in enumerate(progress(order, min(len(order), LOOKED_AT), "label maps read", speaks), 1):
             try:
                 counts += np.bincount(self.read(i).label_map.ravel(), minlength=256)
             except BadRecord as error:
@@ -1966,7 +1967,7 @@ class CocoInstances(ImageFiles):
     trained on.  What is left out is counted in notes.  Objects that are malformed are left out too; what was wrong with
     each is in left_out, for look_at_labels.
     """
-    task, fewest_classes = "detection", 1
+    fewest_classes = 1
     advice = "crowds and objects under a pixel do not count, and names of classes are compared letter by letter"
 
     def __init__(self, root, split):
@@ -2051,7 +2052,7 @@ def is_rle(mask: dict, height, width) -> bool:
     except ValueError:
         return False
     return mask.get("size") == [height, width] and (
-        are_numbers(counts) and min(counts) >= 0 and sum(counts) == width * height)
+        are_numbers(counts) and min(counts) >= 0 and sum(map(int, counts)) == width * height)
 
 
 def unpack_counts(text: bytes) -> list[int]:
@@ -2518,7 +2519,7 @@ def preview(data, out: str):
             picture = decode(sample.image)
             picture.thumbnail((CELL, CELL), BICUBIC)
             text = (pick_caption(sample, rng) if sample.captions else
-                    data.classes[sample.label] if sample.label >= 0 else data.name(i))
+                    data.classes[sample.label] if data.classes and sample.label >= 0 else data.name(i))
         except BadRecord as error:
             picture = Image.new("RGB", (CELL, CELL), "lightgray")
             text = f"BAD {data.name(i)}: {error}"
@@ -2592,10 +2593,11 @@ def main(argv: list[str] | None = None):
     cli.add_argument("--workers", type=at_least(0), default=0, help="check: loader processes (default: 0)")
     cli.add_argument("--json", default="", help="check: file for the report as one JSON object")
     o = cli.parse_intermixed_args(argv)
-    check_folder_of("--out", o.out)
     check_folder_of("--json", o.json)
-    if not is_image(o.out):
-        raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
+    if o.command == "preview":
+        check_folder_of("--out", o.out)
+        if not is_image(o.out):
+            raise UserError(f"--out {o.out} is no picture's name: end it in .png or .jpg")
     data = Mixed([part for spec in o.data or ["shapes"] for part in open_for_reading(spec, o.split, o.task)])
     if o.command == "preview":
         return preview(data, o.out)

@@ -866,7 +866,7 @@ def encode_rle(mask: np.ndarray) -> dict:
 
 def decode_rle(rle: dict) -> np.ndarray:
     """RLE, its counts a list, str or bytes -> mask (height, width) uint8, 1 inside."""
-    (height, width), counts = rle["size"], rle["counts"]
+    (height, width), counts = map(int, rle["size"]), rle["counts"]
     if isinstance(counts, (str, bytes)):
         counts = unpack_counts(counts.encode() if isinstance(counts, str) else counts)
     is_inside = np.arange(len(counts), dtype=np.uint8) % 2

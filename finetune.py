@@ -63,7 +63,8 @@ class Options(LoopOptions, CheckpointOptions):
     eval: bool = opt(False, "only evaluate OUT/last.pt, on the test split of its own data or of --data", "what")
     accumulate: int = opt(1, "micro-batches a step, to save memory", "run")
     epochs: float = opt(100.0, "passes over the data (paper: 100)", "recipe")
-    warmup_epochs: float = opt(20.0, "epochs of linear warm-up from 0 (paper: 20)", "recipe")
+    warmup_epochs: float = opt(20.0, "epochs of linear warm-up from 0 (paper: 20), a fifth of the run at most (ours)",
+                               "recipe")
     batch_size: int = opt(2048, "images a step, over all processes (paper silent; FT-CLIP: 2048)", "recipe")
     lr: float = opt(6e-4, "peak learning rate of the head (paper: 6e-4)", "recipe")
     lr_end: float = opt(1e-6, "its learning rate at the last step, reached by half a cosine (paper: 1e-6)", "recipe")
@@ -115,7 +116,7 @@ def parse_options(argv=None) -> Options:
 
 def load_finetuned(out: str) -> dict:
     """What fine_tune saved in OUT/last.pt."""
-    path = Path(out) / "last.pt"
+    path = Path(out).expanduser() / "last.pt"
     if not path.is_file():
         raise UserError(f"no fine-tuned model at {path}; make one with: python finetune.py --out {out}")
     return load_state(path, "finetuning")

@@ -127,8 +127,8 @@ class Config:
     lr_end: float = opt(1e-5, "learning rate at the last step, reached by half a cosine (paper)", "recipe")
     lr_start: float = opt(1e-6, "learning rate at step 0 of the warm-up (SLIP; paper silent)", "recipe")
     warmup_epochs: float = opt(1.0, "epochs of linear warm-up (paper), a fifth of the run at most (ours)", "recipe")
-    weight_decay: float = opt(0.1, "AdamW weight decay of matrices (paper); vectors, tokens, positions: none (ours)",
-                              "recipe")
+    weight_decay: float = opt(0.1, "AdamW weight decay of matrices (paper); vectors, class and mask token, positions: "
+                              "none (ours)", "recipe")
     beta2: float = opt(0.98, "AdamW beta2, beta1 is 0.9 (SLIP; paper silent)", "recipe")
     clip_grad: float = opt(0.0, "largest gradient norm, 0: no clipping (paper silent, SLIP none)", "recipe")
     crop_min: float = opt(0.5, "smallest share of the image a random crop keeps, 1: whole image (SLIP)", "recipe")
@@ -396,7 +396,7 @@ class VisionTransformer(nn.Module):
     def block_outputs(self, images: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
         """The outputs (B, 1+N, D) of blocks `taps`, counted from 1, before the final norm, for dense heads."""
         x, out = self.embed(images), []
-        for i, block in enumerate(self.blocks, start=1):
+        for i, block in enumerate(self.blocks, 1):
             x = block(x)
             if i in taps:
                 out.append(x)
@@ -433,17 +433,17 @@ def mask_words(tokens: Tensor, ratio: float, sot: int, eot: int, mask_id: int, n
 
     tokens (B, L), noise (B, L, 3) uniform in [0, 1): one draw to choose, one for the kind, one for the other word.
     Start, end and padding are never chosen; of a caption with words at least one is.  Other words have ids below sot.
-    Returns corrupted (B, L) and chosen (B, L) bool.
+    Returns corrupted (B, L) and is_chosen (B, L) bool.
     """
     noise = noise[:, :tokens.shape[1]]
     is_word = (tokens != sot) & before_end(tokens, eot)
     n_words = is_word.sum(dim=1, keepdim=True)                                                  # (B, 1)
     n_chosen = (n_words * ratio).round().clamp(min=1).minimum(n_words)
     rank = noise[..., 0].masked_fill(~is_word, 2.0).argsort(dim=1).argsort(dim=1)               # 0 for the lowest draw
-    chosen = rank < n_chosen
+    is_chosen = rank < n_chosen
     other_word = (noise[..., 2] * sot).long()
     corrupted = torch.where(noise[..., 1] < 0.8, mask_id, torch.where(noise[..., 1] < 0.9, other_word, tokens))
-    return torch.where(chosen, corrupted, tokens), chosen
+    return torch.where(is_chosen, corrupted, tokens), is_chosen
 
 
 def before_end(tokens: Tensor, eot: int) -> Tensor:
@@ -1117,7 +1117,7 @@ def load_checkpoint(path: str | Path, device="cpu") -> tuple[MaskCLIP, BytePairT
         raise UserError(f"{path} was trained with pixel normalization {pixels}; this version uses {MEAN}, {STD}")
     if damaged:
         raise UserError(f"{path}: not all of {damaged[0]} is finite: such a model knows nothing, train again")
-    return model.to(device).eval(), tokenizer, config
+    return model.to(device).eval(), tokenizer, model.config
 
 
 def check_sizes(config: Config, eot: int, weights: dict[str, Tensor], file_size: int):

@@ -48,7 +48,7 @@ from data import BytePairTokenizer, UserError, run, say, seed_of
 from losses import LOGIT_ROWS, mean_over_processes, patchify, similarity
 from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, SyncBatchNorm, Teacher, build, checkpoint, costs,
                    initialize, load_checkpoint, load_state, mask_words, momentum_at, opt, preset_for, random_mask,
-                   read_merges, save_atomically, save_checkpoint, take)
+                   read_merges, save_atomically, take)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,8 +83,8 @@ class TrainOptions(RunOptions, Config):
     preset: str = opt("pocket", "model and recipe that the other options change", "what", tuple(PRESETS))
     exclude_classes: str = opt("", "file with a folder's name a line, as ImageNet-1K's: images of folder: data "
                                "that lie in these are left out", "run")
-    bpe: str = opt("", "CLIP's merges file; empty: the vocabulary of --init's weights, or else "
-                   "vocab_size entries learned from the captions", "run")
+    bpe: str = opt("", "CLIP's merges file; empty: the vocabulary of --init's weights (a checkpoint of ours keeps its "
+                   "own), or else vocab_size entries learned from the captions", "run")
     synonyms: str = opt("", "DeCLIP's second caption: file with a group of words a line, divided by commas", "run")
     steps: int = opt(0, "length in steps instead of --epochs, 0: use --epochs", "run")
     resume: str = opt("auto", "auto: go on from OUT/last.pt if there; none: start over; or a checkpoint's path", "run")
@@ -193,7 +193,9 @@ def backward(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, batch: d
 
 def backward_in_parts(model: nn.Module, core: MaskCLIP, teacher: Teacher | None, parts: list[dict],
                       runtime: "Runtime", seed: int = 0) -> tuple[dict, list]:
-    """The same loss and gradients from micro-batches, at the memory of one.  L_I and L_T contrast the whole batch, so
+    """The same loss and gradients from micro-batches, at the memory of one but for the pixels of all.
+
+    L_I and L_T contrast the whole batch, so
 
     1. the towers embed each part without gradient;
     2. from all embeddings come L_I and L_T, and what they ask of each embedding: their gradient;
@@ -255,8 +257,8 @@ def train(o: TrainOptions):
     steps_per_epoch, total, warmup = length_of(o, len(data))
 
     core = build(o, tokenizer.eot)
-    if runtime.share(o.batch_size) < 2 * o.accumulate and any(isinstance(x, SyncBatchNorm) for x in core.modules()):
-        raise UserError(f"--batch-size {o.batch_size}: the batch norms of {o.method} want 2 pairs or more at a time")
+    if o.batch_size < 2 and any(isinstance(x, SyncBatchNorm) for x in core.modules()):
+        raise UserError(f"--batch-size {o.batch_size}: the batch norms of {o.method} want 2 pairs or more")
     start = find_resumable(o, out)
     start.use(data, vocabulary=tokenizer.state())
     if start.state is None and o.init != "mae":
@@ -342,15 +344,15 @@ def length_of(o: TrainOptions, records: int) -> tuple[int, int, int]:
 
 
 def make_tokenizer(o: TrainOptions, data) -> BytePairTokenizer:
-    """CLIP's merges from --bpe, those of the weights the run starts from, or as many as vocab_size allows learned from
-    the captions of the first records."""
+    """That of the checkpoint the run starts from, whose word table has its order; CLIP's merges from --bpe or beside
+    open_clip's weights; or as many as vocab_size allows, learned from the captions of the first records."""
     kind, _, path = o.init.partition(":")
-    if o.bpe:
+    if isfile(o.init):
+        tokenizer = load_checkpoint(o.init)[1]
+    elif o.bpe:
         tokenizer = BytePairTokenizer.from_file(o.bpe)
     elif kind == "open_clip":
         tokenizer = read_merges(path)
-    elif isfile(o.init):
-        tokenizer = load_checkpoint(o.init)[1]
     else:
         return data_module.learn_tokenizer(data, o.vocab_size)
     o.vocab_size = max(o.vocab_size, tokenizer.vocab_size)
@@ -432,9 +434,9 @@ class Tests:
         if self.every and (step + 1) % self.every == 0:
             guess, label = guess_classes(core, tokenizer, guard.runtime, self.data)
             found["zeroshot"] = (guess == label).double().mean().item()
-            if self.o.keep_best and found["zeroshot"] > self.best:
-                kept.append("best.pt")
-            self.best = max(self.best, found["zeroshot"])
+            if found["zeroshot"] > self.best and not guard.refused:
+                self.best = found["zeroshot"]
+                kept += ["best.pt"] * self.o.keep_best
         if guard.runtime.is_main and not guard.refused:
             for name in kept:
                 save_atomically(guard.last.with_name(name), guard.checkpoint(step + 1))
@@ -767,7 +769,7 @@ def wrap(core: nn.Module, runtime: Runtime) -> nn.Module:
 # ---- the optimizer --------------------------------------------------------------------------------------------------
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Matrices decay; biases, norms, tokens, positions and the logit scale do not."""
+    """Matrices decay; biases, norms, class and mask token, positions and the logit scale do not."""
     return parameter.ndim >= 2 and not any(word in name for word in ("cls_token", "mask_token", "pos_embed"))
 
 
@@ -1270,7 +1272,8 @@ def step_memory(c: Config, pairs: int, rows: list[Cost], half: bool = False) -> 
 
     states       4 bytes each of weight, gradient and Adam's two averages a parameter, and of the teacher's; in bf16
                  or fp16 (half) autocast's 2 bytes a weight besides
-    activations  what model.costs (rows) says is kept from forward to backward
+    activations  what model.costs (rows) says is kept from forward to backward; the pixels of other micro-batches,
+                 0.6 MB an image of 224 px, are not counted
     logits       of codes or words, LOGIT_ROWS at once: logits, their softmax, its gradient
     """
     by_name, width = {row.name: row.parameters for row in rows}, c.vocab_size * METHODS[c.method]["mlm"]

@@ -35,6 +35,7 @@ def test_rle_by_hand(h, w, counts, text):
     assert encode_rle(mask) == {"size": [h, w], "counts": text}
     for form in (counts, text, text.decode()):
         assert np.array_equal(decode_rle({"size": [h, w], "counts": form}), mask)
+        assert np.array_equal(decode_rle({"size": [float(h), float(w)], "counts": form}), mask)
 
 
 @pytest.mark.parametrize("mask", [

@@ -20,9 +20,9 @@ import eval_zeroshot
 from data import ICINW, TEMPLATES_7, TEMPLATES_80, TEMPLATES_85, BytePairTokenizer, ShapesWorld, UserError
 from eval_zeroshot import (average_precision_11, class_accuracy, confusion, embed_classes, encode_texts, exact, main,
                            ranks, recall_at_k, recall_in_chunks, roc_auc, similarity, suite_score, top_k)
-from model import PRESETS, MaskCLIP
+from model import PRESETS, MaskCLIP, save_checkpoint
 from test_formats import make_tar
-from train import Runtime, TrainOptions, save_checkpoint
+from train import Runtime, TrainOptions
 
 ALONE = Runtime(rank=0, world=1, device=torch.device("cpu"), precision="fp32", workers=0)
 TINY = replace(PRESETS["pocket"], method="clip", image_size=32, patch_size=16, width=32, depth=1, heads=2,

@@ -14,8 +14,8 @@ import data
 import model
 from conftest import SHARED, needs_shared, run_script
 from data import BytePairTokenizer, EvalTransform, UserError
-from model import PAPER, PRESETS, MaskCLIP
-from train import load_checkpoint, load_state, save_checkpoint
+from model import PAPER, PRESETS, MaskCLIP, save_checkpoint
+from train import load_checkpoint, load_state
 
 CAPTIONS = ["a photo of a cat", "two dogs, a red ball & a café!", "", "word " * 200]
 TINY = replace(PRESETS["pocket"], image_size=32, width=64, depth=2, heads=4, text_width=48, text_heads=4,

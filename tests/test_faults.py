@@ -808,7 +808,7 @@ def whole_checkpoint(tmp_path_factory) -> Path:
     tokenizer = data.BytePairTokenizer([("a", "a"), *[("a" * k, "a") for k in range(2, 255)]])
     net = model.build(model.replace(net.config, vocab_size=tokenizer.vocab_size), tokenizer.eot)
     options = train.TrainOptions(**asdict(net.config))
-    train.save_checkpoint(path, net, tokenizer, options, step=5, total=9, data="x", bad_count=0, optimizer={},
+    model.save_checkpoint(path, net, tokenizer, options, step=5, total=9, data="x", bad_count=0, optimizer={},
                           teacher=None)
     load_checkpoint(path)
     return path

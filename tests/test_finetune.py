@@ -20,8 +20,8 @@ from torch import nn
 import finetune
 from data import MEAN, BadRecord, BytePairTokenizer, Sample, UserError, normalize
 from finetune import Classifier, draw_mixing, erase, layer_decay_groups, mix, parse_options, rand_augment, smooth
-from model import Config, MaskCLIP, VisionTransformer, image_tower
-from train import Runtime, load_state, save_checkpoint
+from model import Config, MaskCLIP, VisionTransformer, image_tower, save_checkpoint
+from train import Runtime, load_state
 
 TINY = Config(method="clip", image_size=32, patch_size=16, width=16, depth=2, heads=2, text_width=16, text_depth=1,
               text_heads=2, context_length=8, vocab_size=514, embed_dim=8)

@@ -607,6 +607,9 @@ def test_names_that_are_not_utf8(tmp_path):
     table = open_data(make_csv(tmp_path, '{"filepath": "0.jpg", "title": "x"}\n' + half))
     assert names(table) == ["0.jpg", r"\ud83d.jpg"] and len(hash_names(table)) == 64
     refused("unreadable file", table.read, 1)
+    make_tar(tmp_path / f"{cafe}.tar", pairs(2))
+    shards = open_data(f"shards:{tmp_path}/{cafe}.tar")
+    assert names(shards)[0] == "caf\u00e9/000000000" and len(hash_names(shards)) == 64
 
 
 # ---- coco and flickr30k ---------------------------------------------------------------------------------------------
@@ -776,9 +779,12 @@ def test_preview_draws_pictures_captions_classes_and_bad_records(tmp_path):
     assert (sheet == 211).all(axis=-1).sum() >= 224 * 224, "a bad one is light gray"
     data.preview(open_data(make_folder(tmp_path / "root", ["tea/1.jpg"]), task="classes"), tmp_path / "b.png")
     assert (np.asarray(PIL.Image.open(tmp_path / "b.png"))[:18] < 128).any(), "the class is written above"
+    more = make_folder(tmp_path / "more", ["milk/1.jpg", "juice/1.jpg"])
+    data.main(["preview", "--data", f"folder:{tmp_path}/root", "--data", more, "--out", str(tmp_path / "c.png")])
+    assert (np.asarray(PIL.Image.open(tmp_path / "c.png"))[:18] < 128).any(), "of several lists of classes the file"
 
 
-def test_commands_read_what_only_evaluation_reads(tmp_path, capsys):
+def test_commands_read_what_only_evaluation_reads(tmp_path, capsys, monkeypatch):
     home = tmp_path / "ADEChallengeData2016"
     make_folder(home / "images", ["training/1.jpg", "validation/1.jpg"])
     for part in ("training", "validation"):
@@ -806,6 +812,9 @@ def test_commands_read_what_only_evaluation_reads(tmp_path, capsys):
         assert f"records: {records}\nbad: 0\n" in printed and f"\nclasses: {classes}\n" in printed, spec
         data.main(["preview", "--data", f"{spec}:{root}", "--out", str(tmp_path / "grid.png")])
         assert f"wrote {tmp_path}/grid.png: {records} of {records} records" in capsys.readouterr().out
+    (tmp_path / "full").mkdir()
+    monkeypatch.chdir(tmp_path / "full")
+    (tmp_path / "full" / "grid.png").mkdir()                # what preview would write cannot be: no matter
     data.main(["bpe", "--vocab-size", "520", "--data", "shapes:train=9", "a red circle"])
     assert "'a red circle': " in capsys.readouterr().out
     (digits / "val" / "0" / "a.jpg").unlink()

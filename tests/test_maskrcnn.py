@@ -2,13 +2,16 @@
 
     python -m pytest tests/test_maskrcnn.py
 """
+import io
 import itertools
 import json
 import math
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -26,8 +29,8 @@ import finetune
 from conftest import ROOT, SHARED, needs_shared, on_processes
 from data import BadRecord, UserError, open_data, train_batches
 from dense import NEGATIVE, UNUSED, assign, decode_boxes, draw_boxes, encode_boxes, make_anchors
-from model import PRESETS, MaskCLIP, VisionTransformer
-from train import layer_decay_groups, load_state, save_checkpoint
+from model import PRESETS, MaskCLIP, VisionTransformer, save_checkpoint
+from train import layer_decay_groups, load_state
 
 torch.set_num_threads(1)
 PEER = "torchvision is the peer for boxes: pip install -r requirements-dev.txt"
@@ -674,6 +677,7 @@ def test_another_kind_of_file_is_refused(change, complaint, tmp_path):
     ("segmentation", None, ".*RLE"),
     ("segmentation", dict(size=[40, 50], counts=[2000]), ".*RLE of size"),
     ("segmentation", dict(size=[50, 40], counts=[1999]), ".*RLE of size"),
+    ("segmentation", dict(size=[50, 40], counts=[1000.5, 999.5]), ".*RLE of size"),
     ("segmentation", dict(size=[50, 40], counts=[2001, -1]), ".*RLE of size"),
     ("segmentation", dict(size=[50, 40], counts=7), ".*RLE of size"),
     ("segmentation", dict(size=[50, 40], counts="b'`n1'"), ".*RLE of size"),            # str() of bytes
@@ -764,6 +768,27 @@ def test_exif_and_the_pixels_that_annotations_were_drawn_on(orientation, stored,
     PIL.Image.new("L", (41, 41)).save(tmp_path / "SegmentationClass/a.png")
     with pytest.raises(BadRecord, match="another size: .* EXIF .* the annotations are for .41, 41."):
         open_data(f"voc:{tmp_path}", "val", "segmentation").read(0)
+
+
+def test_exif_behind_the_pixels_of_a_png(tmp_path):
+    """Known to Pillow once they are read: the label map was drawn on them as stored."""
+    pixels = np.zeros((20, 40), dtype=np.uint8)
+    pixels[:, :10] = 255
+    content, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.fromarray(pixels).save(content, "PNG")
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    end = content.getvalue().rindex(b"IEND") - 4
+    (tmp_path / "JPEGImages/a.png").write_bytes(content.getvalue()[:end] + chunk + content.getvalue()[end:])
+    PIL.Image.fromarray((pixels > 0).astype(np.uint8)).save(tmp_path / "SegmentationClass/a.png")
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\n")
+    (tmp_path / "class_names.txt").write_text("black\nwhite\n")
+    assert data.decode(data.open_image((tmp_path / "JPEGImages/a.png").read_bytes())).size == (20, 40), "it is there"
+    sample = open_data(f"voc:{tmp_path}", "val", "segmentation").read(0)
+    assert ((np.asarray(data.decode(sample.image))[..., 0] > 0) == sample.label_map).all()
 
 
 def test_other_mistakes_of_a_folder(tmp_path):

@@ -206,7 +206,8 @@ def test_cells_are_lines_of_a_file(tmp_path):
     assert len(path.read_text().splitlines()) == 2 and json.loads(path.read_text().splitlines()[0])["commit"]
     lab.record(**cell("--method slip", 0, "train", 400.0), slower=2)
     cells = reproduce.read_cells(path)
-    assert set(cells) == {("--method clip", 0, "train"), ("--method clip", 0, "zeroshot"), ("--method slip", 0, "train")}
+    assert set(cells) == {("--method clip", 0, "train"), ("--method clip", 0, "zeroshot"),
+                          ("--method slip", 0, "train")}
     assert cells["--method slip", 0, "train"]["seconds"] == 200, "as of the processor of the others"
 
 

@@ -24,8 +24,8 @@ import dense
 import finetune
 from conftest import ROOT, SHARED, needs_shared, on_processes, run_script
 from data import ADE20K, COCO_STUFF, COCO_STUFF_LABEL, PASCAL_CONTEXT, BadRecord, UserError, open_data
-from model import PRESETS, MaskCLIP, SyncBatchNorm, VisionTransformer
-from train import layer_decay_groups, load_state, save_checkpoint
+from model import PRESETS, MaskCLIP, SyncBatchNorm, VisionTransformer, save_checkpoint
+from train import layer_decay_groups, load_state
 
 RNG = np.random.default_rng
 REDUCED = SimpleNamespace(reduce_zero_label=True)
@@ -606,7 +606,7 @@ def test_labels_that_say_nothing_are_refused_before_the_first_step(checkpoint, t
         dense.main(arguments)
         said = capsys.readouterr().out
         assert "val.txt: " in said and "label maps have a class, of" in said
-        assert ("not among those learned (background, cat, dog): tv/monitor" in said) == (
+        assert ("not seen among those learned (background, cat, dog): tv/monitor" in said) == (
             values == {3: 0} and command == "upernet")
     else:
         with pytest.raises(UserError, match=complaint) as told:

@@ -289,6 +289,10 @@ def test_the_best_is_kept_over_a_stop_and_no_weights_whose_loss_is_nan(tmp_path)
     with refused, mock.patch.object(train.Guard, "end", lambda *_: None), contextlib.suppress(AttributeError):
         trained("--method", "clip", "--steps", 2, "--keep-every", 0.01, "--log-every", 9, "--out", tmp_path / "nan")
     assert not list((tmp_path / "nan").glob("step-*"))
+    tests = train.Tests(options_of(*run), 1, types.SimpleNamespace(state=None))
+    with mock.patch.object(train, "guess_classes", lambda *_: (label, label)):
+        assert tests.after(0, None, None, types.SimpleNamespace(refused=1, runtime=ALONE)) == {"zeroshot": 1.0}
+    assert tests.best == 0, "what is not saved is not the best"
 
 
 def test_a_run_from_a_named_checkpoint_says_how_to_go_on(tmp_path, capsys):
@@ -323,6 +327,31 @@ def test_a_run_whose_first_weights_have_moved_goes_on(tmp_path):
     shutil.copy(tmp_path / "b" / "last.pt", tmp_path / "c" / "other.pt")
     with pytest.raises(train.UserError, match="is of a run with init"):
         trained(*run, tmp_path / "c" / "other.pt")
+
+
+def test_a_start_from_a_checkpoint_keeps_its_words_and_all_that_both_have(tmp_path, capsys):
+    """FILIP's embedding has another size than the option says; a word's row in the table is its number."""
+    (tmp_path / "merges").write_text("#version\n" + "\n".join(f"{a} {b}" for a in "xyz" for b in "qwv"))
+    run = ["--method", "filip", "--token-dim", 8, "--steps", 1, "--out"]
+    trained(*run, tmp_path / "a")
+    trained(*run, tmp_path / "b", "--lr", 0, "--lr-start", 0, "--lr-end", 0, "--init", tmp_path / "a" / "last.pt",
+            "--bpe", tmp_path / "merges")
+    assert "fresh: none" in capsys.readouterr().out
+    old, new = (load_checkpoint(tmp_path / name / "last.pt") for name in "ab")
+    assert old[1].encode("a red circle") == new[1].encode("a red circle") and len(old[1].merges) != 9
+    assert all(torch.equal(x, new[0].state_dict()[name]) for name, x in old[0].state_dict().items())
+    with pytest.raises(train.UserError, match="has embed_dim 8, this run 4: give --token-dim 8"):
+        trained(*run, tmp_path / "c", "--init", tmp_path / "a" / "last.pt", "--token-dim", 4)
+
+
+def test_batch_norms_of_heads_see_the_whole_batch_of_micro_batches_of_one(tmp_path):
+    run = ["--method", "slip", "--steps", 1, "--batch-size", 4, "--drop-path", 0, "--out"]
+    trained(*run, tmp_path / "whole")
+    trained(*run, tmp_path / "parts", "--accumulate", 4)
+    a, b = (metrics(tmp_path / name)[0] for name in ("whole", "parts"))
+    assert all(b[name] == pytest.approx(a[name], rel=1e-4) for name in ("loss", "contrastive", "grad_norm"))
+    with pytest.raises(train.UserError, match="want 2 pairs or more"):
+        trained("--method", "slip", "--steps", 1, "--batch-size", 1, "--out", tmp_path / "one")
 
 
 def test_after_training_a_signal_ends_the_program_at_once(tmp_path):
