@@ -1623,8 +1623,9 @@ def csv_rows(path, image, texts, counts):
             wanted = " and ".join(map(repr, [image, *texts]))
             raise UserError(f"{path}: wanted columns {wanted} in the first line, got {line[:80]!r}: name yours with "
                             f"csv:FILE,image=COLUMN,caption=COLUMN")
+        number = 0
         try:
-            for row in rows:
+            for number, row in enumerate(rows, 1):
                 captions = []
                 for value in map(row.get, texts):
                     captions += value if isinstance(value, list) else [value or ""]
@@ -1632,9 +1633,12 @@ def csv_rows(path, image, texts, counts):
                 counts[f"rows have too many fields: captions with a {separator!r} need quotes"] += None in row
                 yield row[image].strip(), captions
         except (AttributeError, TypeError, KeyError):            # of JSON; a table has nothing but texts
-            raise UserError(f"{path}: wanted a text for {image!r} and texts for {texts}, got {str(row)[:80]}") from None
+            raise UserError(f"{path}, row {number}: wanted a text for {image!r} and texts for {texts}, got "
+                            f"{str(row)[:80]}") from None
         except csv.Error as error:
             raise UserError(f"{path}: {error}; is there a quote that is never closed?") from None
+        except ValueError as error:
+            raise UserError(f"cannot read {path} after row {number}: {one_line(error)}") from None
 
 
 # folders of splits, as train, Validation, test_set, seg_train

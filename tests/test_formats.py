@@ -412,7 +412,7 @@ def test_bad_rows_of_a_csv(tmp_path, row, message):
     (b"PAR1" + bytes(range(128, 256)) * 1000, "is a parquet file"),
     ('{"file_name": "0.jpg", "text": "x"}\n', "got '{"),
     ('{"filepath": "0.jpg", "title": "x"}\n{"filepath": "0.jpg", "title": 5}\n', "wanted a text for 'filepath'"),
-    ('{"filepath": "0.jpg", "title": "x"}\n{"filepath"\n', "cannot read"),
+    ('{"filepath": "0.jpg", "title": "x"}\n{"filepath"\n', "after row 1: JSONDecodeError"),
     (gzip.compress(b"filepath,title\n0.jpg,x\n")[:20], "cannot read"),
     ("", "wanted columns 'filepath'"),
     ("filepath,title\n", "holds no images"),

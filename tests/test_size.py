@@ -7,9 +7,9 @@ import pytest
 
 from conftest import ROOT
 
-LIMIT = 72_770              # of all together
+LIMIT = 72_740              # of all together
 LIMITS = {                  # of each, in reading order
-    "losses.py": 2_450, "model.py": 13_850, "train.py": 11_600, "data.py": 19_140, "eval_zeroshot.py": 3_600,
+    "losses.py": 2_350, "model.py": 13_850, "train.py": 11_600, "data.py": 19_180, "eval_zeroshot.py": 3_600,
     "eval_linear.py": 1_750, "finetune.py": 3_850, "dense.py": 16_670,
 }
 COUNTED = (tokenize.NAME, tokenize.OP, tokenize.NUMBER)
