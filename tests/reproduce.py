@@ -263,10 +263,13 @@ def tables(cells: dict) -> dict[str, Table]:
                              base=system("clip")) for weight in (0.1, 1)] +
                         [Row(f"{SYSTEMS[m]}, 12 epochs", setting(m, epochs=12),
                              base=setting("clip", epochs=12) * (m != "clip")) for m in both] +
-                        [Row("MaskCLIP, beta = 1", setting("maskclip", mlm_weight=1), base=system("clip")),
-                         Row("SLIP", system("slip"), base=system("clip")),
-                         Row("SLIP, a tenth of its weight", setting("slip", simclr_weight=0.1), base=system("clip"))] +
-                        [Row("not trained", setting("clip", steps=1, lr=0), base=system("clip"))],
+                        [Row(f"{SYSTEMS[m]}, pooled by maximum", setting(m, pool="max"),
+                             base=setting("clip", pool="max") * (m != "clip")) for m in both] +
+                        [Row("MaskCLIP, beta = 1", setting("maskclip", mlm_weight=1), base=system("clip"))] +
+                        [Row(SYSTEMS[m], system(m), base=system("clip"))
+                         for m in ("slip", "filip", "declip", "defilip", "unicl")] +
+                        [Row("SLIP, a tenth of its weight", setting("slip", simclr_weight=0.1), base=system("clip")),
+                         Row("not trained", setting("clip", steps=1, lr=0), base=system("clip"))],
                         dict(zeroshot=MANY, **dict.fromkeys(UNTOLD, LATER))),
         "needs": Table("What the effect may need", CHEAP,
                        [Row(LADDER[m], setting(m, **changes), {}, name, base=setting("clip", **changes) * (m != "clip"))
