@@ -48,7 +48,7 @@ from data import BytePairTokenizer, UserError, run, say, seed_of
 from losses import LOGIT_ROWS, mean_over_processes, patchify, similarity
 from model import (METHODS, PRESETS, Config, Cost, MaskCLIP, SyncBatchNorm, Teacher, build, checkpoint, costs,
                    initialize, load_checkpoint, load_state, mask_words, momentum_at, opt, preset_for, random_mask,
-                   read_merges, save_atomically, take)
+                   read_merges, save_atomically, save_checkpoint, take)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
