@@ -1862,8 +1862,9 @@ def look_at_labels(data, known: list[str] | None = None, speaks: bool = True) ->
 def as_annotated(image, size, ignore_exif):
     """Settles whether annotations for an image of `size` (width, height) were drawn on it as `decode` turns it, or on
     the pixels as stored: then its EXIF orientation goes.  Where both sizes are the same, ignore_exif says so."""
-    with refusing("corrupt image"):
-        image.load()                                 # the EXIF of a PNG may stand behind its pixels
+    if image.format == "PNG":                        # whose EXIF may stand behind its pixels
+        with refusing("corrupt image"):
+            image.load()
     if upright_size(image) != size or ignore_exif and image.size == size:
         if image.size != size:
             raise BadRecord(f"image of another size: {image.size}, and {upright_size(image)} when turned as its EXIF "

@@ -116,7 +116,7 @@ def parse_options(argv=None) -> Options:
 
 def load_finetuned(out: str) -> dict:
     """What fine_tune saved in OUT/last.pt."""
-    path = Path(out).expanduser() / "last.pt"
+    path = Path(out) / "last.pt"
     if not path.is_file():
         raise UserError(f"no fine-tuned model at {path}; make one with: python finetune.py --out {out}")
     return load_state(path, "finetuning")

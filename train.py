@@ -602,7 +602,8 @@ def first_look(cls, argv, *names: str) -> argparse.Namespace:
     cli = Parser(add_help=False, allow_abbrev=False)
     for f in fields(cls):
         if f.name in names:
-            kind = {"action": "store_true"} if f.type is bool else {"choices": f.metadata["choices"]}
+            kind = {"action": "store_true"} if f.type is bool else {"choices": f.metadata["choices"],
+                                                                    "type": os.path.expanduser}
             cli.add_argument("--" + f.name, default=f.default, **kind)
     return cli.parse_known_args(argv)[0]
 

@@ -354,6 +354,12 @@ def test_batch_norms_of_heads_see_the_whole_batch_of_micro_batches_of_one(tmp_pa
         trained("--method", "slip", "--steps", 1, "--batch-size", 1, "--out", tmp_path / "one")
 
 
+def test_home_is_found_at_first_look_too():
+    """As bash leaves it in --out=~/runs"""
+    asked = train.first_look(train.TrainOptions, ["--out=~/runs", "--method", "clip"], "out", "method", "preset")
+    assert vars(asked) == dict(out=os.path.expanduser("~/runs"), method="clip", preset="pocket")
+
+
 def test_after_training_a_signal_ends_the_program_at_once(tmp_path):
     with signals_kept(), mock.patch.object(train, "finish", lambda *_: os.kill(os.getpid(), signal.SIGINT)):
         with pytest.raises(KeyboardInterrupt):
